@@ -1,0 +1,71 @@
+"""Shape of a tokenizer, as stored in the published `ae_config.json`."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+NORM_GROUPS = 32
+_DDCONFIG_KEYS = {"ch", "out_ch", "in_channels", "num_res_blocks", "z_channels", "ch_mult", "double_z", "resolution"}
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """`ch` base width, `ch_mult` width factor per level, `z_channels` bits per token, `gan_decoder` noise beside the bits."""
+
+    ch: int = 256
+    ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = 4
+    z_channels: int = 32
+    gan_decoder: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
+        if not self.ch_mult:
+            raise ValueError("ch_mult is empty; give one width factor per level, for example [1, 1, 2, 2, 4]")
+        for name in ("ch", "num_res_blocks", "z_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        for factor in self.ch_mult:
+            if factor < 1 or (self.ch * factor) % NORM_GROUPS:
+                raise ValueError(
+                    f"ch {self.ch} × ch_mult {factor} = {self.ch * factor} channels; group norm needs a positive "
+                    f"multiple of {NORM_GROUPS}"
+                )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token along a side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @classmethod
+    def from_published(cls, data: Mapping[str, Any]) -> "TokenizerConfig":
+        """From the JSON object of `ae_config.json`. `double_z`, `resolution` and `checkpoint` have no effect there."""
+        unknown = set(data) - {"ddconfig", "gan_decoder", "checkpoint"}
+        if unknown or "ddconfig" not in data:
+            raise ValueError(
+                f"tokenizer config has keys {sorted(data)}; expected 'ddconfig' and 'gan_decoder'. "
+                "Is this an ae_config.json?"
+            )
+        dd = data["ddconfig"]
+        if unknown := set(dd) - _DDCONFIG_KEYS:
+            raise ValueError(f"unknown ddconfig keys {sorted(unknown)}; known are {sorted(_DDCONFIG_KEYS)}")
+        if missing := {"ch", "num_res_blocks", "z_channels", "ch_mult"} - set(dd):
+            raise ValueError(f"ddconfig lacks {sorted(missing)}")
+        for key in ("in_channels", "out_ch"):
+            if dd.get(key, 3) != 3:
+                raise ValueError(f"ddconfig {key} = {dd[key]}; only RGB tokenizers (3) exist")
+        return cls(
+            ch=dd["ch"],
+            ch_mult=tuple(dd["ch_mult"]),
+            num_res_blocks=dd["num_res_blocks"],
+            z_channels=dd["z_channels"],
+            gan_decoder=bool(data.get("gan_decoder", False)),
+        )
+
+    def to_published(self) -> dict[str, Any]:
+        """The JSON object of `ae_config.json`."""
+        fields = dataclasses.asdict(self)
+        gan_decoder = fields.pop("gan_decoder")
+        fields["ch_mult"] = list(self.ch_mult)
+        return {"ddconfig": {**fields, "in_channels": 3, "out_ch": 3, "double_z": False}, "gan_decoder": gan_decoder}

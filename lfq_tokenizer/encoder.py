@@ -1,0 +1,42 @@
+"""Picture → latents, before the sign."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lfq_tokenizer.blocks import ResBlock, group_norm
+from lfq_tokenizer.config import TokenizerConfig
+
+
+class _Level(nn.Module):
+    def __init__(self, c_in: int, c_out: int, depth: int, last: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(depth))
+        self.downsample = None if last else nn.Conv2d(c_out, c_out, 3, stride=2, padding=1)
+
+
+class Encoder(nn.Module):
+    """images (B,3,H,W) in [-1,1] → latents (B,C,h,w) with h = H / downsampling. No attention."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1, bias=False)
+        self.down = nn.ModuleList(
+            _Level(config.ch if i == 0 else widths[i - 1], width, config.num_res_blocks, i == last)
+            for i, width in enumerate(widths)
+        )
+        self.mid_block = nn.ModuleList(ResBlock(widths[-1], widths[-1]) for _ in range(config.num_res_blocks))
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 1)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        x = self.conv_in(images_B3HW)
+        for level in self.down:
+            for block in level.block:
+                x = block(x)
+            if level.downsample is not None:
+                x = level.downsample(x)
+        for block in self.mid_block:
+            x = block(x)
+        return self.conv_out(F.silu(self.norm_out(x)))

@@ -1,0 +1,86 @@
+"""What users hold: pictures in, bits out, and back."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lfq_tokenizer.binarize import binarize
+from lfq_tokenizer.config import TokenizerConfig
+from lfq_tokenizer.decoder import Decoder
+from lfq_tokenizer.encoder import Encoder
+from lfq_tokenizer.weights import check_shapes, load_strict, read_json, read_safetensors, read_shapes, write_json, write_safetensors
+
+CONFIG_FILE = "ae_config.json"
+WEIGHTS_FILE = "ae.safetensors"
+
+
+class LFQTokenizer(nn.Module):
+    """Image ⇄ bits with a convolutional encoder and decoder and the sign as quantiser.
+
+    Source: BitDance paper (arXiv 2602.14041), tokenizer section; parameter names of the published `ae.safetensors`.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    @property
+    def downsampling(self) -> int:
+        return self.config.downsampling
+
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """images (B,3,H,W) in [-1,1] → bits (B,C,h,w) in {-1,+1}, h = H / downsampling.
+
+        ValueError when the shape is not that of RGB pictures whose sides the downsampling divides.
+        """
+        shape, s = tuple(images_B3HW.shape), self.downsampling
+        if len(shape) != 4 or shape[1] != 3 or shape[2] % s or shape[3] % s or 0 in shape:
+            raise ValueError(f"images have shape {shape}; expected (batch, 3, H, W) with H and W multiples of {s}")
+        return binarize(self.encoder(images_B3HW))
+
+    def decode(self, bits_BChw: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """bits (B,C,h,w) in {-1,+1} → images (B,3,H,W), about [-1,1] (not clamped).
+
+        A generative decoder draws its noise, of the bits' shape, from `generator` (on the generator's device).
+        """
+        shape = tuple(bits_BChw.shape)
+        if len(shape) != 4 or shape[1] != self.config.z_channels:
+            raise ValueError(f"bits have shape {shape}; expected (batch, {self.config.z_channels}, h, w)")
+        if shape[2] * shape[3] < 2:
+            raise ValueError(f"a grid of {shape[2]}×{shape[3]} tokens has no spread over the grid; decode at least 2 tokens")
+        noise = None
+        if self.config.gan_decoder:
+            device = generator.device if generator is not None else bits_BChw.device
+            noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(bits_BChw)
+        return self.decoder(bits_BChw, noise)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "LFQTokenizer":
+        """Read `ae_config.json` and `ae.safetensors` of a folder; the dtype on disk is the dtype of the module.
+
+        FileNotFoundError or ValueError name the file and, for wrong tensors, the first ten offenders.
+        """
+        config_path, weights_path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
+        data = read_json(config_path)
+        try:
+            config = TokenizerConfig.from_published(data)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{config_path}: {error}") from error
+        with torch.device("meta"):
+            tokenizer = cls(config)
+        expected = {name: tuple(t.shape) for name, t in tokenizer.state_dict().items()}
+        check_shapes(expected, read_shapes(weights_path), weights_path)
+        tokenizer.load_state_dict(read_safetensors(weights_path), strict=True, assign=True)
+        return tokenizer.eval()
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write `ae_config.json` and `ae.safetensors` (published layout); each file appears whole or not at all."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(self.config.to_published(), Path(folder) / CONFIG_FILE)
+        write_safetensors(self.state_dict(), Path(folder) / WEIGHTS_FILE)
+
+
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LFQTokenizer", "load_strict"]

@@ -1,0 +1,92 @@
+"""safetensors and JSON in and out: strict, atomic, with errors that name the file. Nothing here can execute code."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SHOWN = 10  # offenders listed in an error
+
+
+def read_json(path: Path | str) -> Any:
+    """The JSON value of a file. FileNotFoundError or ValueError name the file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a model folder in the published layout holds it")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); download or export it again") from error
+
+
+def write_json(value: Any, path: Path | str) -> None:
+    """Write JSON atomically: the file is either the old one or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every tensor, from the header only."""
+    with _opened(path) as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def read_safetensors(path: Path | str) -> dict[str, Tensor]:
+    """Every tensor of a file, on the CPU, in the dtype on disk. Broken files raise ValueError with the file's name."""
+    with _opened(path):
+        pass
+    return load_file(str(path))
+
+
+def _opened(path: Path | str) -> Any:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a model folder in the published layout holds it")
+    try:
+        return safe_open(str(path), framework="pt")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is not a whole safetensors file ({error}); download or export it again"
+        ) from error
+
+
+def write_safetensors(state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Write tensors atomically: the file is either the old one or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, str(temporary), metadata={"format": "pt"})
+    os.replace(temporary, path)
+
+
+def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path | str) -> None:
+    """ValueError listing the first ten names that are missing, unexpected or of another shape."""
+    problems = [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
+    problems += [f"unexpected {name} {list(found[name])}" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name])}, expected {list(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise ValueError(
+            f"{source} does not fit its config: " + "; ".join(problems[:SHOWN]) + more + ". "
+            "Weights and config must come from the same model."
+        )
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Load exactly these tensors into `module`, which keeps its own dtype and device. Any difference is an error."""
+    check_shapes(
+        {name: tuple(t.shape) for name, t in module.state_dict().items()},
+        {name: tuple(t.shape) for name, t in state.items()},
+        source,
+    )
+    module.load_state_dict(dict(state), strict=True)
