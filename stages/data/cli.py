@@ -1,0 +1,177 @@
+"""`bitdance data`: pack captioned pictures into shards, and look into shards.
+
+bitdance data pack icons shards/train --styles 3d,flat --concepts 200
+bitdance data pack folder shards/mine my-pictures --size 64
+bitdance data inspect shards/train --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+
+def add_data_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add the command `data` to the sub-parsers of `bitdance`; `run` answers it."""
+    parser = subparsers.add_parser("data", help="pack captioned pictures into shards; inspect shards")
+    _add_actions(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_actions(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="data_action", required=True, metavar="{pack,inspect}")
+    sources = actions.add_parser("pack", help="write shards").add_subparsers(
+        dest="data_source", required=True, metavar="{icons,folder}"
+    )
+    _add_icons(sources.add_parser("icons", help="icons of four open sets, with captions and background colours"))
+    _add_folder(sources.add_parser("folder", help="a folder of pictures with .txt, JSONL or CSV captions"))
+    inspect = actions.add_parser("inspect", help="counts, captions and attributes of shards")
+    inspect.add_argument("shards", nargs="+", metavar="SHARDS", help="shard files, patterns, or folders of shards")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.add_argument("--examples", type=int, default=5, help="how many samples to show (default: 5)")
+
+
+def _add_icons(parser: argparse.ArgumentParser) -> None:
+    _add_pack(parser)
+    parser.add_argument("--size", type=int, default=64, help="side in pixels (default: 64)")
+    parser.add_argument("--styles", default="3d,flat", help="some of 3d,flat,noto,high-contrast (default: 3d,flat)")
+    parser.add_argument(
+        "--concepts", default="all", help="a number, all, or a file with one label a line (default: all)"
+    )
+    parser.add_argument("--backgrounds", default="all", help="a number, all, or colours: white,blue,… (default: all)")
+    parser.add_argument(
+        "--renderings-per-picture",
+        type=int,
+        default=0,
+        help="random backgrounds for each picture; 0: every one (default)",
+    )
+    parser.add_argument(
+        "--hold-out-pairs", type=float, default=0.0, help="fraction of picture × background pairs held out"
+    )
+    parser.add_argument("--hold-out-pictures", type=float, default=0.0, help="fraction of concepts held out altogether")
+    parser.add_argument(
+        "--split", choices=("train", "heldout"), default="train", help="which side to write (default: train)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="decides hold-outs and random backgrounds (default: 0)")
+    parser.add_argument("--flags", action="store_true", help="include flags")
+    parser.add_argument("--skin-tones", action="store_true", help="include skin-tone variants")
+    parser.add_argument(
+        "--cache", default="~/.cache/bitdance/icons", help="where the icon archives lie or are fetched to"
+    )
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    _add_pack(parser)
+    parser.add_argument("folder", metavar="FOLDER", help="the folder with the pictures")
+    parser.add_argument("--table", help="a .jsonl or .csv inside FOLDER with the columns file and caption or captions")
+    parser.add_argument("--size", type=int, default=64, help="side in pixels (default: 64)")
+    parser.add_argument(
+        "--fit", choices=("crop", "pad", "none"), default="crop", help="how to make it square (default: crop)"
+    )
+    parser.add_argument("--min-side", type=int, default=16, help="skip pictures with a shorter side (default: 16)")
+
+
+def _add_pack(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="OUT", help="the new folder for the shards")
+    parser.add_argument("--samples-per-shard", type=int, default=5000, help="(default: 5000)")
+    parser.add_argument(
+        "--max-bad", type=float, default=0.01, help="tolerated fraction of unusable pictures (default: 0.01)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a pack that lies at OUT")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer a parsed `data` command; 0, or 2 with a message for what the user can mend."""
+    try:
+        return _inspect(args) if args.data_action == "inspect" else _pack(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"bitdance data: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from stages.data.pack import PackOptions, pack
+
+    options = PackOptions(args.samples_per_shard, args.max_bad, args.overwrite, progress=True)
+    source = _icons(args) if args.data_source == "icons" else _folder(args)
+    report = pack(source, args.out, options)
+    skipped = ", ".join(f"{count} {reason}" for reason, count in report["skipped"].items()) or "none"
+    print(f"{args.out}: {report['samples']} samples in {len(report['shards'])} shards; skipped: {skipped}")
+    return 0
+
+
+def _icons(args: argparse.Namespace) -> Any:
+    from stages.data.captions import PALETTE
+    from stages.data.icons import IconOptions, IconSource
+
+    if args.backgrounds == "all":
+        backgrounds = tuple(PALETTE)
+    elif args.backgrounds.isdigit():
+        if not 1 <= int(args.backgrounds) <= len(PALETTE):
+            raise ValueError(f"--backgrounds {args.backgrounds}: give 1 to {len(PALETTE)}, all, or colours")
+        backgrounds = tuple(PALETTE)[: int(args.backgrounds)]
+    else:
+        backgrounds = _words(args.backgrounds)
+    options = IconOptions(
+        size=args.size,
+        styles=_words(args.styles),
+        concepts=args.concepts,
+        backgrounds=backgrounds,
+        renderings_per_picture=args.renderings_per_picture,
+        hold_out_pairs=args.hold_out_pairs,
+        hold_out_pictures=args.hold_out_pictures,
+        split=args.split,
+        seed=args.seed,
+        flags=args.flags,
+        skin_tones=args.skin_tones,
+    )
+    return IconSource(options, args.cache)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _folder(args: argparse.Namespace) -> Any:
+    from stages.data.folder import FolderOptions, FolderSource
+
+    return FolderSource(args.folder, FolderOptions(args.size, args.fit, args.min_side, args.table))
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from stages.data.shards import ShardIndex
+    from stages.data.summary import summarise
+
+    summary = summarise(ShardIndex.open(args.shards), args.examples)
+    if args.json:
+        print(json.dumps(summary, ensure_ascii=False, indent=1))
+        return 0
+    print(
+        f"{summary['samples']} samples in {len(summary['shards'])} shards, {summary['bytes']} bytes, "
+        f"hash {summary['hash'][:16]}"
+    )
+    for reason, count in summary["left_out"].items():
+        print(f"left out: {count} {reason}")
+    for name, values in summary["attributes"].items():
+        shown = ", ".join(f"{value} ({count})" for value, count in list(values.items())[:12])
+        print(f"{name}: {summary['distinct'][name]} values: {shown}")
+    for example in summary["examples"]:
+        print(f"\n{example['key']} {example['picture']}")
+        for caption in example["captions"]:
+            print(f"  {caption}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="bitdance data", description="pack captioned pictures into shards; inspect shards"
+    )
+    _add_actions(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
