@@ -1,0 +1,245 @@
+"""The published folder layout, in and out. Every file is checked from its header before anything big is loaded.
+
+    config.json, generation_config.json, tokenizer files, model*.safetensors     backbone, as transformers writes it
+    ae_config.json, ae.safetensors                                               tokenizer
+    vision_head_config.json, vision_head.safetensors                             head
+    projector.safetensors                                                        projector
+    bitdance.json     ours, optional: defaults, sizes, prompts, card
+
+Source: published checkpoints; `bitdance.json` is absent there.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from bitdance.backbone import Backbone
+from bitdance.head import BinaryDiffusionHead, HeadConfig
+from bitdance.model import BitDanceModel
+from bitdance.projector import Projector
+from bitdance.prompt import SpecialTokens, vision_prefix_ids
+from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_config, read_extras, rule_of_folder
+from lfq_tokenizer import LFQTokenizer, TokenizerConfig
+from lfq_tokenizer.weights import check_shapes, read_json, read_safetensors, read_shapes, write_json, write_safetensors
+
+TOKENIZER_WEIGHTS = "ae.safetensors"
+HEAD_WEIGHTS = "vision_head.safetensors"
+PROJECTOR_WEIGHTS = "projector.safetensors"
+LM_CONFIG, LM_WEIGHTS, LM_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+DEMO = Path(__file__).parent / "pretrained" / "demo"
+Module = TypeVar("Module", bound=nn.Module)
+Shapes = dict[str, tuple[int, ...]]
+
+
+def resolve(folder: Path | str) -> Path:
+    """The folder a user means; "demo" is the bundled model. FileNotFoundError says what was looked for."""
+    path = DEMO if str(folder) == "demo" else Path(folder)
+    if not path.is_dir():
+        files = ", ".join((LM_CONFIG, TOKENIZER_CONFIG, HEAD_CONFIG, PROJECTOR_WEIGHTS))
+        raise FileNotFoundError(
+            f"no model folder {str(folder)!r} (looked for {path.absolute()}); a model is a local folder with "
+            f'{files} and their weights. "demo" names the bundled model.'
+        )
+    return path
+
+
+def load_model(
+    folder: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    with_encoder: bool = True,
+) -> BitDanceModel:
+    """Read a model folder (or "demo"). `device=None` is CUDA where there is one, else CPU; `dtype=None` is bfloat16 on
+    CUDA and float32 elsewhere, whatever the dtype on disk. `with_encoder=False` leaves the picture encoder out (it only
+    generates).
+
+    The model comes back in eval mode; `model.extras` is the content of `bitdance.json`, {} where there is none.
+    FileNotFoundError or ValueError name the file and the first ten tensors that are missing or of a wrong shape; they
+    come before anything big is read.
+    """
+    folder = resolve(folder)
+    target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype = {dtype}; a model computes in float32, bfloat16 or float16")
+    config = check_folder(folder)
+    text_tokenizer = _load_text_tokenizer(folder, config)
+    tokenizer = LFQTokenizer.from_pretrained(folder)
+    if not with_encoder:
+        tokenizer.encoder = None  # type: ignore[assignment]
+    head = _load(lambda: BinaryDiffusionHead(config), folder / HEAD_WEIGHTS)
+    projector = _load(lambda: Projector(config.ch_target, config.ch_cond), folder / PROJECTOR_WEIGHTS)
+    backbone = Backbone.from_pretrained(folder, dtype)
+    model = BitDanceModel(tokenizer, text_tokenizer, projector, backbone, head)
+    model.extras = read_extras(folder)
+    return model.to(device=target, dtype=dtype).eval()
+
+
+def check_folder(folder: Path) -> HeadConfig:
+    """Every file of a model folder is there, whole, and fits its config; only headers are read. Returns the head's
+    config."""
+    read_extras(folder)
+    config = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict)
+    tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
+    lm = read_config(folder / LM_CONFIG, dict)
+    for name, value, file, other, expected in (
+        ("ch_target", config.ch_target, TOKENIZER_CONFIG, "z_channels", tokenizer.z_channels),
+        ("ch_cond", config.ch_cond, LM_CONFIG, "hidden_size", lm.get("hidden_size")),
+    ):
+        if value != expected:
+            raise ValueError(
+                f"{folder / HEAD_CONFIG}: {name} = {value}, but {other} = {expected} in {file}; must be equal"
+            )
+    _check_weights(lambda: LFQTokenizer(tokenizer), folder / TOKENIZER_WEIGHTS)
+    _check_weights(lambda: BinaryDiffusionHead(config), folder / HEAD_WEIGHTS)
+    _check_weights(lambda: Projector(config.ch_target, config.ch_cond), folder / PROJECTOR_WEIGHTS)
+    found = _lm_shapes(folder)
+    # Other families may be stored under other names than in memory; there transformers checks while loading.
+    if lm.get("model_type") == "qwen3":
+        backbone = _on_meta(lambda: Backbone.from_config(lm))
+        shapes = _shapes(backbone.lm)
+        if lm.get("tie_word_embeddings") and "lm_head.weight" not in found:
+            del shapes["lm_head.weight"]
+        check_shapes(shapes, found, folder / "model*.safetensors")
+    rule_of_folder(folder)
+    return config
+
+
+def save_model(
+    model: BitDanceModel, folder: Path | str, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> None:
+    """Write the published layout: all of it or, when anything fails, nothing. `dtype=None` keeps each tensor's own.
+
+    ValueError when the folder holds something already (unless `overwrite`), when the disk is too small, or when the
+    model was loaded without its encoder.
+    """
+    folder, tokenizer = Path(folder), model.tokenizer
+    if tokenizer is None or tokenizer.encoder is None:
+        raise ValueError(
+            "the model has no picture tokenizer or was loaded without its encoder; load it with_encoder=True"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise ValueError(f"{folder} exists and is not empty; choose another folder or pass overwrite=True")
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    modules: tuple[nn.Module, ...] = (tokenizer, model.projector, model.backbone.lm, model.head)
+    tensors = [t for module in modules for t in module.state_dict().values()]
+    needed = sum(t.numel() * max(t.element_size(), dtype.itemsize if dtype else 0) for t in tensors)
+    if (free := shutil.disk_usage(folder.absolute().parent).free) < needed * 1.02 + 2**24:
+        raise ValueError(
+            f"{folder} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room first"
+        )
+    temporary = folder.absolute().parent / f".{folder.name}.incomplete-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        _write(model, tokenizer, temporary, dtype)
+        _put_in_place(temporary, folder.absolute())
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(model: BitDanceModel, tokenizer: LFQTokenizer, folder: Path, dtype: torch.dtype | None) -> None:
+    model.text_tokenizer.save_pretrained(str(folder))
+    model.backbone.save_pretrained(folder)
+    write_json(tokenizer.config.to_published(), folder / TOKENIZER_CONFIG)
+    write_json(model.head.config.to_dict(), folder / HEAD_CONFIG)
+    files: list[tuple[nn.Module, str]] = [
+        (tokenizer, TOKENIZER_WEIGHTS),
+        (model.head, HEAD_WEIGHTS),
+        (model.projector, PROJECTOR_WEIGHTS),
+    ]
+    for module, name in files:
+        write_safetensors(
+            {k: v if dtype is None else v.to(dtype) for k, v in module.state_dict().items()}, folder / name
+        )
+    if dtype is not None:
+        _cast_lm(folder, dtype)
+    if extras := getattr(model, "extras", None):
+        write_json(extras, folder / EXTRAS_FILE)
+
+
+def _cast_lm(folder: Path, dtype: torch.dtype) -> None:
+    """Bring the backbone's files to `dtype`, file by file, without touching the model in memory."""
+    for path in sorted(folder.glob("model*.safetensors")):
+        write_safetensors({name: t.to(dtype) for name, t in read_safetensors(path).items()}, path)
+    if (folder / LM_INDEX).is_file():
+        index = read_json(folder / LM_INDEX)
+        size = sum(math.prod(shape) for shape in _lm_shapes(folder).values()) * dtype.itemsize
+        write_json({**index, "metadata": {**index.get("metadata", {}), "total_size": size}}, folder / LM_INDEX)
+    config = read_json(folder / LM_CONFIG)
+    write_json({**config, "dtype": str(dtype).removeprefix("torch.")}, folder / LM_CONFIG)
+
+
+def _put_in_place(temporary: Path, folder: Path) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        os.replace(temporary, folder)
+        return
+    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+    os.replace(folder, old)
+    try:
+        os.replace(temporary, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _load_text_tokenizer(folder: Path, head: HeadConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds, some of them plain Exception
+        raise ValueError(f"the text tokenizer in {folder} could not be read ({error}); download it again") from error
+    try:
+        vision_prefix_ids(SpecialTokens.from_tokenizer(tokenizer), 1, 1, head.parallel_num)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    rows = read_json(folder / LM_CONFIG).get("vocab_size", 0)
+    if rows < len(tokenizer):
+        raise ValueError(
+            f"{folder}: the text tokenizer has {len(tokenizer)} tokens, the backbone's embedding only {rows} rows; "
+            "tokenizer files and weights must come from the same model"
+        )
+    return tokenizer
+
+
+def _load(build: Callable[[], Module], path: Path) -> Module:
+    module = _on_meta(build)
+    module.load_state_dict(read_safetensors(path), strict=True, assign=True)
+    return module
+
+
+def _check_weights(build: Callable[[], nn.Module], path: Path) -> None:
+    check_shapes(_shapes(_on_meta(build)), read_shapes(path), path)
+
+
+def _lm_shapes(folder: Path) -> Shapes:
+    """Name → shape over all files of the backbone. An index may only name files of its own folder."""
+    if (folder / LM_WEIGHTS).is_file() or not (folder / LM_INDEX).is_file():
+        return read_shapes(folder / LM_WEIGHTS)
+    index = read_json(folder / LM_INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / LM_INDEX} holds no weight_map; download or export it again")
+    shapes: Shapes = {}
+    for name in sorted(set(map(str, weight_map.values()))):
+        if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{folder / LM_INDEX} points to {name!r}; only .safetensors files beside it are read")
+        shapes |= read_shapes(folder / name)
+    return shapes
+
+
+def _on_meta(build: Callable[[], Module]) -> Module:
+    with torch.device("meta"):
+        return build()
+
+
+def _shapes(module: nn.Module) -> Shapes:
+    return {name: tuple(t.shape) for name, t in module.state_dict().items()}

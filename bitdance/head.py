@@ -1,0 +1,264 @@
+"""The binary diffusion head: hidden states of a block of P tokens → a prediction of its bits.
+
+Letters: K rows (one row is one block), P tokens per block, C bits per token, D hidden size of the backbone, W head
+width. Source: BitDance paper (arXiv 2602.14041), binary diffusion head; parameter names of the published
+`vision_head.safetensors`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from bitdance.flow import SCHEDULES, draw_time, interpolate, velocity_from_x
+
+HEAD_DIM = 128
+TIME_DIM = 256
+NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The fields of the published `vision_head_config.json`.
+
+    `ch_target` bits per token, `ch_cond` hidden size of the backbone, `ch_latent` width, `depth_latent` blocks,
+    `depth_adanln` modulations (shared by consecutive blocks), `parallel_num` tokens per block. `P_mean`, `P_std`,
+    `time_schedule` and `time_shift` shape the training times; `time_shift` also bends the sampler's time grid.
+    `diff_batch_mul` noise draws per block and training step.
+    """
+
+    ch_target: int
+    ch_cond: int
+    ch_latent: int
+    depth_latent: int
+    depth_adanln: int
+    parallel_num: int
+    use_swiglu: bool = True
+    time_shift: float = 1.0
+    time_schedule: str = "logit_normal"
+    P_mean: float = 0.0
+    P_std: float = 1.0
+    diff_batch_mul: int = 1
+    grad_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "ch_target",
+            "ch_cond",
+            "ch_latent",
+            "depth_latent",
+            "depth_adanln",
+            "parallel_num",
+            "diff_batch_mul",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} = {value!r}; it must be a positive integer")
+        if self.ch_latent % HEAD_DIM:
+            raise ValueError(
+                f"ch_latent = {self.ch_latent}; the width must be a multiple of {HEAD_DIM} (one attention head)"
+            )
+        if self.depth_latent % self.depth_adanln:
+            raise ValueError(
+                f"depth_latent = {self.depth_latent} is no multiple of depth_adanln = {self.depth_adanln}; "
+                "each modulation serves the same number of blocks"
+            )
+        if math.isqrt(self.parallel_num) ** 2 != self.parallel_num:
+            raise ValueError(f"parallel_num = {self.parallel_num}; a block is a square patch: 1, 4, 16, 64, …")
+        if self.time_schedule not in SCHEDULES:
+            raise ValueError(f"time_schedule = {self.time_schedule!r}; allowed are {', '.join(SCHEDULES)}")
+        if not self.time_shift > 0:
+            raise ValueError(f"time_shift = {self.time_shift!r}; it must be positive (1.0 leaves times alone)")
+
+    @property
+    def patch_side(self) -> int:
+        """Tokens along a side of one block."""
+        return math.isqrt(self.parallel_num)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "HeadConfig":
+        """From the JSON object of `vision_head_config.json`; an unknown or missing key is an error."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(data) - set(fields)):
+            raise ValueError(f"unknown keys {unknown} in the head config; known are {sorted(fields)}")
+        required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
+        if missing := sorted(required - set(data)):
+            raise ValueError(f"the head config lacks {missing}")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `vision_head_config.json`."""
+        return dataclasses.asdict(self)
+
+
+class TimeEmbedding(nn.Module):
+    """t (K,) → (K, W): cos ‖ sin of 1000·t at 128 frequencies, then an MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_DIM, width), nn.SiLU(), nn.Linear(width, width))
+
+    @staticmethod
+    def frequencies(t_K: Tensor) -> Tensor:
+        """(K, 256) float32 (float64 for float64 times): cos first, then sin, frequencies 10000^(-i/128)."""
+        half = TIME_DIM // 2
+        t_K = t_K if t_K.dtype == torch.float64 else t_K.float()
+        frequency = torch.exp(-math.log(10000) * torch.arange(half, dtype=t_K.dtype, device=t_K.device) / half)
+        angle = 1000 * t_K[:, None] * frequency
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+    def forward(self, t_K: Tensor) -> Tensor:
+        return self.mlp(self.frequencies(t_K).to(next(self.mlp.parameters()).dtype))
+
+
+class Attention(nn.Module):
+    """Full attention over the P tokens of each row; heads are 128 wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wqkv = nn.Linear(width, 3 * width)
+        self.wo = nn.Linear(width, width)
+
+    def forward(self, x_KPW: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for part in self.wqkv(x_KPW).chunk(3, dim=-1))
+        return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Modulated attention, then a modulated SwiGLU (or a plain SiLU MLP, as some published heads have)."""
+
+    def __init__(self, width: int, use_swiglu: bool) -> None:
+        super().__init__()
+        inner = int(1.5 * width)
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width)
+        self.use_swiglu = use_swiglu
+        if use_swiglu:
+            self.w1 = nn.Linear(width, 2 * inner)
+            self.w2 = nn.Linear(inner, width)
+        else:
+            self.mlp = nn.Sequential(nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, width))
+
+    def forward(self, x_KPW: Tensor, modulation: Tensor) -> Tensor:
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
+        x_KPW = x_KPW + gate1 * self.attn(self.norm1(x_KPW) * (1 + scale1) + shift1)
+        return x_KPW + gate2 * self._feed_forward(self.norm2(x_KPW) * (1 + scale2) + shift2)
+
+    def _feed_forward(self, x_KPW: Tensor) -> Tensor:
+        if not self.use_swiglu:
+            return self.mlp(x_KPW)
+        gate, value = self.w1(x_KPW).chunk(2, dim=-1)
+        return self.w2(F.silu(gate) * value)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, bits: int) -> None:
+        super().__init__()
+        self.ada_ln_modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, bits)
+
+    def forward(self, x_KPW: Tensor, y_KPW: Tensor) -> Tensor:
+        scale, shift = self.ada_ln_modulation(y_KPW).chunk(2, dim=-1)
+        return self.linear(F.layer_norm(x_KPW, x_KPW.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift)
+
+
+class HeadNet(nn.Module):
+    """The network itself, without loss; `net.` of the published names."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        width = config.ch_latent
+        self.blocks_per_modulation = config.depth_latent // config.depth_adanln
+        self.grad_checkpointing = config.grad_checkpointing
+        self.time_embed = TimeEmbedding(width)
+        self.cond_embed = nn.Linear(config.ch_cond, width)
+        self.input_proj = nn.Linear(config.ch_target, width)
+        self.ada_ln_blocks = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(config.depth_adanln))
+        self.res_blocks = nn.ModuleList(Block(width, config.use_swiglu) for _ in range(config.depth_latent))
+        self.final_layer = FinalLayer(width, config.ch_target)
+
+    def forward(self, x_KPC: Tensor, t_K: Tensor, embedded_KPW: Tensor) -> Tensor:
+        x = self.input_proj(x_KPC.to(embedded_KPW.dtype))
+        if x.shape[0] != embedded_KPW.shape[0]:  # guidance: both branches share x
+            x = x.repeat(embedded_KPW.shape[0] // x.shape[0], 1, 1)
+        y = F.silu(self.time_embed(t_K)[:, None] + embedded_KPW)
+        for i, block in enumerate(self.res_blocks):
+            if i % self.blocks_per_modulation == 0:
+                modulation = self.ada_ln_blocks[i // self.blocks_per_modulation](y)
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulation, use_reentrant=False)
+            else:
+                x = block(x, modulation)
+        # OURS: with half-precision weights the squash is still computed in float32; in float32 nothing changes.
+        out = self.final_layer(x, y)
+        return 2 * torch.sigmoid(out if out.dtype == torch.float64 else out.float()) - 1
+
+
+class BinaryDiffusionHead(nn.Module):
+    """x-prediction diffusion over the bits of a block, conditioned per token on the backbone's hidden states."""
+
+    def __init__(self, config: HeadConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.net = HeadNet(config)
+        self.initialise(generator)
+
+    def forward(self, x_KPC: Tensor, t_K: Tensor, cond_KPD: Tensor) -> Tensor:
+        """Noisy bits (K,P,C) at times t (K,) or (1,), condition (K,P,D) → predicted bits (K,P,C) in (-1, 1),
+        float32."""
+        return self.net(x_KPC, t_K, self.prepare(cond_KPD))
+
+    def prepare(self, cond_KPD: Tensor) -> Tensor:
+        """The embedded condition (K,P,W). It does not depend on the time: one call serves all steps of a sampler."""
+        return self.net.cond_embed(cond_KPD.to(self.net.cond_embed.weight.dtype))
+
+    def denoise(self, x_KPC: Tensor, t: float, embedded_KPW: Tensor) -> Tensor:
+        """One sampler step's prediction at one common time. `embedded` may have a multiple of x's rows (guidance)."""
+        return self.net(x_KPC, torch.full((1,), t, device=x_KPC.device), embedded_KPW)
+
+    def loss(self, x_KPC: Tensor, cond_KPD: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Velocity loss (rows, P), unreduced, mean over the C bits; rows = K · diff_batch_mul, all K once per repeat.
+
+        Draws one time per row, then noise (rows, P, C), from `generator`.
+        """
+        c = self.config
+        x_KPC = x_KPC.repeat(c.diff_batch_mul, 1, 1)
+        t_K = draw_time(x_KPC.shape[0], c.time_schedule, c.P_mean, c.P_std, c.time_shift, generator)
+        device = generator.device if generator is not None else x_KPC.device
+        noise_KPC = torch.randn(x_KPC.shape, generator=generator, device=device)
+        return self.loss_at(x_KPC, cond_KPD, t_K.to(x_KPC.device), noise_KPC.to(x_KPC.device))
+
+    def loss_at(self, x_KPC: Tensor, cond_KPD: Tensor, t_K: Tensor, noise_KPC: Tensor) -> Tensor:
+        """Mean over bits of (v - v_hat)² (K,P) for given times (K,) and noise (K,P,C), in the noise's dtype.
+
+        `cond_KPD` may have fewer rows, of which K is a multiple: they are then repeated as `loss` repeats x.
+        """
+        x_KPC, t_K11 = x_KPC.to(noise_KPC.dtype), t_K[:, None, None]
+        x_t = interpolate(x_KPC, noise_KPC, t_K11)
+        embedded_KPW = self.prepare(cond_KPD).repeat(x_KPC.shape[0] // cond_KPD.shape[0], 1, 1)
+        x_hat = self.net(x_t, t_K, embedded_KPW)
+        return (velocity_from_x(x_KPC, x_t, t_K11) - velocity_from_x(x_hat, x_t, t_K11)).square().mean(dim=-1)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights: Xavier-uniform matrices, zero biases, a small time MLP, zero adaLN and output projections.
+
+        `generator` must live on the weights' device; without one torch's default generator is used.
+        """
+        net = self.net
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+                if module in net.time_embed.mlp:
+                    nn.init.normal_(module.weight, std=0.02, generator=generator)
+        for layer in (*net.ada_ln_blocks, net.final_layer.ada_ln_modulation, net.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)

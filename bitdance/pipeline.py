@@ -1,0 +1,252 @@
+"""What users hold: prompts in, pictures out.
+
+from bitdance import BitDancePipeline
+pipe = BitDancePipeline.from_pretrained("demo")
+pipe("a red house", seed=1).images[0].save("house.png")
+"""
+
+import math
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from bitdance.checkpoint import load_model, save_model
+from bitdance.generate import generate_bits
+from bitdance.model import BitDanceModel
+from bitdance.picture import to_pil, to_unit
+from bitdance.prompt import check_prompt
+from bitdance.sampler import SAMPLERS
+from bitdance.sizes import check_size, default_size, size_rule
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+OUTPUT_TYPES = ("pil", "np", "pt", "bits")
+STEPS, GUIDANCE = 50, 7.5  # published defaults
+Callback = Callable[["BitDancePipeline", int, float, dict[str, Any]], dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class BitDanceOutput:
+    """`images`: list of PIL pictures, array (B,H,W,3) or tensor (B,3,H,W) in [0,1], None for output_type "bits".
+    `bits` (B,C,h,w) in {-1,+1}. `seeds`: what to pass as `seed` to get each picture again; None where a generator was
+    passed.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor | None
+    bits: Tensor
+    seeds: list[int | None]
+
+
+class BitDancePipeline:
+    """Text → picture with a `BitDanceModel`, which stays reachable as `.model`."""
+
+    def __init__(self, model: BitDanceModel) -> None:
+        """ValueError when the model has no picture tokenizer (a model in training may go without)."""
+        if model.tokenizer is None:
+            raise ValueError("the model has no picture tokenizer; pictures need its decoder")
+        self.model = model
+        self._tokenizer = model.tokenizer
+        self._progress: dict[str, Any] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> "BitDancePipeline":
+        """A model folder in the published layout, or "demo", the bundled model. Nothing is downloaded.
+
+        `device=None` is CUDA where there is one, else CPU. `dtype=None` is bfloat16 on CUDA, float32 elsewhere.
+        FileNotFoundError when there is no such folder or file; ValueError when a file is broken or does not fit its
+        config.
+        """
+        return cls(load_model(folder, device, _dtype(dtype)))
+
+    def save_pretrained(self, folder: Path | str, overwrite: bool = False) -> None:
+        """Write the published layout (safetensors and JSON). ValueError when the folder is not empty, unless
+        `overwrite`."""
+        save_model(self.model, folder, overwrite=overwrite)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+    ) -> "BitDancePipeline":
+        """Move the model, in place."""
+        self.model.to(device=device, dtype=_dtype(dtype))
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.backbone.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return next(self.model.backbone.parameters()).dtype
+
+    def set_progress_bar_config(self, **options: Any) -> None:
+        """Options of the tqdm bar over blocks, for instance disable=True. By default it shows on a terminal only."""
+        self._progress = options
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        output_type: Literal["pil", "np", "pt", "bits"] = "pil",
+        callback_on_step_end: Callback | None = None,
+        sampler: str = "euler_maruyama",
+    ) -> BitDanceOutput:
+        """Make `num_images_per_prompt` pictures per prompt, all in one batch, the pictures of a prompt together.
+
+        height, width         pixels; default: the model's own (published models: 1024×1024 or the nearest supported)
+        num_inference_steps   solver steps per *block*, not per picture; default 50. Fewer: faster, slightly worse.
+        guidance_scale        default 7.5; <= 1 leaves guidance out and halves the work
+        seed                  one per picture. A single seed s serves n pictures as s, s + 1, …, s + n - 1. None draws
+                              fresh ones. They come back in `.seeds`.
+        generator             instead of seed: one per picture. A single generator serves one picture directly; for
+                              n > 1 it draws n seeds (`torch.randint(0, 2**63 - 1, (n,))`), one per picture.
+        output_type           "pil", "np" (B,H,W,3), "pt" (B,3,H,W), or "bits" (no decoding)
+        callback_on_step_end  called as (pipe, block, t, {"bits": …}) after each block; t is the finished share in
+                              (0, 1], unfinished bits are 0. What it returns is not read. An exception ends the run.
+        sampler               "euler_maruyama" (published) or "euler" (deterministic after the first noise)
+
+        A picture depends on its prompt, seed and settings, not on its neighbours in the batch. With one picture,
+        float32 and CPU, the bits are those of the published pipeline for the same seed. All arguments are checked
+        before any work; ValueError says what is allowed.
+        """
+        prompts = _prompts(prompt, num_images_per_prompt)
+        extras = getattr(self.model, "extras", None) or {}
+        defaults = extras.get("defaults", {})
+        rule = size_rule(self.model)
+        wished = default_size(rule)
+        height, width = wished[0] if height is None else height, wished[1] if width is None else width
+        check_size(rule, height, width)
+        steps = defaults.get("num_inference_steps", STEPS) if num_inference_steps is None else num_inference_steps
+        _check_count("num_inference_steps", steps)
+        guidance = defaults.get("guidance_scale", GUIDANCE) if guidance_scale is None else guidance_scale
+        if isinstance(guidance, bool) or not isinstance(guidance, Real) or not math.isfinite(guidance):
+            raise ValueError(f"guidance_scale = {guidance!r}; it must be a finite number (published models: 7.5)")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type = {output_type!r}; allowed are {', '.join(OUTPUT_TYPES)}")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler = {sampler!r}; allowed are {', '.join(SAMPLERS)}")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"callback_on_step_end = {callback_on_step_end!r}; it must be a function")
+        generators, seeds = _generators(len(prompts), seed, generator)
+
+        s = self._tokenizer.downsampling
+        with self._bar(height * width // (s * self.model.patch_side) ** 2) as bar:
+
+            def on_block(done: int, total: int, bits_BChw: Tensor) -> None:
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, done - 1, done / total, {"bits": bits_BChw})
+
+            bits_BChw = generate_bits(
+                self.model, prompts, height // s, width // s, steps, float(guidance), generators, sampler, on_block
+            )
+        return BitDanceOutput(self._images(bits_BChw, generators, output_type), bits_BChw, seeds)
+
+    def _images(
+        self, bits_BChw: Tensor, generators: Sequence[torch.Generator], output_type: str
+    ) -> list[Image.Image] | np.ndarray | Tensor | None:
+        if output_type == "bits":
+            return None
+        images_B3HW = self.decode(bits_BChw, generators)
+        if output_type == "pil":
+            return to_pil(images_B3HW)
+        unit_B3HW = to_unit(images_B3HW)
+        return unit_B3HW if output_type == "pt" else unit_B3HW.permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.no_grad()
+    def decode(self, bits_BChw: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Bits (B,C,h,w) → decoder output (B,3,H,W), about [-1,1], float32; one picture at a time, which bounds the
+        memory and keeps pictures independent. A generative decoder draws from the picture's own generator, after all
+        other draws.
+        """
+        bits_BChw = bits_BChw.to(next(self._tokenizer.decoder.parameters()))
+        pictures = [
+            self._tokenizer.decode(bits[None], generator=g) for bits, g in zip(bits_BChw, generators, strict=True)
+        ]
+        return torch.cat(pictures).float()
+
+    def _bar(self, total: int) -> tqdm:
+        return tqdm(total=total, **{"desc": "blocks", "disable": not sys.stderr.isatty(), **self._progress})
+
+
+def _prompts(prompt: Any, per_prompt: Any) -> list[str]:
+    """One string per picture, the pictures of a prompt together."""
+    _check_count("num_images_per_prompt", per_prompt)
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, (list, tuple)) or not prompts:
+        raise ValueError(f"prompt = {prompt!r}; give a string or a list of at least one string")
+    for i, text in enumerate(prompts):
+        try:
+            check_prompt(text)
+        except ValueError as error:
+            raise ValueError(f"prompt {i + 1} of {len(prompts)}: {error}") from error
+    return [text for text in prompts for _ in range(per_prompt)]
+
+
+def _generators(count: int, seed: Any, generator: Any) -> tuple[list[torch.Generator], list[int | None]]:
+    """One generator per picture, and the seeds as far as they are known. The rules are in
+    `BitDancePipeline.__call__`."""
+    if seed is not None and generator is not None:
+        raise ValueError("both seed and generator were given; give one of them")
+    if isinstance(generator, torch.Generator) and count > 1:
+        drawn = torch.randint(0, 2**63 - 1, (count,), generator=generator, device=generator.device)
+        seed = drawn.tolist()
+    elif generator is not None:
+        generators = [generator] if isinstance(generator, torch.Generator) else generator
+        if not isinstance(generators, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generators):
+            raise ValueError(f"generator = {generator!r}; give a torch.Generator or a list of them")
+        if len(generators) != count:
+            raise ValueError(f"{len(generators)} generators for {count} pictures; give one per picture")
+        if len(set(map(id, generators))) != count:
+            raise ValueError("the same generator occurs twice in the list; every picture needs its own")
+        return list(generators), [None] * count
+    if seed is None:
+        seed = [secrets.randbelow(2**32) for _ in range(count)]
+    elif isinstance(seed, (list, tuple)):
+        if len(seed) != count:
+            raise ValueError(f"{len(seed)} seeds for {count} pictures; give one per picture, or one seed for all")
+    else:
+        _check_seed(seed)
+        seed = [seed + i for i in range(count)]
+    for value in seed:
+        _check_seed(value)
+    return [torch.Generator().manual_seed(int(value)) for value in seed], [int(value) for value in seed]
+
+
+def _check_seed(seed: Any) -> None:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**63:
+        raise ValueError(f"seed = {seed!r}; it must be a whole number from 0 to 2**63 - 1")
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
+        raise ValueError(f"{name} = {value!r}; it must be a positive whole number")
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}; allowed are {', '.join(DTYPES)}")
+    return DTYPES[dtype]

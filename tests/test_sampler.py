@@ -1,0 +1,90 @@
+"""Solvers against solutions that are known exactly."""
+
+import math
+
+import pytest
+import torch
+
+from bitdance.flow import interpolate, velocity_from_x
+from bitdance.sampler import SAMPLERS, euler, euler_maruyama, guided_velocity, time_grid
+
+
+def noise_like(shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def no_noise():
+    raise AssertionError("no draw is due")
+
+
+def test_euler_follows_the_straight_path_to_a_constant_prediction():
+    data, start, seen = torch.full((2, 3, 4), 0.7, dtype=torch.float64), noise_like((2, 3, 4))(), []
+
+    def predict_the_data(x, t):
+        seen.append((t, x))
+        return data
+
+    end = euler(predict_the_data, start, 7, no_noise)
+    assert [t for t, _ in seen] == pytest.approx([0.95 * i / 7 for i in range(7)] + [0.95])
+    for t, x in seen:
+        assert (x - interpolate(data, start, t)).abs().max() <= 1e-12
+    assert (end - data).abs().max() <= 1e-12
+
+
+def test_euler_maruyama_spreads_as_its_closed_form():
+    """For the prediction 0 a step multiplies x by 1 - 2dt/(1-t) and adds noise of variance 2(1-t)dt."""
+    steps, n, spread = 20, 200_000, []
+
+    def predict_zero(x, t):
+        spread.append(x.var().item())
+        return torch.zeros_like(x)
+
+    draw = noise_like((1, 1, n), seed=5)
+    end = euler_maruyama(predict_zero, draw(), steps, draw)
+    variance, expected = 1.0, [1.0]
+    for t, t_next in zip(time_grid(steps), time_grid(steps)[1:]):
+        dt = t_next - t
+        variance = variance * (1 - 2 * dt / (1 - t)) ** 2 + 2 * (1 - t) * dt
+        expected.append(variance)
+    for found, exact in zip(spread, expected, strict=True):
+        assert abs(found - exact) < 5 * exact * math.sqrt(2 / n)
+    assert end.abs().max() <= 1e-12  # the last step lands on the prediction
+    assert expected[10] == pytest.approx((1 - time_grid(steps)[10]) ** 2, rel=0.2)  # near the path's own noise level
+
+
+def test_stochastic_steps_take_one_draw_each_and_the_last_step_none():
+    shape, drawn, evaluated = (2, 3, 4), [], []
+    draw = noise_like(shape)
+    denoise = lambda x, t: evaluated.append(t) or torch.tanh(x)  # noqa: E731
+    euler_maruyama(denoise, draw(), 6, lambda: drawn.append(1) or draw())
+    assert len(drawn) == 6 and len(evaluated) == 7
+
+
+def test_guidance_acts_on_the_velocity():
+    x = noise_like((2, 3, 4))()
+    cond, uncond = noise_like((2, 2, 3, 4), seed=1)()
+    v = guided_velocity(lambda x, t: torch.cat([cond, uncond]), x, 0.3, 7.5)
+    v_cond, v_uncond = velocity_from_x(cond, x, 0.3), velocity_from_x(uncond, x, 0.3)
+    assert torch.equal(v, v_uncond + 7.5 * (v_cond - v_uncond))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 0.5, 0.0, -2.0])
+def test_guidance_up_to_one_is_no_guidance(guidance):
+    x, cond = noise_like((2, 3, 4))(), noise_like((2, 3, 4), seed=1)()
+    v = guided_velocity(lambda x, t: cond, x, 0.3, guidance)
+    assert torch.equal(v, velocity_from_x(cond, x, 0.3))
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("steps", [0, -1])
+def test_no_steps_is_an_error(name, steps):
+    with pytest.raises(ValueError, match="at least 1 step"):
+        SAMPLERS[name](lambda x, t: x, torch.zeros(1, 1, 1), steps, no_noise)
+
+
+def test_time_shift_bends_the_grid():
+    plain, shifted = time_grid(5), time_grid(5, 2.5)
+    assert shifted[0] == 0.0 and all(s < p for s, p in zip(shifted[1:], plain[1:], strict=True))
+    a, t = 2.5, 0.95
+    assert shifted[-1] == pytest.approx((1 / a) / (1 / a + 1 / t - 1))
