@@ -1,0 +1,315 @@
+"""The backbone: a decoder-only language model of transformers (Qwen3 first) that takes embeddings and a mask of ours.
+
+B batch, L new positions, S positions the keys cover (cache included), D hidden size, K rows, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging as transformers_logging
+
+from lfq_tokenizer.weights import read_json, read_shapes, write_json
+
+_ATTENTION = "bitdance"
+_SHOWN = 10  # offenders listed in an error
+_INDEX = "model.safetensors.index.json"
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The one attention dispatch: a BlockMask goes to flex_attention, a bool mask or none to SDPA.
+
+    Registered without a mask function, so transformers builds no mask of its own and hands ours through. Without a
+    mask SDPA groups the query heads itself (native GQA) and `is_causal`, given per call, says whether the new
+    positions are causal.
+    """
+    if not isinstance(attention_mask, BlockMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    flex = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+    out_BHLE = flex(query, key, value, block_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
+    return out_BHLE.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_ATTENTION, _attention)
+_flex: Any = None
+
+
+def _compiled_flex() -> Any:
+    global _flex
+    if _flex is None:
+        _flex = torch.compile(flex_attention)
+    return _flex
+
+
+class Backbone(nn.Module):
+    """Holds `.lm`, an `AutoModelForCausalLM` of transformers, and calls it with our masks."""
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        """Wrap a loaded language model. ValueError if its family cannot carry the block-causal mask."""
+        super().__init__()
+        _check_family(lm.config)
+        lm.set_attn_implementation(_ATTENTION)
+        lm.config._name_or_path = ""  # a saved config must not name a folder of this machine
+        self.lm = lm
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | PreTrainedConfig,
+        dtype: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> "Backbone":
+        """A new model with random weights. `config`: a transformers config, or its dictionary with `model_type`.
+
+        With `generator`, the weights follow from it alone; without, from torch's global state, as transformers does.
+        """
+        if not isinstance(config, PreTrainedConfig):
+            config = _config_from_dict(config)
+        _check_family(config)
+        if generator is None:
+            return cls(_new_model(config, dtype))
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+            return cls(_new_model(config, dtype))
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, dtype: torch.dtype | None = None) -> "Backbone":
+        """Read `config.json` and `model*.safetensors` of a local folder; nothing is downloaded, and no other format
+        is read.
+
+        `dtype=None` keeps the dtype that the config names. Missing files raise FileNotFoundError; broken files and
+        weights that do not fit the config raise ValueError, which lists the first ten offenders.
+        """
+        folder = Path(folder)
+        config = _config_from_dict(read_json(folder / "config.json"))
+        _check_family(config)
+        _check_files(folder)
+        try:
+            with _quiet():
+                lm, report = AutoModelForCausalLM.from_pretrained(
+                    str(folder),
+                    config=config,
+                    dtype="auto" if dtype is None else dtype,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # reported below, in our words
+                )
+        except (OSError, RuntimeError, KeyError) as error:
+            raise ValueError(f"the backbone in {folder} could not be loaded: {error}") from error
+        _check_report(report, folder)
+        return cls(lm)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write `config.json` and `model*.safetensors`, readable by this and by older transformers."""
+        with _quiet():
+            self.lm.save_pretrained(str(folder))
+        path = Path(folder) / "config.json"
+        config = read_json(path)
+        rope = dict(config.get("rope_parameters") or {})
+        if "rope_theta" in rope:  # transformers 4 looks for it at the top level, and in silence uses 10000 without it
+            config["rope_theta"] = rope.pop("rope_theta")
+            config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        write_json(config, path)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
+        """`.to(dtype)` of any module above passes here. Rotary frequencies stay float32: in bfloat16 the angle at
+        position 1000 is off by whole radians, and transformers protects them only while loading."""
+        exact = {name: buffer for name, buffer in self.lm.named_buffers() if name.endswith("inv_freq")}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            path, _, leaf = name.rpartition(".")
+            owner = self.lm.get_submodule(path)
+            after = getattr(owner, leaf)
+            if after.dtype != before.dtype:
+                setattr(owner, leaf, before.to(after.device))
+        return self
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self.lm.config.hidden_size)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """V, rows of the embedding."""
+        return int(self.lm.get_input_embeddings().weight.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embedding."""
+        return self.lm.get_input_embeddings().weight.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (…) → (…,D)."""
+        return self.lm.get_input_embeddings()(ids)
+
+    def forward(
+        self,
+        inputs_embeds_BLD: Tensor,
+        position_BL: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
+        cache: Any = None,
+        causal: bool = True,
+    ) -> Tensor:
+        """Hidden states (B,L,D) after the final norm; `cache`, from `new_cache`, is extended by the L new positions.
+
+        `mask`: bool (B,1,L,S), True where the query may see the key, or a BlockMask. Without a mask, `causal=True` is
+        the usual causal attention and `causal=False` lets every new position see the whole cache and all new
+        positions, by the kernel without a mask. `position_BL` defaults to going on from the end of the cache.
+        """
+        length = 0 if cache is None else cache.get_seq_length()
+        L = inputs_embeds_BLD.shape[1]
+        if mask is None and causal and length and L > 1:
+            # SDPA aligns its own causal mask with the first key, which is right only for an empty cache.
+            mask = torch.ones(L, length + L, dtype=torch.bool, device=inputs_embeds_BLD.device).tril(length)[None, None]
+        return self.lm.base_model(
+            inputs_embeds=inputs_embeds_BLD,
+            attention_mask=mask,
+            position_ids=position_BL,
+            past_key_values=cache,
+            use_cache=cache is not None,
+            is_causal=causal,
+        ).last_hidden_state
+
+    def logits(self, hidden_KD: Tensor) -> Tensor:
+        """Hidden states (…,D) → scores (…,V) of the next text token."""
+        return self.lm.get_output_embeddings()(hidden_KD)
+
+    def new_cache(self) -> DynamicCache:
+        """An empty key/value cache for `forward`."""
+        return DynamicCache(config=self.lm.config)
+
+    def grow_vocabulary(self, size: int, generator: torch.Generator | None = None) -> None:
+        """Grow embedding and output head to `size` rows. New rows are the mean of the old ones plus noise of a tenth
+        of their spread, so that new tokens start plausible but distinct. Noise comes from `generator` (on the
+        weights' device), or from a generator of seed 0. Tied heads stay tied. ValueError if `size` is smaller than
+        the vocabulary.
+        """
+        old = self.vocabulary_size
+        if size < old:
+            raise ValueError(f"the vocabulary has {old} tokens and can only grow, not shrink to {size}")
+        if size == old:
+            return
+        embedding, head = self.lm.get_input_embeddings(), self.lm.get_output_embeddings()
+        device = embedding.weight.device
+        generator = torch.Generator(device).manual_seed(0) if generator is None else generator
+        tied = head is not None and head.weight is embedding.weight
+        embedding.weight = _grown(embedding.weight, size, generator)
+        embedding.num_embeddings = size
+        if tied:
+            head.weight = embedding.weight
+        elif head is not None:
+            head.weight = _grown(head.weight, size, generator)
+            if head.bias is not None:
+                head.bias = nn.Parameter(torch.cat([head.bias.detach(), head.bias.detach().new_zeros(size - old)]))
+        if head is not None:
+            head.out_features = size
+        self.lm.config.vocab_size = size
+        for module in (self.lm, self.lm.base_model):
+            if hasattr(module, "vocab_size"):
+                module.vocab_size = size
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar and load report: ours are errors that name the file."""
+    bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _grown(weight_VD: nn.Parameter, size: int, generator: torch.Generator) -> nn.Parameter:
+    old_VD = weight_VD.detach().float()
+    noise = torch.randn(size - old_VD.shape[0], old_VD.shape[1], generator=generator, device=old_VD.device)
+    new = old_VD.mean(0) + 0.1 * old_VD.std(0) * noise
+    return nn.Parameter(torch.cat([weight_VD.detach(), new.to(weight_VD.dtype)]), requires_grad=weight_VD.requires_grad)
+
+
+def _new_model(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype is None else dtype)
+
+
+def _config_from_dict(values: Any) -> PreTrainedConfig:
+    if not isinstance(values, Mapping) or "model_type" not in values:
+        raise ValueError('a backbone config needs "model_type", for instance "qwen3"')
+    if "auto_map" in values:
+        raise ValueError("this backbone config asks to run code of its own (auto_map), which is refused")
+    fields = {name: value for name, value in values.items() if name != "model_type"}
+    try:
+        return AutoConfig.for_model(values["model_type"], **fields)
+    except ValueError as error:
+        raise ValueError(f"backbone config with model_type {values['model_type']!r} was refused: {error}") from error
+
+
+def _check_family(config: PreTrainedConfig) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise ValueError(
+            f"backbone layers of kind {sorted(kinds - {'full_attention'})} cannot carry the block-causal mask; "
+            "use a model whose layers all have full attention (for Qwen3: use_sliding_window false)"
+        )
+
+
+def _check_files(folder: Path) -> None:
+    """Every weight file is there and whole, and the index names only files of this folder."""
+    index = folder / _INDEX
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        read_shapes(folder / "model.safetensors")
+        return
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} has no weight_map; download or export it again")
+    found: dict[str, set[str]] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ValueError(f"{index} names {shard!r}; only .safetensors files of the same folder are read")
+        found[shard] = set(read_shapes(folder / shard))
+    lost = [f"{name} in {shard}" for name, shard in weight_map.items() if name not in found[shard]]
+    if lost:
+        raise ValueError(f"{index} names weights that its files do not hold: {_listed(lost)}")
+
+
+def _check_report(report: Mapping[str, Any], folder: Path) -> None:
+    problems = [f"missing {name}" for name in sorted(report["missing_keys"])]
+    problems += [f"unexpected {name}" for name in sorted(report["unexpected_keys"])]
+    for mismatch in sorted(report["mismatched_keys"], key=str):
+        name, found, expected = mismatch if isinstance(mismatch, tuple) else (mismatch, "?", "?")
+        problems.append(f"{name} has shape {list(found)}, expected {list(expected)}")
+    problems += list(report.get("error_msgs") or [])
+    if problems:
+        raise ValueError(
+            f"the weights in {folder} do not fit its config.json: {_listed(problems)}. "
+            "Weights and config must come from the same model."
+        )
+
+
+def _listed(problems: list[str]) -> str:
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return "; ".join(problems[:_SHOWN]) + more

@@ -1,0 +1,181 @@
+"""The four parts (tokenizer, projector, backbone, head) and the training loss.
+
+B rows, L sequence, F = B·L flat positions, N image tokens, G generated ones, R = G/P predicted blocks, P tokens per
+block, T predicted text tokens, C bits per token, D hidden size.
+"""
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import cross_entropy
+
+from bitdance.backbone import Backbone
+from bitdance.flips import flip_bits
+from bitdance.mask import dense_mask, flex_mask_mod
+from bitdance.positions import sincos_2d
+from bitdance.projector import Projector
+from bitdance.prompt import SpecialTokens
+from bitdance.sequence import TrainingBatch
+
+if TYPE_CHECKING:
+    from bitdance.head import BinaryDiffusionHead
+    from lfq_tokenizer import LFQTokenizer
+
+Attention = Literal["dense", "flex"]
+
+
+@dataclass(frozen=True)
+class TrainingLosses:
+    """`total = vision + text_weight · text`. `vision` and `text` are means, 0 where the batch has nothing of that kind.
+
+    `vision_rows` (rows, P) and `text_rows` (T,) are the same losses before the mean. Rows are the predicted blocks in
+    the order of the batch, and all of them once more for each further repeat of the head's `diff_batch_mul`.
+    """
+
+    total: Tensor
+    vision: Tensor
+    text: Tensor
+    vision_rows: Tensor
+    text_rows: Tensor
+
+
+class BitDanceModel(nn.Module):
+    """Image tokenizer (or None, when bits come ready-made), text tokenizer, projector, backbone, head.
+
+    Raises ValueError where two parts do not fit each other, naming both numbers.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "LFQTokenizer | None",
+        text_tokenizer: Any,
+        projector: Projector,
+        backbone: Backbone,
+        head: "BinaryDiffusionHead",
+    ) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.text_tokenizer = text_tokenizer
+        self.projector = projector
+        self.backbone = backbone
+        self.head = head
+        self.special = SpecialTokens.from_tokenizer(text_tokenizer)
+        self._check_fit()
+
+    def _check_fit(self) -> None:
+        config = self.head.config
+        pairs = [
+            ("bits per token of projector and head", self.projector.bits, config.ch_target),
+            ("hidden size of projector and backbone", self.projector.hidden, self.backbone.hidden_size),
+            ("hidden size of head and backbone", config.ch_cond, self.backbone.hidden_size),
+        ]
+        if self.tokenizer is not None:
+            pairs.append(("bits per token of tokenizer and head", self.tokenizer.config.z_channels, config.ch_target))
+        for what, first, second in pairs:
+            if first != second:
+                raise ValueError(f"{what} differ: {first} and {second}; all parts must come from the same model")
+        if isqrt(config.parallel_num) ** 2 != config.parallel_num:
+            raise ValueError(
+                f"the head's parallel_num must be a square, the tokens of a patch, got {config.parallel_num}"
+            )
+        if len(self.text_tokenizer) > self.backbone.vocabulary_size:
+            raise ValueError(
+                f"the text tokenizer has {len(self.text_tokenizer)} tokens and the backbone an embedding of "
+                f"{self.backbone.vocabulary_size}; call backbone.grow_vocabulary(len(text_tokenizer))"
+            )
+        if len(self.special.query_ids) < config.parallel_num - 1:
+            raise ValueError(
+                f"the head predicts {config.parallel_num} tokens per step, which needs {config.parallel_num - 1} "
+                f"query tokens; the text tokenizer has {len(self.special.query_ids)} "
+                "(bitdance.prompt.add_image_tokens adds more)"
+            )
+
+    @property
+    def block_size(self) -> int:
+        """P, tokens predicted per step."""
+        return self.head.config.parallel_num
+
+    @property
+    def patch_side(self) -> int:
+        """p, with p² = P."""
+        return isqrt(self.block_size)
+
+    def embed_image(self, bits_NC: Tensor, row_N: Tensor, col_N: Tensor) -> Tensor:
+        """±1 bits (…,N,C) and their places → backbone inputs (…,N,D): projection plus 2-D position."""
+        projected = self.projector(bits_NC)
+        return projected + sincos_2d(row_N, col_N, self.projector.hidden, projected.dtype)
+
+    def forward(
+        self,
+        batch: TrainingBatch,
+        generator: torch.Generator | None = None,
+        flip_max: float = 0.1,
+        text_weight: float = 0.01,
+        attention: Attention = "dense",
+    ) -> TrainingLosses:
+        """Losses of one batch. Draw order from `generator`: flips r1 and r2, then the head's times, then its noise.
+
+        Source: BitDance paper, arXiv 2602.14041, training section; numbers of the published training code (case
+        `packed`).
+        """
+        hidden_FD = self.hidden(batch, generator, flip_max, attention).flatten(0, 1)
+        nothing = 0.0 * hidden_FD[0].float().sum()  # zero, and still a function of the parameters
+
+        text_rows, text = hidden_FD.new_zeros(0, dtype=torch.float32), nothing
+        if batch.label_ids_T.numel():
+            logits_TV = self.backbone.logits(hidden_FD[batch.label_index_T])
+            text_rows = cross_entropy(logits_TV.float(), batch.label_ids_T, reduction="none")
+            text = text_rows.mean()
+
+        P = self.block_size
+        vision_rows, vision = hidden_FD.new_zeros(0, P, dtype=torch.float32), nothing
+        if batch.predict_index_K.numel():
+            generated = batch.generated_N
+            cond_GD = hidden_FD[batch.predict_index_K] + sincos_2d(
+                batch.image_row_N[generated], batch.image_col_N[generated], hidden_FD.shape[-1], hidden_FD.dtype
+            )
+            bits_RPC = batch.image_bits_NC[generated].unflatten(0, (-1, P))
+            vision_rows = self.head.loss(bits_RPC, cond_GD.unflatten(0, (-1, P)), generator)
+            vision = vision_rows.mean()
+        return TrainingLosses(vision + text_weight * text, vision, text, vision_rows, text_rows)
+
+    def hidden(
+        self,
+        batch: TrainingBatch,
+        generator: torch.Generator | None = None,
+        flip_max: float = 0.0,
+        attention: Attention = "dense",
+    ) -> Tensor:
+        """(B,L,D) hidden states of the backbone under the block-causal mask."""
+        return self.backbone(
+            self.inputs(batch, generator, flip_max), position_BL=batch.position_BL, mask=_mask(batch, attention)
+        )
+
+    def inputs(self, batch: TrainingBatch, generator: torch.Generator | None = None, flip_max: float = 0.0) -> Tensor:
+        """(B,L,D) inputs of the backbone: token embeddings, and image tokens at their places, generated ones with
+        flips.
+        """
+        embeds_BLD = self.backbone.embed(batch.ids_BL)
+        if not batch.image_index_N.numel():
+            return embeds_BLD
+        bits_NC = batch.image_bits_NC
+        if batch.predict_index_K.numel():
+            bits_NC = bits_NC.clone()
+            bits_NC[batch.generated_N] = flip_bits(batch.image_bits_NC[batch.generated_N], flip_max, generator)
+        image_ND = self.embed_image(bits_NC, batch.image_row_N, batch.image_col_N)
+        embeds_FD = embeds_BLD.flatten(0, 1).index_copy(0, batch.image_index_N, image_ND.to(embeds_BLD.dtype))
+        return embeds_FD.view_as(embeds_BLD)
+
+
+def _mask(batch: TrainingBatch, attention: Attention) -> Tensor | BlockMask:
+    if attention == "dense":
+        return dense_mask(batch.doc_BL, batch.block_BL)
+    if attention == "flex":
+        B, L = batch.doc_BL.shape
+        mask_mod = flex_mask_mod(batch.doc_BL, batch.block_BL)
+        return create_block_mask(mask_mod, B, None, L, L, device=batch.doc_BL.device)
+    raise ValueError(f"attention must be 'dense' or 'flex', got {attention!r}")
