@@ -1,0 +1,52 @@
+# make demo   set up, generate pictures for configs/demo/prompts.txt with the bundled model
+# make test   set up with the test extra, run the tests
+# make check  ruff, mypy and the import rule
+# PYTHON, VENV and TORCH may be overridden:  make demo PYTHON=python3.12 VENV=/path/to/venv TORCH=torch==2.13.0
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+# An absolute path, so that nothing depends on the directory a recipe runs in.
+BIN := $(abspath $(VENV))/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+ENOUGH := { $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
+	{ echo "bitdance needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }; }
+METADATA := setup.py pyproject.toml
+DEMO := out/demo
+
+.PHONY: demo test check clean-venv
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(BIN)/bitdance generate --prompts configs/demo/prompts.txt -o $(DEMO) --grid
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q --timeout 300
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy lfq_tokenizer bitdance stages
+	$(BIN)/python -m pytest -q tests/test_import_rule.py
+
+# An interrupted `venv` leaves a folder without pip, hence the check for a working one.
+$(VENV)/.torch:
+	@$(BIN)/python -c "import pip" 2>/dev/null || { $(ENOUGH) && $(PYTHON) -m venv $(VENV); }
+	$(PIP) $(TORCH)
+	@touch $@
+
+# torch comes first and alone, so that the build chosen there stays.
+$(VENV)/.installed: $(METADATA) | $(VENV)/.torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(METADATA) | $(VENV)/.torch
+	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-dev: $(METADATA) | $(VENV)/.torch
+	$(PIP) -e '.[test,dev]'
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+
+clean-venv:
+	rm -rf $(VENV)

@@ -1,0 +1,134 @@
+"""The command `bitdance`. Nothing heavy is imported before the named sub-command runs, so that `--help` is quick.
+
+Commands of this package are modules of `bitdance.cli` with `run(argv) -> int`. Commands of other packages are entry
+points of the group `bitdance.commands`, each a function `(argv) -> int`; only names are read before one is called.
+
+Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or config, 130 and 143 stopped by SIGINT and SIGTERM.
+"""
+
+import argparse
+import difflib
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import NoReturn
+
+GROUP = "bitdance.commands"
+OWN = {
+    "generate": "pictures from prompts",
+    "info": "what a model folder holds, or how a picture was made",
+    "sizes": "picture sizes of a model",
+    "doctor": "what this machine offers, and which model fits",
+}
+FROM_ENTRY_POINTS = {
+    "data": "captioned pictures → webdataset shards",
+    "train": "train a tokenizer or a generator from a config",
+    "tokenizer": "encode, decode and evaluate pictures as bits",
+    "distill": "16 → 64 tokens per step",
+    "export": "training checkpoint → published layout",
+    "measure": "the figures that the README quotes",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, `bitdance: error: …`, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class UsageError(ValueError):
+    """A command line that cannot be carried out."""
+
+
+def report(message: str, kind: str = "error") -> None:
+    """One line on standard error: `bitdance: error: …`."""
+    line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode("utf-8")
+    print(f"bitdance: {kind}: {line}", file=sys.stderr, flush=True)
+
+
+def _foreign_commands() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in OWN}
+
+
+def _parser(foreign: Sequence[str]) -> Parser:
+    def rows(names: Sequence[str]) -> str:
+        return "\n".join(f"  {name:<10} {(OWN | FROM_ENTRY_POINTS).get(name, '')}".rstrip() for name in names)
+
+    commands = "commands:\n" + rows(list(OWN))
+    if foreign:
+        order = list(FROM_ENTRY_POINTS)
+        commands += "\n\ntraining commands:\n" + rows(
+            sorted(foreign, key=lambda name: (order.index(name) if name in order else len(order), name))
+        )
+    parser = Parser(
+        prog="bitdance",
+        description="Text → picture with binary tokens.",
+        epilog=commands + "\n\nbitdance COMMAND --help shows the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and leave")
+    parser.add_argument("command", nargs="?", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequence[str]], int]:
+    if name in OWN:
+        run: Callable[[Sequence[str]], int] = import_module(f"bitdance.cli.{name}").run
+        return run
+    if name in foreign:
+        try:
+            loaded: Callable[[Sequence[str]], int] = foreign[name].load()
+            return loaded
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"command {name!r} needs the module {error.name!r}; install the training extra: "
+                "pip install 'bitdance[train]'"
+            ) from error
+    if name in FROM_ENTRY_POINTS:
+        raise UsageError(f"command {name!r} is not registered here; install the package: pip install -e '.[train]'")
+    known = [*OWN, *foreign]
+    near = difflib.get_close_matches(name, known, 1, 0.6)
+    raise UsageError(
+        f"unknown command {name!r}; " + (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known)}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code. `argv` without the program's name; None reads `sys.argv`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a terminal without "×" must not turn an answer into an error
+    try:
+        foreign = _foreign_commands()
+        parser = _parser(list(foreign))
+        options = parser.parse_args(argv)
+        if options.version:
+            from bitdance import __version__
+
+            print(f"bitdance {__version__}")
+            return 0
+        if options.command is None:
+            parser.print_help()
+            return 2
+        code = _command(options.command, foreign)(options.arguments)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; without this the interpreter would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, FileNotFoundError) as error:
+        report(str(error))
+        return 2
+    except KeyboardInterrupt:
+        report("SIGINT", "stopped")
+        return 130

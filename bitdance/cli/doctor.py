@@ -1,0 +1,113 @@
+"""`bitdance doctor [--json]`: versions, device, memory, attention backends, optional packages, and what fits."""
+
+import importlib.util
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bitdance.cli import Parser
+from bitdance.cli.memory import GB, PUBLISHED, free_main_memory, largest_that_fits
+
+OPTIONAL = {
+    "flash_attn": "faster attention on NVIDIA GPUs",
+    "deepspeed": "training",
+    "webdataset": "training from shards",
+    "tensorboard": "training curves",
+    "resvg_py": "drawing icon sets",
+}
+BUNDLED = Path(__file__).parent.parent / "pretrained" / "demo"
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print what this machine offers."""
+    parser = Parser(prog="bitdance doctor", description="What this machine offers, and which published model fits.")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    options = parser.parse_args(argv)
+    found = examine()
+    if options.json:
+        print(json.dumps(found, ensure_ascii=False, indent=2))
+        return 0
+    print(f"bitdance {found['bitdance']}, Python {found['python']}, {found['system']}")
+    print(", ".join(f"{name} {number or 'missing'}" for name, number in found["packages"].items()))
+    for device in found["devices"]:
+        print(f"device {device['device']}: {device['name']}, free memory {_gb(device['free_bytes'])}")
+    print("attention: " + ", ".join(found["attention"]))
+    for name, present in found["optional"].items():
+        print(f"{name}: {'present' if present else 'not installed'} ({OPTIONAL[name]})")
+    print(f"bundled model: {'present' if found['bundled_model'] else 'missing (generate needs --model DIR)'}")
+    if found["fits"]:
+        print(f"largest published setting that fits: {found['fits']['setting']} on {found['fits']['device']}")
+    else:
+        least = min(found["published"], key=lambda row: row["needs_bytes"])
+        print(f"no published model fits; the smallest setting, {least['setting']}, needs {_gb(least['needs_bytes'])}")
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `doctor --json` prints. Needs of published models are computed, not measured."""
+    from bitdance import __version__
+
+    devices = _devices()
+    by_preference = sorted(devices, key=lambda device: (device["device"] == "cpu", -(device["free_bytes"] or 0)))
+    fitting = [(device["device"], largest_that_fits(device["free_bytes"] or 0)) for device in by_preference]
+    device, fits = next(((name, setting) for name, setting in fitting if setting), ("", None))
+    return {
+        "bitdance": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: _version(name) for name in ("torch", "transformers", "safetensors", "numpy", "pillow")},
+        "devices": devices,
+        "attention": _attention(),
+        "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
+        "bundled_model": (BUNDLED / "config.json").is_file(),
+        "fits": {"setting": fits.name, "device": device, "needs_bytes": fits.bytes} if fits else None,
+        "published": [{"setting": setting.name, "needs_bytes": setting.bytes} for setting in PUBLISHED],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    cpu = {
+        "device": "cpu",
+        "name": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "free_bytes": free_main_memory(),
+    }
+    devices = [cpu]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free, _ = torch.cuda.mem_get_info(index)
+            devices.append({"device": f"cuda:{index}", "name": torch.cuda.get_device_name(index), "free_bytes": free})
+    elif torch.backends.mps.is_available():
+        devices.append({"device": "mps", "name": "Apple GPU", "free_bytes": torch.mps.recommended_max_memory()})
+    return devices
+
+
+def _attention() -> list[str]:
+    """Names of the attention backends that this build of torch has; flash_attn only when installed."""
+    import torch
+
+    names = ["sdpa math"]
+    if torch.cuda.is_available():
+        if torch.backends.cuda.is_flash_attention_available():
+            names.append("sdpa flash")
+        names.append("sdpa memory-efficient")
+    if importlib.util.find_spec("torch.nn.attention.flex_attention") is not None:
+        names.append("flex_attention")
+    if importlib.util.find_spec("flash_attn") is not None:
+        names.append("flash_attn")
+    return names
+
+
+def _gb(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / GB:.1f} GB"

@@ -1,0 +1,246 @@
+"""`bitdance generate`: prompts → one PNG each. Everything is checked before a weight is loaded or a file written.
+
+    bitdance generate "a red apple, 3D style" --seed 1 2 3 -o out
+    bitdance generate --prompts jobs.jsonl -o out --shard 0/8
+    bitdance generate --from out/0000-a-red-apple-1.png --steps 100 -o again
+
+Which value holds: a key of a JSONL line, else the flag, else (with --from) the picture's own value, else the model's
+default. Every prompt starts at seed 0 unless --seed says otherwise, so that its picture does not depend on its place in
+a file; picture k of a prompt (--images-per-prompt, or "n") has seed + k, as in `BitDancePipeline`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitdance.cli import Parser, UsageError, report
+from bitdance.jobs import (
+    KEYS,
+    Job,
+    Request,
+    Settings,
+    check_number,
+    checked_prompt,
+    job_hash,
+    parse_shard,
+    plan,
+    read_requests,
+    requests_from_arguments,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Order:
+    """All that `generate` was asked for, checked: the jobs of this shard, and what to make them with."""
+
+    jobs: list[Job]
+    hashes: dict[int, str]  # Job.index → job hash
+    model: str  # as the user named it
+    folder: Path
+    fingerprint: str
+    device: str
+    dtype: str
+    batch_size: int
+    shard: tuple[int, int]
+    output: Path
+    grid: bool
+
+    def metadata(self, job: Job) -> dict[str, Any]:
+        """What the PNG of a job says. No absolute path and no time: the same job gives the same file."""
+        from bitdance import __version__
+
+        return {
+            "prompt": job.prompt,
+            "seed": job.seed,
+            "height": job.height,
+            "width": job.width,
+            "steps": job.steps,
+            "guidance": job.guidance,
+            "sampler": "euler_maruyama",
+            "model": "demo" if self.model == "demo" else self.folder.resolve().name,
+            "model_fingerprint": self.fingerprint,
+            "dtype": self.dtype,
+            "version": __version__,
+            "job_hash": self.hashes[job.index],
+        }
+
+
+def run(argv: Sequence[str]) -> int:
+    """Make the pictures; the exit code is that of the command."""
+    options = _parser().parse_intermixed_args(argv)
+    order = read_order(options)
+    from bitdance.cli.making import make  # torch and the model only now
+
+    return make(order)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="bitdance generate",
+        description="Pictures from prompts: one PNG each, and a line in manifest.jsonl. Finished pictures are skipped.",
+        epilog=f"JSONL keys: {', '.join(KEYS)}; only prompt is required. A key wins over the flag of that name.",
+    )
+    parser.add_argument("prompt", nargs="*", help='one or more prompts; "" is a picture without a prompt')
+    parser.add_argument(
+        "--prompts", metavar="FILE", help=".jsonl (one object per line), .txt (one prompt per line), - (stdin)"
+    )
+    parser.add_argument(
+        "--from", dest="source", metavar="PICTURE.png", help="prompt and settings of a finished picture"
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", default="out", help="folder for the pictures (default: out)")
+    parser.add_argument("--model", metavar="DIR|demo", help="model folder; demo (default) is the bundled model")
+    parser.add_argument("--height", help="pixels; default: the model's")
+    parser.add_argument("--width", help="pixels; default: the model's")
+    parser.add_argument("--steps", help="solver steps per block")
+    parser.add_argument("--guidance", help="strength of the prompt; 1 switches guidance off")
+    parser.add_argument("--seed", nargs="+", metavar="S", help="each prompt is made with each seed (default: 0)")
+    parser.add_argument("--images-per-prompt", metavar="K", help="pictures per prompt and seed, with seeds counting up")
+    parser.add_argument("--batch-size", metavar="B", help=f"pictures made at once (default: {BATCH_SIZE})")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--shard", metavar="I/N", default="0/1", help="only pictures I, I+N, I+2N, … of the whole list")
+    parser.add_argument("--grid", action="store_true", help="also write grid.png, all pictures on one sheet")
+    return parser
+
+
+def read_order(options: argparse.Namespace) -> Order:
+    """Check all that can be checked without loading weights; ValueError or FileNotFoundError name what is wrong."""
+    shard = parse_shard(options.shard)
+    batch_size = BATCH_SIZE if options.batch_size is None else _number("batch_size", options.batch_size, "--batch-size")
+    flags = _flags(options)
+    picture = _picture(options)
+    requests = _requests(options, picture)
+    model = options.model or _model_of(picture, options.source)
+
+    from bitdance.checkpoint import check_folder, read_extras, resolve
+    from bitdance.cli.model_files import fingerprint
+    from bitdance.pipeline import GUIDANCE, STEPS
+    from bitdance.sizes import check_size, default_size, rule_of_folder
+
+    folder = resolve(model)
+    check_folder(folder)
+    rule, defaults = rule_of_folder(folder), read_extras(folder).get("defaults", {})
+    height, width = default_size(rule)
+    values: dict[str, Any] = {
+        "height": height,
+        "width": width,
+        "steps": defaults.get("num_inference_steps", STEPS),
+        "guidance": float(defaults.get("guidance_scale", GUIDANCE)),
+        **{key: picture[key] for key in ("height", "width", "steps", "guidance") if key in picture},
+        **flags,
+    }
+    values.setdefault("seeds", (picture["seed"],) if "seed" in picture else (0,))
+    jobs = plan(requests, Settings(**values), lambda height, width: check_size(rule, height, width))
+
+    device = _device(options.device)
+    dtype = options.dtype or picture.get("dtype") or ("bfloat16" if device.startswith("cuda") else "float32")
+    mark = fingerprint(folder)
+    if picture.get("model_fingerprint", mark) != mark:
+        report(f"{options.source} was made with other weights ({picture['model_fingerprint']}, not {mark})", "warning")
+    return Order(
+        jobs=[job for job in jobs if job.index % shard[1] == shard[0]],
+        hashes={job.index: job_hash(job, mark, dtype) for job in jobs},
+        model=model,
+        folder=folder,
+        fingerprint=mark,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        shard=shard,
+        output=Path(options.output),
+        grid=options.grid,
+    )
+
+
+def _flags(options: argparse.Namespace) -> dict[str, Any]:
+    """Values of the flags that were given, under the names of `Settings`."""
+    flags = {
+        name: _number(name, getattr(options, name), f"--{name}")
+        for name in ("height", "width", "steps", "guidance")
+        if getattr(options, name) is not None
+    }
+    if options.images_per_prompt is not None:
+        flags["n"] = _number("n", options.images_per_prompt, "--images-per-prompt")
+    if options.seed is not None:
+        flags["seeds"] = tuple(_number("seed", seed, "--seed (prompts go before it)") for seed in options.seed)
+    return flags
+
+
+def _number(name: str, text: str, source: str) -> Any:
+    value: Any = text
+    with suppress(ValueError):  # check_number says what is allowed instead
+        value = float(text) if name == "guidance" else int(text)
+    return check_number(name, value, source)
+
+
+def _requests(options: argparse.Namespace, picture: dict[str, Any]) -> list[Request]:
+    given = [name for name, value in (("--prompts", options.prompts), ("--from", options.source)) if value is not None]
+    if len(given) == 2 or (options.prompts is not None and options.prompt):
+        raise UsageError("prompts come from one place: as arguments, or --prompts FILE, or --from PICTURE.png")
+    if options.prompts is not None:
+        return read_requests(options.prompts, _contents(options.prompts))
+    if options.prompt:
+        return requests_from_arguments(options.prompt)
+    if picture:
+        return [Request(picture["prompt"], options.source)]
+    raise UsageError('no prompt; write one in quotes, or --prompts FILE. Example: bitdance generate "a red apple"')
+
+
+def _contents(name: str) -> bytes:
+    if name == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"--prompts {name}: {error.strerror}; give a .txt or .jsonl file, or - for standard input"
+        ) from None
+
+
+def _picture(options: argparse.Namespace) -> dict[str, Any]:
+    """The checked settings inside the PNG of --from; {} without --from. Anyone may have written them."""
+    if options.source is None:
+        return {}
+    from bitdance.picture import read_metadata
+
+    found, source = read_metadata(options.source), options.source
+    if "prompt" not in found:
+        raise UsageError(f"{source} does not say its prompt; it was not made by `bitdance generate`")
+    if found.get("sampler", "euler_maruyama") != "euler_maruyama":
+        raise UsageError(f"{source} was made with sampler {found['sampler']!r}; this command only has 'euler_maruyama'")
+    settings: dict[str, Any] = {"prompt": checked_prompt(found["prompt"], source)}
+    for name in ("seed", "height", "width", "steps", "guidance"):
+        if name in found:
+            settings[name] = check_number(name, found[name], source)
+    settings |= {name: found[name] for name in ("model", "model_fingerprint") if isinstance(found.get(name), str)}
+    return settings | ({"dtype": found["dtype"]} if found.get("dtype") in DTYPES else {})
+
+
+def _model_of(picture: dict[str, Any], source: str) -> str:
+    if picture.get("model", "demo") != "demo":
+        raise UsageError(f"{source} was made with the model {picture['model']!r}; say where that is with --model DIR")
+    return "demo"
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in DEVICES:
+            raise RuntimeError(f"known kinds: {', '.join(DEVICES)}")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"device {name!r} cannot be used here ({reason}); leave --device out, or use cpu") from None
+    return str(device)

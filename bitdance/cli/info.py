@@ -1,0 +1,99 @@
+"""`bitdance info MODEL | PICTURE.png [--json] [--prompts]`: what a model folder holds, or how a picture was made."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitdance.cli import Parser, UsageError
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print the facts about a model folder (or "demo"), or the settings inside a PNG. No weights are loaded."""
+    parser = Parser(prog="bitdance info", description="What a model folder holds, or how a picture was made.")
+    parser.add_argument(
+        "what", metavar="MODEL|PICTURE.png", nargs="?", default="demo", help="model folder, demo or a PNG"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--prompts", action="store_true", help="only the prompts or concepts that the model knows")
+    options = parser.parse_args(argv)
+    path = Path(options.what)
+    if path.suffix.lower() == ".png" or path.is_file():
+        if options.prompts:
+            raise UsageError(f"--prompts lists what a model knows; {options.what} is a picture")
+        return _show(_picture(path), options.json)
+
+    from bitdance.checkpoint import read_extras, resolve
+
+    folder = resolve(options.what)
+    if options.prompts:
+        return _show_prompts(options.what, read_extras(folder).get("prompts"), options.json)
+    return _show(_model(folder), options.json)
+
+
+def _picture(path: Path) -> dict[str, Any]:
+    from bitdance.picture import read_metadata
+
+    return read_metadata(path)
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    from bitdance.checkpoint import check_folder, read_extras
+    from bitdance.cli.model_files import fingerprint, parts
+    from bitdance.sizes import default_size, rule_of_folder, supported_sizes
+
+    head = check_folder(folder)
+    rule, extras, networks = rule_of_folder(folder), read_extras(folder), parts(folder)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    return {
+        "parameters": sum(part.parameters for part in networks),
+        "parts": {part.name: part.parameters for part in networks},
+        "bits_per_token": head.ch_target,
+        "downsampling": rule.downsampling,
+        "patch_side": rule.patch_side,
+        "tokens_per_step": head.parallel_num,
+        "default_size": default_size(rule),
+        "sizes": supported_sizes(rule),
+        "defaults": extras.get("defaults", {}),
+        "card": extras.get("card", {}),
+        "fingerprint": fingerprint(folder),
+        "bytes": sum(files.values()),
+        "files": files,
+    }
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(facts, ensure_ascii=False, indent=2))
+        return 0
+    for key, value in facts.items():
+        if key in ("sizes", "default_size"):
+            sizes = [value] if key == "default_size" else value
+            print(f"{key}: " + ", ".join(f"{height}×{width}" for height, width in sizes))
+        elif isinstance(value, dict):
+            print(f"{key}:" + ("" if value else " none"))
+            for name, content in value.items():
+                print(f"  {name}: {_text(content)}")
+        else:
+            print(f"{key}: {_text(value)}")
+    return 0
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"{value:,}" if value >= 100_000 else str(value)
+
+
+def _show_prompts(name: str, prompts: Any, as_json: bool) -> int:
+    if not prompts:
+        raise UsageError(f"model {name!r} names no prompts (bitdance.json has no 'prompts'); any text may be tried")
+    if as_json:
+        print(json.dumps(prompts, ensure_ascii=False))
+        return 0
+    for group, words in prompts.items() if isinstance(prompts, dict) else (("", prompts),):
+        if group:
+            print(f"{group}:")
+        for word in words if isinstance(words, list) else [words]:
+            print(("  " if group else "") + _text(word))
+    return 0

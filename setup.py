@@ -1,0 +1,52 @@
+"""Metadata, packages, extras, commands. Flat packages are listed: setuptools refuses to discover several."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "bitdance/__init__.py").read_text(encoding="utf-8"), re.M)
+assert VERSION, "bitdance/__init__.py states no __version__"
+README = ROOT / "README.md"
+
+TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "tensorboard>=2.14"]
+ICONS = ["resvg-py>=0.5,<1"]
+
+setup(
+    name="bitdance",
+    version=VERSION[1],
+    description="Text to picture with binary tokens: tokenizer, generator, training",
+    long_description=README.read_text(encoding="utf-8") if README.is_file() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=["lfq_tokenizer", "bitdance", "bitdance.cli", "stages", "stages.data", "stages.measure"],
+    package_data={"bitdance": ["pretrained/demo/*"]},
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "transformers>=5.0,<6",
+        "safetensors>=0.4.3",
+        "einops>=0.7",
+        "numpy>=1.26",
+        "Pillow>=10.3",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "icons": ICONS,
+        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *ICONS],
+        "dev": ["ruff>=0.6", "mypy>=1.11"],
+    },
+    entry_points={
+        "console_scripts": ["bitdance = bitdance.cli:main"],
+        "bitdance.commands": [
+            "data = stages.cli:data",
+            "train = stages.cli:train",
+            "tokenizer = stages.cli:tokenizer",
+            "export = stages.cli:export",
+            "measure = stages.cli:measure",
+        ],
+    },
+)

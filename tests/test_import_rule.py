@@ -1,0 +1,108 @@
+"""lfq_tokenizer ← bitdance ← stages ← distill: nothing imports to the right, and the start stays quick."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = ["lfq_tokenizer", "bitdance", "stages", "distill"]
+PRESENT = [name for name in ORDER if (ROOT / name).is_dir()]
+HEAVY = ("deepspeed", "webdataset", "flash_attn", "gradio")
+# On a busy or slow machine the same code takes longer; CI may say by how much.
+SLOWNESS = float(os.environ.get("BITDANCE_TEST_SLOWNESS", "1"))
+
+
+def imported(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, top-level package) of every import in a file, wherever in the file it stands."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.lineno, node.module.split(".")[0]
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value.split(".")[0]
+
+
+def offenders(package: str, forbidden: set[str]) -> list[str]:
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for line, name in imported(path)
+        if name in forbidden
+    ]
+
+
+def test_the_rooms_are_there() -> None:
+    assert PRESENT[:2] == ORDER[:2]
+    assert all(any((ROOT / name).rglob("*.py")) for name in PRESENT)
+
+
+@pytest.mark.parametrize("package", PRESENT)
+def test_arrows_only_point_left(package: str) -> None:
+    assert offenders(package, set(ORDER[ORDER.index(package) + 1 :]) | {"tests", "configs"}) == []
+
+
+def test_the_rule_sees_an_import_upward(tmp_path: Path) -> None:
+    file = tmp_path / "x.py"
+    file.write_text(
+        "def f():\n    from stages.engine import g\n    import_module('distill.x')\n    import deepspeed.a as b\n"
+    )
+    assert sorted(imported(file)) == [(2, "stages"), (3, "distill"), (4, "deepspeed")]
+
+
+def test_the_tokenizer_stands_alone() -> None:
+    allowed = {"torch", "einops", "safetensors", "numpy", "PIL", "lfq_tokenizer"} | set(sys.stdlib_module_names)
+    found = {name for path in (ROOT / "lfq_tokenizer").rglob("*.py") for _, name in imported(path)}
+    assert found <= allowed, found - allowed
+
+
+def test_the_library_imports_no_training_package() -> None:
+    assert offenders("bitdance", {"deepspeed", "webdataset", "tensorboard", "gradio"}) == []
+    assert offenders("lfq_tokenizer", {"deepspeed", "webdataset", "tensorboard", "gradio", "transformers"}) == []
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=120, check=True)
+
+
+def best_of_three(*arguments: str) -> float:
+    """Wall-clock seconds of the quickest of three runs: the others waited for the disk or for a neighbour."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        python(*arguments)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def test_import_bitdance_is_quick_and_light() -> None:
+    loaded = json.loads(python("-c", "import bitdance, sys, json; print(json.dumps(sorted(sys.modules)))").stdout)
+    assert "bitdance" in loaded
+    assert not set(HEAVY) & {name.split(".")[0] for name in loaded}
+    assert best_of_three("-c", "import bitdance") < 1.0 * SLOWNESS
+
+
+def test_using_the_pipeline_class_loads_no_training_package() -> None:
+    code = "import bitdance, sys, json; bitdance.BitDancePipeline; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(python("-c", code).stdout)
+    assert "torch" in loaded
+    assert not set(HEAVY) & {name.split(".")[0] for name in loaded}
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    shown = python("-m", "bitdance", "--help").stdout
+    assert all(command in shown for command in ("generate", "info", "sizes", "doctor"))
+    code = "import sys\nfrom bitdance.cli import main\nmain(['--help'])\nprint('torch' in sys.modules)"
+    assert python("-c", code).stdout.endswith("False\n")
+    assert best_of_three("-m", "bitdance", "--help") < 0.5 * SLOWNESS
