@@ -5,7 +5,7 @@ from torch.nn.functional import gelu
 
 
 class Projector(nn.Module):
-    """`Linear(C, D) → GELU(tanh) → Linear(D, D)`. Parameter names are those of the published `projector.safetensors`."""
+    """`Linear(C, D) → GELU(tanh) → Linear(D, D)`, with the parameter names of the published `projector.safetensors`."""
 
     def __init__(self, bits: int, hidden: int) -> None:
         super().__init__()
