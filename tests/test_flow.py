@@ -57,7 +57,7 @@ def test_drawn_times_have_the_promised_distribution():
     assert abs(logit.mean() + 0.8) < 5 * 0.8 / math.sqrt(rows)
     assert abs(logit.std() - 0.8) < 5 * 0.8 / math.sqrt(2 * rows)
     uniform = draw_time(rows, "uniform", -0.8, 0.8, 1.0, generator)
-    assert abs(uniform.mean() - 0.5) < 5 / math.sqrt(12 * rows) and 0 <= uniform.min() and uniform.max() < 1
+    assert abs(uniform.mean() - 0.5) < 5 / math.sqrt(12 * rows) and uniform.min() >= 0 and uniform.max() < 1
 
 
 def test_drawn_times_are_shifted():

@@ -1,5 +1,7 @@
 """The autoregressive loop: what it computes, what it may depend on, what it must not waste."""
 
+from functools import partial
+
 import pytest
 import torch
 from golden_cases import GOLDEN
@@ -19,7 +21,7 @@ PROMPTS = ["a red cube", "x", "a blue ball on a table, seen from far away", "two
 
 @pytest.fixture(scope="module")
 def published():
-    """Recorded weights: their pictures react to everything. Tests that hook into a model take `tiny_model()` instead."""
+    """Recorded weights: their pictures react to everything. Tests that hook into a model take `tiny_model()`."""
     return load_model(GOLDEN / "t2i_ckpt", "cpu")
 
 
@@ -56,9 +58,7 @@ def recompute(model, prompt, h, w, steps, guidance, generator):
         conditions.append(torch.cat(hidden) + sincos_2d(row[here], col[here], inputs.shape[-1]))
         embedded = model.head.prepare(conditions[-1])
 
-        def noise():
-            return torch.randn((1, P, tokens.shape[-1]), generator=generator)
-
+        noise = partial(torch.randn, (1, P, model.projector.bits), generator=generator)
         x = euler_maruyama(lambda x, t, e=embedded: model.head.denoise(x, t, e), noise(), steps, noise, guidance)
         tokens = torch.cat([tokens, binarize(x)], dim=1)
     return plan.unorder(tokens), conditions

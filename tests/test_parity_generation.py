@@ -27,7 +27,6 @@ HEAD_SAMPLE = tuple(name for name in NAMES if name.startswith("head_sample/"))
 HEAD_LOSS = tuple(name for name in NAMES if name.startswith("head_loss/"))
 GENERATE_API = "gen/generate_api_p4_64x64"
 GEN = tuple(name for name in NAMES if name.startswith("gen/") and name != GENERATE_API)
-CASES = {"timestep_embedding", *HEAD_NET, *HEAD_SAMPLE, *HEAD_LOSS, *GEN, GENERATE_API}
 
 
 def published_head(**changes) -> BinaryDiffusionHead:
