@@ -51,6 +51,10 @@ class AdaptiveGroupNorm(nn.Module):
         self.norm = group_norm(channels, affine=False)
         self.gamma = nn.Linear(bits, channels)
         self.beta = nn.Linear(bits, channels)
+        # OURS: fresh weights start as a plain group norm, so that early gradients reach the encoder undistorted.
+        for layer, start in ((self.gamma, 1.0), (self.beta, 0.0)):
+            nn.init.zeros_(layer.weight)
+            nn.init.constant_(layer.bias, start)
 
     def forward(self, x_BcHW: Tensor, bits_BChw: Tensor) -> Tensor:
         flat_BCN = bits_BChw.flatten(2)

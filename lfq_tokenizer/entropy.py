@@ -10,14 +10,31 @@ so the 2^k codes appear only in the mean, and the work per sample is 2·2^(k/2) 
 Source: BitDance paper (arXiv 2602.14041), tokenizer section; `groups = 1` is LFQ, `groups = dim` is BSQ.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
 
 MAX_BITS_PER_GROUP = 18
 LOG_EPSILON = 1e-5
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose gradient is summed over processes too; data-parallel averaging divides by their number again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
 
 
 def check_groups(dim: int, groups: int) -> None:
@@ -71,9 +88,8 @@ def group_entropy(z_BChw: Tensor, groups: int, temperature: float = 0.01, pool_g
     mean_GQ = torch.stack(means)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         world = dist.get_world_size()
-        # The differentiable all-reduce sums gradients over processes; data-parallel averaging divides by their number again.
-        mean_GQ = all_reduce(mean_GQ) / world
-        per_sample = all_reduce(per_sample) / world
+        mean_GQ = _SumOverProcesses.apply(mean_GQ) / world
+        per_sample = _SumOverProcesses.apply(per_sample) / world
     if pool_groups:
         mean_GQ = mean_GQ.mean(dim=0, keepdim=True)
     # OFFICIAL: the recorded values hold this epsilon inside the logarithm (0.0026 nats at 8 bits per group).

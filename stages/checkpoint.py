@@ -1,0 +1,107 @@
+"""Life cycle of a training checkpoint: whole or absent, whatever happens in between.
+
+    RUN/step_00000500.incomplete/   being written
+    RUN/step_00000500/              published by one rename, after every file is on disk and listed in manifest.json
+    RUN/latest                      name of the newest one, replaced atomically afterwards
+
+The resume state inside is DeepSpeed's and is a pickle: private to the run, never a format to share (see SECURITY.md).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from lfq_tokenizer.weights import write_json
+
+INCOMPLETE = ".incomplete"
+
+
+def step_folder(run: Path, step: int) -> Path:
+    return run / f"step_{step:08d}"
+
+
+def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Publish a checkpoint. `write(folder)` is called on every process; only process 0 renames and prunes."""
+    final = step_folder(run, step)
+    working = final.with_name(final.name + INCOMPLETE)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if first:
+        shutil.rmtree(working, ignore_errors=True)
+        working.mkdir(parents=True)
+    _barrier()
+    write(working)
+    _barrier()
+    if first:
+        files = sorted(p for p in working.rglob("*") if p.is_file())
+        manifest = {str(p.relative_to(working)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        write_json({"step": step, "files": manifest}, working / "manifest.json")
+        for path in [*files, working / "manifest.json"]:
+            _fsync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(working, final)
+        pointer = run / "latest.tmp"
+        pointer.write_text(final.name + "\n")
+        os.replace(pointer, run / "latest")
+        for old in complete(run)[:-keep]:
+            shutil.rmtree(old)
+    _barrier()
+    return final
+
+
+def complete(run: Path) -> list[Path]:
+    """Published checkpoints of a run, oldest first."""
+    return sorted(p for p in run.glob("step_*") if p.is_dir() and not p.name.endswith(INCOMPLETE))
+
+
+def find(resume: str, run: Path) -> Path | None:
+    """What `--resume auto|no|PATH` means. FileNotFoundError or ValueError when PATH is not a whole checkpoint."""
+    if resume == "no":
+        return None
+    if resume == "auto":
+        found = complete(run)
+        return found[-1] if found else None
+    path = Path(resume)
+    if not path.is_dir():
+        raise FileNotFoundError(f"--resume {path}: no such checkpoint folder; use 'auto', 'no' or a folder step_NNNNNNNN")
+    return path
+
+
+def verify(folder: Path) -> int:
+    """The step of a whole checkpoint. ValueError lists the first ten files that are missing or changed."""
+    manifest_path = folder / "manifest.json"
+    if folder.name.endswith(INCOMPLETE) or not manifest_path.is_file():
+        raise ValueError(f"{folder} is not a finished checkpoint (no manifest.json); resume from an older step")
+    manifest = json.loads(manifest_path.read_text())
+    wrong = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != entry["bytes"]:
+            wrong.append(f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}")
+        elif _sha256(path) != entry["sha256"]:
+            wrong.append(f"{name} has another SHA-256 than the manifest")
+    if wrong:
+        raise ValueError(f"{folder} is damaged: " + "; ".join(wrong[:10]) + ". Resume from an older step.")
+    return int(manifest["step"])
+
+
+def _barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

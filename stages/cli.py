@@ -1,0 +1,117 @@
+"""The training sub-commands of `bitdance`; each takes its arguments and returns an exit code.
+
+    bitdance data pack|inspect …      bitdance train CONFIG          bitdance tokenizer encode|eval …
+    bitdance export CHECKPOINT OUT    bitdance measure prompts …
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def _guarded(prog: str, body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
+    """Run `body`; what a user did wrong becomes one line and exit code 2."""
+    try:
+        return body(list(sys.argv[1:] if argv is None else argv))
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def data(argv: Sequence[str] | None = None) -> int:
+    """`bitdance data …`: captioned pictures → shards."""
+    from stages.data.cli import main
+
+    return _guarded("bitdance data", main, argv)
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """`bitdance train CONFIG`: one process; `torchrun -m stages CONFIG` runs several."""
+    return _guarded("bitdance train", _train, argv)
+
+
+def _train(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bitdance train", description="Train the model that a config describes.")
+    parser.add_argument("config", help="a TOML file; see configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the config")
+    parser.add_argument("--resume", default="auto", help="auto (newest checkpoint of the run), no, or a checkpoint folder")
+    parser.add_argument("--dry-run", action="store_true", help="build everything, print the plan, train nothing")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # some launchers add it
+    arguments = parser.parse_args(argv)
+
+    from stages.config import as_dict, load_config
+
+    config = load_config(arguments.config, arguments.set)
+    from stages.engine import train as run
+    from stages.recipe import build_recipe
+
+    recipe = build_recipe(config)
+    if arguments.dry_run:
+        parts = {name: sum(p.numel() for p in m.parameters()) for name, m in recipe.module.named_children()}
+        plan = {"parameters": parts, "samples": recipe.length, "data": recipe.hash, "config": as_dict(config)}
+        print(json.dumps(plan, indent=2, default=str))
+        return 0
+    return run(recipe, config, arguments.resume)
+
+
+def tokenizer(argv: Sequence[str] | None = None) -> int:
+    """`bitdance tokenizer encode|eval`."""
+    return _guarded("bitdance tokenizer", _tokenizer, argv)
+
+
+def _tokenizer(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bitdance tokenizer", description="Pictures ⇄ bits with a trained tokenizer.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    encode = commands.add_parser("encode", help="shards of pictures → shards of packed bits, which a generator trains from")
+    encode.add_argument("shards", nargs="+")
+    encode.add_argument("out", type=Path)
+    evaluate = commands.add_parser("eval", help="PSNR and bit usage on shards of pictures")
+    evaluate.add_argument("shards", nargs="+")
+    evaluate.add_argument("--json", action="store_true")
+    evaluate.add_argument("--picture", type=Path, help="write originals and reconstructions side by side")
+    for command in (encode, evaluate):
+        command.add_argument("--model", required=True, help="folder with ae_config.json and ae.safetensors, or demo")
+    arguments = parser.parse_args(argv)
+
+    from stages.tokenize import encode_shards, evaluate_shards
+
+    if arguments.command == "encode":
+        count = encode_shards(arguments.model, arguments.shards, arguments.out)
+        print(f"{count} samples → {arguments.out}")
+        return 0
+    figures = evaluate_shards(arguments.model, arguments.shards, arguments.picture)
+    if arguments.json:
+        print(json.dumps(figures))
+    else:
+        print("\n".join(f"{name:16} {value:.4g}" for name, value in figures.items()))
+    return 0
+
+
+def export(argv: Sequence[str] | None = None) -> int:
+    """`bitdance export CHECKPOINT OUT --format official`."""
+    return _guarded("bitdance export", _export, argv)
+
+
+def _export(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bitdance export", description="Training checkpoint → published layout.")
+    parser.add_argument("checkpoint", type=Path, help="a folder step_NNNNNNNN of a run, or the run (its newest checkpoint)")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--format", choices=["official"], default="official")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as trained (float32)")
+    parser.add_argument("--extras", type=Path, help="JSON file merged into bitdance.json: defaults, sizes, prompts, card")
+    arguments = parser.parse_args(argv)
+
+    from stages.export import export_checkpoint
+
+    export_checkpoint(arguments.checkpoint, arguments.out, arguments.dtype, arguments.extras)
+    print(arguments.out)
+    return 0
+
+
+def measure(argv: Sequence[str] | None = None) -> int:
+    """`bitdance measure prompts`: how well a model follows its prompts."""
+    from stages.measure.prompts import main
+
+    return _guarded("bitdance measure", main, argv)

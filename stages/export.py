@@ -1,0 +1,40 @@
+"""Training checkpoint → a folder in the published layout.
+
+A checkpoint holds its (averaged) model in that layout already; exporting verifies the checkpoint, changes the dtype and adds what
+is known about the model to `bitdance.json`.
+"""
+
+from pathlib import Path
+
+import torch
+
+from bitdance.checkpoint import load_model, save_model
+from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer.weights import read_json
+from stages import checkpoint
+
+
+def newest(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest checkpoint of the run `path`."""
+    if (path / "manifest.json").is_file():
+        return path
+    found = checkpoint.complete(path) if path.is_dir() else []
+    if not found:
+        raise FileNotFoundError(f"{path} is neither a checkpoint nor a run with one (looked for step_*/manifest.json)")
+    return found[-1]
+
+
+def export_checkpoint(path: Path, out: Path, dtype: str | None = None, extras: Path | None = None) -> None:
+    """Write the model of a checkpoint to the new folder `out`. ValueError if the checkpoint is damaged or `out` is not empty."""
+    folder = newest(path)
+    checkpoint.verify(folder)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty; choose another folder")
+    number = getattr(torch, dtype) if dtype else torch.float32
+    if not (folder / "model" / "vision_head_config.json").is_file():
+        LFQTokenizer.from_pretrained(folder / "model").to(number).save_pretrained(out)
+        return
+    model = load_model(folder / "model", device="cpu", dtype=torch.float32)
+    if extras is not None:
+        model.extras = {**model.extras, **read_json(extras)}  # type: ignore[dict-item]
+    save_model(model, out, dtype=number)

@@ -1,0 +1,47 @@
+"""What the engine asks of a recipe. A recipe knows the model and the data; the engine knows neither."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from stages.config import TrainingConfig
+
+
+class Recipe(Protocol):
+    """One per kind of model; see `tokenizer_recipe.py` and `generator_recipe.py`.
+
+    `module` holds every weight that trains and nothing else that must be saved; `module(batch, generator)` returns the loss and
+    further scalars to log. Everything random in a step comes from the generator that the engine passes.
+    """
+
+    module: nn.Module
+    length: int  # training samples
+    hash: str  # identity of the data, so that a resumed run notices other shards
+
+    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Any: ...
+
+    def describe(self, indices: Sequence[int]) -> list[str]: ...
+
+    def validate(self, module: nn.Module) -> dict[str, float]: ...
+
+    def sample(self, module: nn.Module) -> Image.Image: ...
+
+    def save_model(self, module: nn.Module, folder: Path) -> None: ...
+
+
+Losses = tuple[Tensor, dict[str, Tensor]]
+
+
+def build_recipe(config: TrainingConfig) -> Recipe:
+    """The recipe that `config.recipe` names."""
+    if config.recipe == "tokenizer":
+        from stages.tokenizer_recipe import TokenizerRecipe
+
+        return TokenizerRecipe(config)
+    from stages.generator_recipe import GeneratorRecipe
+
+    return GeneratorRecipe(config)

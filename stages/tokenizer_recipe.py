@@ -1,0 +1,126 @@
+"""Recipe 'tokenizer': pictures → bits → pictures.
+
+    loss = l1·|y − x| + l2·(y − x)² + entropy·(H(sample) − H(mean)) + commitment·|z − sg(bits)|²
+
+Source: BitDance paper (arXiv 2602.14041), tokenizer section. Perceptual and adversarial terms are not part of this recipe.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lfq_tokenizer import LFQTokenizer, LookupFreeQuantizer
+from stages.config import TokenizerTraining, TrainingConfig
+from stages.data.shards import ShardDataset, ShardIndex
+from stages.measure.reconstruction import measure_tokenizer, side_by_side
+from stages.recipe import Losses
+
+
+class TokenizerObjective(nn.Module):
+    """images (B,3,H,W) in [-1,1] → (loss, scalars)."""
+
+    def __init__(self, tokenizer: LFQTokenizer, training: TokenizerTraining, compiled: bool) -> None:
+        super().__init__()
+        self.tokenizer, self.training_config = tokenizer, training
+        self.quantizer = LookupFreeQuantizer(
+            tokenizer.config.z_channels, training.groups, training.temperature, training.pool_groups
+        )
+        self._encode = torch.compile(tokenizer.encoder) if compiled else tokenizer.encoder.__call__
+        self._decode = torch.compile(tokenizer.decoder) if compiled else tokenizer.decoder.__call__
+
+    def forward(self, images_B3HW: Tensor, generator: torch.Generator) -> Losses:
+        weights = self.training_config
+        bits_BChw, q = self.quantizer(self._encode(images_B3HW))
+        noise = None
+        if self.tokenizer.config.gan_decoder:
+            noise = torch.randn(bits_BChw.shape, generator=generator).to(bits_BChw)
+        out_B3HW = self._decode(bits_BChw, noise)
+        difference = out_B3HW - images_B3HW
+        l1, l2 = difference.abs().mean(), difference.square().mean()
+        loss = weights.l1_weight * l1 + weights.entropy_weight * q.entropy + weights.commitment_weight * q.commitment
+        if weights.l2_weight:
+            loss = loss + weights.l2_weight * l2
+        psnr = -10 * torch.log10(difference.detach().square().mean(dim=(1, 2, 3)) / 4).mean()
+        scalars = {
+            "l1": l1,
+            "psnr": psnr,
+            "entropy_per_sample": q.entropy_per_sample,
+            "entropy_of_mean": q.entropy_of_mean,
+            "commitment": q.commitment,
+        }
+        return loss, {k: v.detach() for k, v in scalars.items()}
+
+
+def as_images(pictures: Sequence[Image.Image]) -> Tensor:
+    """RGB pictures of one size → (B,3,H,W) float32 in [-1,1], channels last in memory (the fastest layout here)."""
+    sizes = {p.size for p in pictures}
+    if len(sizes) > 1:
+        raise ValueError(f"pictures of one batch have sizes {sorted(sizes)}; pack them with one --size")
+    array_BHW3 = torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in pictures]))
+    return (array_BHW3.float() / 127.5 - 1).permute(0, 3, 1, 2)
+
+
+class TokenizerRecipe:
+    """See `recipe.Recipe`."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        training = config.tokenizer
+        self.config = config
+        self.data = ShardDataset(ShardIndex.open(config.data.train))
+        self.heldout = ShardDataset(ShardIndex.open(config.data.heldout)) if config.data.heldout else None
+        self.length, self.hash = len(self.data), self.data.index.hash
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            tokenizer = LFQTokenizer(training.model)
+        if training.init:
+            start = LFQTokenizer.from_pretrained(training.init).float()
+            if start.config != training.model:
+                raise ValueError(f"tokenizer.init {training.init} holds {start.config}, the config asks for {training.model}")
+            tokenizer.load_state_dict(start.state_dict())
+        self.module = TokenizerObjective(tokenizer, training, config.run.compile)
+
+    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
+        images = as_images([self._picture(self.data, i) for i in indices])
+        if self.config.data.mirror:
+            flipped = torch.rand(len(images), generator=generator) < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        if crop := self.config.data.crop:
+            H, W = images.shape[2:]
+            if crop > min(H, W):
+                raise ValueError(f"data.crop = {crop} is larger than the pictures ({H}×{W}); 0 switches cropping off")
+            y, x = (int(torch.randint(side - crop + 1, (), generator=generator)) for side in (H, W))
+            images = images[:, :, y : y + crop, x : x + crop]
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def describe(self, indices: Sequence[int]) -> list[str]:
+        return [self.data[i].key for i in indices]
+
+    def validate(self, module: nn.Module) -> dict[str, float]:
+        return measure_tokenizer(_tokenizer(module), self._judged(256))
+
+    def sample(self, module: nn.Module) -> Image.Image:
+        return side_by_side(_tokenizer(module), self._judged(24))
+
+    def save_model(self, module: nn.Module, folder: Path) -> None:
+        _tokenizer(module).save_pretrained(folder)
+
+    def _judged(self, count: int) -> Tensor:
+        data = self.heldout or self.data
+        stride = max(1, len(data) // count)
+        return as_images([self._picture(data, i) for i in range(0, len(data), stride)][:count])
+
+    @staticmethod
+    def _picture(data: ShardDataset, index: int) -> Image.Image:
+        sample = data[index]
+        if sample.picture is None:
+            raise ValueError(f"sample {sample.key} holds bits and no picture; a tokenizer trains on shards of pictures")
+        return sample.picture
+
+
+def _tokenizer(module: nn.Module) -> LFQTokenizer:
+    assert isinstance(module, TokenizerObjective)
+    return module.tokenizer
