@@ -1,7 +1,7 @@
 """Group-wise entropy of lookup-free codes, without the table of codes.
 
-Per group of k channels the codes are all sign vectors c, with logits `2⟨z, c⟩ / T`. Because the logits are a sum over channels, the
-softmax is a product of one Bernoulli per channel with logit `a_i = 4 z_i / T`:
+Per group of k channels the codes are all sign vectors c, with logits `2⟨z, c⟩ / T`. Because the logits are a sum over channels,
+the softmax is a product of one Bernoulli per channel with logit `a_i = 4 z_i / T`:
 
     entropy of one sample   = Σ_i H(a_i),   H(a) = softplus(a) − a·sigmoid(a)          closed form for every k
     mean probability of c   = mean_n Π_i P(c_i | a_ni)                                  a matrix product of two half-groups

@@ -9,7 +9,15 @@ from lfq_tokenizer.binarize import binarize
 from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
-from lfq_tokenizer.weights import check_shapes, load_strict, read_json, read_safetensors, read_shapes, write_json, write_safetensors
+from lfq_tokenizer.weights import (
+    check_shapes,
+    load_strict,
+    read_json,
+    read_safetensors,
+    read_shapes,
+    write_json,
+    write_safetensors,
+)
 
 CONFIG_FILE = "ae_config.json"
 WEIGHTS_FILE = "ae.safetensors"

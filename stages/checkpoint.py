@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from bitdance.checkpoint import resolve
 from lfq_tokenizer.weights import write_json
 
 INCOMPLETE = ".incomplete"
@@ -70,6 +71,24 @@ def find(resume: str, run: Path) -> Path | None:
     if not path.is_dir():
         raise FileNotFoundError(f"--resume {path}: no such checkpoint folder; use 'auto', 'no' or a folder step_NNNNNNNN")
     return path
+
+
+def newest(path: Path) -> Path:
+    """`path` itself if it is a checkpoint, else the newest checkpoint of the run `path`."""
+    if (path / "manifest.json").is_file():
+        return path
+    found = complete(path) if path.is_dir() else []
+    if not found:
+        raise FileNotFoundError(f"{path} is neither a checkpoint nor a run with one (looked for step_*/manifest.json)")
+    return found[-1]
+
+
+def model_folder(place: Path | str) -> Path:
+    """The model that `place` means: a folder in the published layout, "demo", a checkpoint, or a run (its newest)."""
+    path = Path(place)
+    if (path / "manifest.json").is_file() or (path / "latest").is_file():
+        return newest(path) / "model"
+    return resolve(place)
 
 
 def verify(folder: Path) -> int:

@@ -92,7 +92,7 @@ class TokenizerTraining:
     """Recipe 'tokenizer': L1 + entropy + commitment."""
 
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    init: str = ""  # folder of a tokenizer to start from; its config must equal `model`
+    init: str = ""  # tokenizer to start from (a run, a checkpoint or a model folder); its config must equal `model`
     groups: int = 4  # of the entropy loss
     pool_groups: bool = True
     temperature: float = 0.01
@@ -106,8 +106,9 @@ class TokenizerTraining:
 class GeneratorTraining:
     """Recipe 'generator': velocity loss + text cross-entropy on top of a frozen tokenizer.
 
-    `tokenizer` is a folder with ae_config.json and ae.safetensors. The backbone comes from `pretrained` (a local folder in
-    transformers' layout) or from `backbone` (fields of a Qwen3 config) with a text tokenizer trained on the captions.
+    `tokenizer` is a run of recipe 'tokenizer', a checkpoint of one, or a folder with ae_config.json and ae.safetensors.
+    The backbone comes from `pretrained` (a local folder in transformers' layout) or from `backbone` (fields of a Qwen3 config) with
+    a text tokenizer trained on the captions.
     """
 
     tokenizer: str = ""
@@ -116,7 +117,7 @@ class GeneratorTraining:
     text_vocabulary: int = 4096
     text_extra: str = ""  # file with further text for the text tokenizer, one line each
     head: Mapping[str, Any] = field(default_factory=dict)
-    init: str = ""  # a model in the published layout to start from
+    init: str = ""  # a whole model to start from: a run, a checkpoint or a folder in the published layout
     max_text_tokens: int = 256
     resolution_tokens: int = 0  # <|res_i|> for sides up to this; 0: 4096 / downsampling
     dropout: float = 0.1  # prompts replaced by the unconditional one

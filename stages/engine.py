@@ -79,7 +79,9 @@ def _initialise(module: nn.Module, config: TrainingConfig) -> Any:
 
     deepspeed.utils.logger.setLevel("ERROR")
     run, opt = config.run, config.optimizer
-    optimizer = torch.optim.AdamW(module.parameters(), lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay, fused=True
+    )
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     settings: dict[str, Any] = {
@@ -138,7 +140,7 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
                         f"loss is {loss.item()} at step {step}; the batch was {', '.join(recipe.describe(indices))}. "
-                        f"Resume from {checkpoint.complete(folder)[-1:] or 'the start'} with a lower optimizer.lr, or remove the samples."
+                        f"Resume from the newest checkpoint in {folder} with a lower optimizer.lr, or remove the samples."
                     )
                 engine.backward(loss)
                 log = micro == run.accumulation - 1 and ((step + 1) % run.log_every == 0 or step + 1 == run.steps)

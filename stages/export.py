@@ -14,19 +14,9 @@ from lfq_tokenizer.weights import read_json
 from stages import checkpoint
 
 
-def newest(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest checkpoint of the run `path`."""
-    if (path / "manifest.json").is_file():
-        return path
-    found = checkpoint.complete(path) if path.is_dir() else []
-    if not found:
-        raise FileNotFoundError(f"{path} is neither a checkpoint nor a run with one (looked for step_*/manifest.json)")
-    return found[-1]
-
-
 def export_checkpoint(path: Path, out: Path, dtype: str | None = None, extras: Path | None = None) -> None:
     """Write the model of a checkpoint to the new folder `out`. ValueError if the checkpoint is damaged or `out` is not empty."""
-    folder = newest(path)
+    folder = checkpoint.newest(path)
     checkpoint.verify(folder)
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} exists and is not empty; choose another folder")

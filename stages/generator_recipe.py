@@ -2,7 +2,8 @@
 
     loss = velocity loss of the head + text_weight · cross-entropy of the prompt's text
 
-Shards hold pictures or, cheaper, bits that `bitdance tokenizer encode` wrote. Source: BitDance paper (arXiv 2602.14041), training.
+Shards hold pictures or, cheaper, bits that `bitdance tokenizer encode` wrote.
+Source: BitDance paper (arXiv 2602.14041), training section.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from bitdance.projector import Projector
 from bitdance.prompt import add_image_tokens, build_text_tokenizer, conditional_ids, unconditional_ids
 from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
 from lfq_tokenizer import LFQTokenizer
+from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining, TrainingConfig
 from stages.data.shards import Sample, ShardDataset, ShardIndex
 from stages.recipe import Losses
@@ -71,10 +73,10 @@ class GeneratorRecipe:
     def _model(self) -> BitDanceModel:
         t = self.training
         if t.init:
-            return load_model(t.init, device="cpu", dtype=torch.float32).train()
+            return load_model(model_folder(t.init), device="cpu", dtype=torch.float32).train()
         if not t.tokenizer:
             raise ValueError("generator.tokenizer is empty; name a folder with ae_config.json and ae.safetensors")
-        tokenizer = LFQTokenizer.from_pretrained(t.tokenizer).float()
+        tokenizer = LFQTokenizer.from_pretrained(model_folder(t.tokenizer)).float()
         if bool(t.pretrained) == bool(t.backbone):
             raise ValueError("give exactly one of generator.pretrained (a folder) and [generator.backbone] (a Qwen3 config)")
         head = HeadConfig.from_dict(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from bitdance.checkpoint import resolve
 from lfq_tokenizer import LFQTokenizer
+from stages.checkpoint import model_folder
 from stages.data.bits import pack_bits
 from stages.data.pack import PackOptions, pack
 from stages.data.sample import CaptionedPicture, Skipped
@@ -43,8 +43,8 @@ class EncodedShards:
 
 
 def load_tokenizer(folder: str | Path) -> LFQTokenizer:
-    """Of a folder or of the bundled model, in float32."""
-    return LFQTokenizer.from_pretrained(resolve(folder)).float()
+    """Of a model folder, a run, a checkpoint or the bundled model, in float32."""
+    return LFQTokenizer.from_pretrained(model_folder(folder)).float()
 
 
 def encode_shards(model: str | Path, shards: Sequence[str], out: Path) -> int:

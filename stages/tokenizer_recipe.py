@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lfq_tokenizer import LFQTokenizer, LookupFreeQuantizer
+from stages.checkpoint import model_folder
 from stages.config import TokenizerTraining, TrainingConfig
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.measure.reconstruction import measure_tokenizer, side_by_side
@@ -77,7 +78,7 @@ class TokenizerRecipe:
             torch.manual_seed(config.run.seed)
             tokenizer = LFQTokenizer(training.model)
         if training.init:
-            start = LFQTokenizer.from_pretrained(training.init).float()
+            start = LFQTokenizer.from_pretrained(model_folder(training.init)).float()
             if start.config != training.model:
                 raise ValueError(f"tokenizer.init {training.init} holds {start.config}, the config asks for {training.model}")
             tokenizer.load_state_dict(start.state_dict())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from golden_cases import GOLDEN, case
+
 from lfq_tokenizer import LFQTokenizer, LookupFreeQuantizer
 from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.weights import load_strict, read_json, read_safetensors

@@ -1,0 +1,151 @@
+"""How well a model follows its prompts, judged against every picture it was taught.
+
+    bitdance measure prompts --model demo --train TAUGHT_SHARDS --heldout HELDOUT_SHARDS [--json] [--grid OUT.png]
+
+*Picture right*: among all renderings (picture × background, taught and held out), the one nearest to the generated picture in
+the latent space of the tokenizer's encoder (before the sign, Euclidean) shows the picture that the caption asks for. *Top 5*:
+the right picture is among the five nearest pictures, each counted once. *Background right*: of the palette, the colour nearest
+to the median of the generated picture's border is the one that the caption asks for.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bitdance.picture import grid
+from bitdance.pipeline import BitDancePipeline
+from stages.data.captions import PALETTE
+from stages.data.shards import ShardDataset, ShardIndex
+from stages.tokenizer_recipe import as_images
+
+BATCH = 32
+Picture = tuple[str, str]  # concept, style
+
+
+@dataclass(frozen=True)
+class Rendering:
+    captions: list[str]
+    picture: Picture
+    background: str
+
+
+class Gallery:
+    """Every rendering with its latent."""
+
+    def __init__(self, pipe: BitDancePipeline, datasets: Sequence[ShardDataset]) -> None:
+        self.encoder = pipe.model.tokenizer.encoder
+        self.renderings: list[Rendering] = []
+        latents = []
+        for data in datasets:
+            for start in range(0, len(data), BATCH):
+                samples = [data[i] for i in range(start, min(start + BATCH, len(data)))]
+                for sample in samples:
+                    a = sample.attributes
+                    self.renderings.append(Rendering(sample.captions, (a["concept"], a["style"]), a["background"]))
+                latents.append(self.latents([s.picture for s in samples]))
+        self._latents_RF = torch.cat(latents)
+
+    @torch.no_grad()
+    def latents(self, pictures: Sequence[Any]) -> Tensor:
+        """RGB pictures → (B, C·h·w)."""
+        return self.encoder(as_images(pictures)).flatten(1)
+
+    def nearest(self, pictures: Sequence[Image.Image]) -> list[list[int]]:
+        """For each picture all renderings, nearest first."""
+        return torch.cdist(self.latents(pictures), self._latents_RF).argsort(dim=1).tolist()
+
+
+def background_of(picture: Image.Image) -> str:
+    """The palette colour nearest to the median colour of the picture's two-pixel border."""
+    pixels = as_images([picture])[0]
+    edges = (pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:])
+    border = torch.cat([edge.flatten(1) for edge in edges], dim=1)
+    median = (border.median(dim=1).values + 1) * 127.5
+    return min(PALETTE, key=lambda name: float((median - torch.tensor(PALETTE[name])).square().sum()))
+
+
+def judge(
+    pipe: BitDancePipeline, gallery: Gallery, wanted: Sequence[int], captions: Sequence[str], seed: int, **settings: Any
+) -> tuple[dict[str, float], list[Image.Image]]:
+    """Generate `captions[i]`, which asks for rendering `wanted[i]`; shares of right answers and the pictures."""
+    pictures: list[Image.Image] = []
+    right, top5, background, exact = 0, 0, 0, 0
+    for start in range(0, len(captions), BATCH):
+        batch = list(captions[start : start + BATCH])
+        seeds = [seed + start + i for i in range(len(batch))]
+        images = pipe(batch, seed=seeds, **settings).images
+        pictures += images
+        for image, order, index in zip(images, gallery.nearest(images), wanted[start:], strict=False):
+            target = gallery.renderings[index]
+            ranked = list(dict.fromkeys(gallery.renderings[i].picture for i in order[:200]))
+            right += ranked[0] == target.picture
+            top5 += target.picture in ranked[:5]
+            background += background_of(image) == target.background
+            found = gallery.renderings[order[0]]
+            exact += (found.picture, found.background) == (target.picture, target.background)
+    n = len(captions)
+    shares = {"picture": right / n, "picture_top5": top5 / n, "background": background / n, "rendering": exact / n}
+    return {"prompts": n, **shares}, pictures
+
+
+def measure(
+    model: str, train: Sequence[str], heldout: Sequence[str], count: int, seed: int, **settings: Any
+) -> tuple[dict[str, Any], list[Image.Image]]:
+    """`count` taught captions (any wording) and up to `count` held-out pairs (canonical wording), drawn with `seed`."""
+    pipe = BitDancePipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    taught, unseen = (ShardDataset(ShardIndex.open(list(places))) for places in (train, heldout))
+    gallery = Gallery(pipe, [taught, unseen])
+    generator = torch.Generator().manual_seed(seed)
+    seen_index = torch.randperm(len(taught), generator=generator)[:count].tolist()
+    unseen_index = (torch.randperm(len(unseen), generator=generator)[:count] + len(taught)).tolist()
+    picks = torch.rand(len(seen_index), generator=generator).tolist()
+    wordings = [gallery.renderings[i].captions for i in seen_index]
+    seen_captions = [captions[int(pick * len(captions))] for captions, pick in zip(wordings, picks, strict=True)]
+    unseen_captions = [gallery.renderings[i].captions[0] for i in unseen_index]
+    seen, seen_pictures = judge(pipe, gallery, seen_index, seen_captions, seed, **settings)
+    held, held_pictures = judge(pipe, gallery, unseen_index, unseen_captions, seed, **settings)
+    figures = {
+        "pictures": len({r.picture for r in gallery.renderings}),
+        "renderings": len(gallery.renderings),
+        "taught": seen,
+        "heldout_pairs": held,
+    }
+    return figures, seen_pictures[:32] + held_pictures[:32]
+
+
+def main(argv: list[str]) -> int:
+    """`bitdance measure prompts …`."""
+    parser = argparse.ArgumentParser(prog="bitdance measure", description="Figures of a trained model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    prompts = commands.add_parser("prompts", help="how well a model follows its prompts")
+    prompts.add_argument("--model", default="demo")
+    prompts.add_argument("--train", nargs="+", required=True, help="shards of pictures the model was taught")
+    prompts.add_argument("--heldout", nargs="+", required=True, help="shards of picture × background pairs it never saw")
+    prompts.add_argument("--count", type=int, default=200)
+    prompts.add_argument("--seed", type=int, default=0)
+    prompts.add_argument("--steps", type=int)
+    prompts.add_argument("--guidance", type=float)
+    prompts.add_argument("--grid", type=Path, help="write 32 taught and 32 held-out pictures")
+    prompts.add_argument("--json", action="store_true")
+    a = parser.parse_args(argv)
+    settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+    figures, pictures = measure(a.model, a.train, a.heldout, a.count, a.seed, **settings)
+    if a.grid:
+        grid(pictures, columns=8).save(a.grid)
+    if a.json:
+        print(json.dumps(figures))
+    else:
+        print(f"{figures['pictures']} pictures in {figures['renderings']} renderings")
+        for name in ("taught", "heldout_pairs"):
+            row = figures[name]
+            shares = "  ".join(f"{k} {100 * v:.1f} %" for k, v in row.items() if k != "prompts")
+            print(f"{name:14} {row['prompts']:4} prompts  {shares}")
+    return 0
