@@ -23,7 +23,7 @@ from bitdance.backbone import Backbone
 from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
-from bitdance.prompt import SpecialTokens, vision_prefix_ids
+from bitdance.prompt import SpecialTokens, save_text_tokenizer, vision_prefix_ids
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_config, read_extras, rule_of_folder
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.weights import check_shapes, read_json, read_safetensors, read_shapes, write_json, write_safetensors
@@ -145,7 +145,7 @@ def save_model(
 
 
 def _write(model: BitDanceModel, tokenizer: LFQTokenizer, folder: Path, dtype: torch.dtype | None) -> None:
-    model.text_tokenizer.save_pretrained(str(folder))
+    save_text_tokenizer(model.text_tokenizer, folder)
     model.backbone.save_pretrained(folder)
     write_json(tokenizer.config.to_published(), folder / TOKENIZER_CONFIG)
     write_json(model.head.config.to_dict(), folder / HEAD_CONFIG)

@@ -75,7 +75,10 @@ def write_png(picture: Image.Image, path: Path | str, metadata: Mapping[str, Any
         info.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=True))
         info.add_itxt(TEXT_KEY, parameters_text(metadata).encode("utf-8", "backslashreplace").decode("utf-8"))
     temporary = path.with_name(path.name + ".tmp")
-    picture.save(temporary, format="PNG", pnginfo=info)
+    with temporary.open("wb") as file:
+        picture.save(file, format="PNG", pnginfo=info)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 

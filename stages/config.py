@@ -107,8 +107,8 @@ class GeneratorTraining:
     """Recipe 'generator': velocity loss + text cross-entropy on top of a frozen tokenizer.
 
     `tokenizer` is a run of recipe 'tokenizer', a checkpoint of one, or a folder with ae_config.json and ae.safetensors.
-    The backbone comes from `pretrained` (a local folder in transformers' layout) or from `backbone` (fields of a Qwen3 config) with
-    a text tokenizer trained on the captions.
+    The backbone comes from `pretrained` (a local folder in transformers' layout) or from `backbone` (fields of a Qwen3 config)
+    with a text tokenizer trained on the captions.
     """
 
     tokenizer: str = ""

@@ -131,6 +131,7 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
             for group in engine.optimizer.param_groups:
                 group["lr"] = rate
             generator = step_generator(run.seed, step, rank)
+            engine.train()  # judging may have left it in eval mode
             for micro in range(run.accumulation):
                 asked = time.monotonic()
                 indices = order.batch(step * run.accumulation + micro, run.batch_size)

@@ -8,6 +8,7 @@ Source: BitDance paper (arXiv 2602.14041), training section.
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from stages.data.shards import Sample, ShardDataset, ShardIndex
 from stages.recipe import Losses
 from stages.tokenizer_recipe import as_images
 
+LISTED_SAMPLES = 20_000  # read at most, for the list of prompts in bitdance.json
 LARGEST_SIDE = 4096  # pixels; the published vocabularies name sides up to this
 
 
@@ -39,17 +41,16 @@ class GeneratorObjective(nn.Module):
 
     def __init__(self, model: BitDanceModel, training: GeneratorTraining) -> None:
         super().__init__()
-        self.projector, self.backbone, self.head = model.projector, model.backbone, model.head
-        self._text_tokenizer, self._training = model.text_tokenizer, training
+        self.model = BitDanceModel(None, model.text_tokenizer, model.projector, model.backbone, model.head)
+        self._training = training
 
-    def model(self, tokenizer: LFQTokenizer | None) -> BitDanceModel:
-        """These weights as a whole model around `tokenizer`."""
-        return BitDanceModel(tokenizer, self._text_tokenizer, self.projector, self.backbone, self.head)
+    def with_tokenizer(self, tokenizer: LFQTokenizer) -> BitDanceModel:
+        """These weights as a whole model, in eval mode; its parts are shared."""
+        m = self.model
+        return BitDanceModel(tokenizer, m.text_tokenizer, m.projector, m.backbone, m.head).eval()
 
     def forward(self, batch: TrainingBatch, generator: torch.Generator) -> Losses:
-        losses = self.model(None)(
-            batch, generator, flip_max=self._training.flip_max, text_weight=self._training.text_weight
-        )
+        losses = self.model(batch, generator, flip_max=self._training.flip_max, text_weight=self._training.text_weight)
         return losses.total, {"vision": losses.vision.detach(), "text": losses.text.detach()}
 
 
@@ -154,7 +155,7 @@ class GeneratorRecipe:
             return {}
         stride = max(1, len(self.heldout) // 256)
         samples = [self._sample(self.heldout, i, {}) for i in range(0, len(self.heldout), stride)]
-        model = _objective(module).model(None)
+        model = _objective(module).model
         generator = torch.Generator().manual_seed(0)
         vision, text = [], []
         for start in range(0, len(samples), 64):
@@ -168,10 +169,10 @@ class GeneratorRecipe:
         """The run's fixed prompts with fixed seeds; its own generators, so that training is not disturbed."""
         prompts = list(self.training.sample_prompts) or [self.data.caption(i)[0][0] for i in range(min(8, self.length))]
         defaults = self._defaults()
-        model = _objective(module).model(self.tokenizer)
+        model = _objective(module).with_tokenizer(self.tokenizer)
         s = self.tokenizer.downsampling
         bits_BChw = generate_bits(
-            model.eval(),
+            model,
             prompts,
             defaults["height"] // s,
             defaults["width"] // s,
@@ -181,7 +182,6 @@ class GeneratorRecipe:
         )
         with torch.no_grad():
             picture = grid(to_pil(self.tokenizer.decode(bits_BChw, torch.Generator().manual_seed(0))))
-        self.module.train()
         return picture
 
     def _defaults(self) -> dict[str, Any]:
@@ -190,12 +190,22 @@ class GeneratorRecipe:
         size = {"height": bits_Chw.shape[1] * s, "width": bits_Chw.shape[2] * s}
         return {**size, "num_inference_steps": 20, "guidance_scale": 3.0, **self.training.defaults}
 
+    @cached_property
+    def _prompts_known(self) -> list[str]:
+        """First caption of each distinct picture, where the shards say what a picture shows; else of the first samples."""
+        known: dict[Any, str] = {}
+        for index in range(min(self.length, LISTED_SAMPLES)):
+            captions, attributes = self.data.caption(index)
+            known.setdefault((attributes.get("concept", captions[0]), attributes.get("style")), captions[0])
+        return list(known.values())
+
     def save_model(self, module: nn.Module, folder: Path) -> None:
-        model = _objective(module).model(self.tokenizer)
+        model = _objective(module).with_tokenizer(self.tokenizer)
         defaults = self._defaults()
         model.extras = {  # type: ignore[assignment]
             "defaults": defaults,
             "sizes": [[defaults["height"], defaults["width"]]],
+            "prompts": self._prompts_known,
             "card": {"recipe": "generator", "training": dataclasses.asdict(self.training)},
         }
         save_model(model, folder)
