@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-from lfq_tokenizer.weights import write_json, write_safetensors
+from lfq_tokenizer.weights import read_safetensors, write_json, write_safetensors
 from stages import checkpoint
 from stages.config import OptimizerConfig, TrainingConfig, as_dict
 from stages.data.shards import EpochOrder
@@ -107,8 +106,9 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
     engine = _initialise(recipe.module, config)
     rank, world = dist.get_rank(), dist.get_world_size()
     average = Average(recipe.module, run.ema) if run.ema else None
+    state = {"data": recipe.hash, "samples_per_step": run.batch_size * run.accumulation * world}
     if start_from:
-        _load(engine, average, recipe, start_from)
+        _load(engine, average, state, start_from)
     judged = average.module if average else recipe.module
     tracker = Tracker(folder, enabled=rank == 0)
     if rank == 0:
@@ -118,7 +118,7 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
     bar = tqdm(total=run.steps, initial=start, disable=None if rank == 0 else True, unit="step")
 
     def write(target: Path) -> None:
-        engine.save_checkpoint(str(target / "resume"), tag="state", client_state={"data": recipe.hash}, save_latest=False)
+        engine.save_checkpoint(str(target / "resume"), tag="state", client_state=state, save_latest=False)
         if rank == 0:
             if average:
                 write_safetensors(dict(average.module.named_parameters()), target / "ema.safetensors")
@@ -185,15 +185,21 @@ def _gradient_norm(engine: Any) -> float | None:
     return float(torch.nn.utils.get_total_norm(grads)) if grads else None
 
 
-def _load(engine: Any, average: Average | None, recipe: Recipe, folder: Path) -> None:
-    path, state = engine.load_checkpoint(str(folder / "resume"), tag="state")
+def _load(engine: Any, average: Average | None, state: dict[str, Any], folder: Path) -> None:
+    """Weights, optimiser and average of a checkpoint. ValueError when `state` says that the order of samples would change."""
+    path, saved = engine.load_checkpoint(str(folder / "resume"), tag="state")
     if path is None:
         raise ValueError(f"{folder} holds no resume state for this number of processes; start again with --resume no")
-    if state.get("data") != recipe.hash:
+    if saved["data"] != state["data"]:
         raise ValueError(
             f"{folder} was trained on other shards than data.train names now; restore them, or start again with --resume no"
         )
+    if saved["samples_per_step"] != state["samples_per_step"]:
+        raise ValueError(
+            f"{folder} took {saved['samples_per_step']} samples per step, this run takes {state['samples_per_step']} "
+            "(batch_size × accumulation × processes); keep the product, or start again with --resume no"
+        )
     if average:
-        averaged = load_file(str(folder / "ema.safetensors"))
+        averaged = read_safetensors(folder / "ema.safetensors")
         for name, parameter in average.module.named_parameters():
             parameter.copy_(averaged[name])

@@ -14,7 +14,7 @@ TOKENIZER_DATA=(--styles 3d,flat,noto --concepts all --renderings-per-picture 2 
 pack tokenizer "${TOKENIZER_DATA[@]}" --split train
 pack tokenizer-heldout "${TOKENIZER_DATA[@]}" --split heldout
 # What the generator learns by heart; 15 % of the picture × background pairs are held out to judge it.
-GENERATOR_DATA=(--styles 3d --concepts 200 --backgrounds all --hold-out-pairs 0.15)
+GENERATOR_DATA=(--styles 3d --concepts 300 --backgrounds all --hold-out-pairs 0.15)
 pack generator "${GENERATOR_DATA[@]}" --split train
 pack generator-heldout "${GENERATOR_DATA[@]}" --split heldout
 
