@@ -8,7 +8,6 @@ The resume state inside is DeepSpeed's and is a pickle: private to the run, neve
 """
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bitdance.checkpoint import resolve
-from lfq_tokenizer.weights import write_json
+from lfq_tokenizer.weights import read_json, write_json
 
 INCOMPLETE = ".incomplete"
 
@@ -43,16 +42,31 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
         write_json({"step": step, "files": manifest}, working / "manifest.json")
         for path in [*files, working / "manifest.json"]:
             _fsync(path)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(working, final)
+        _publish(working, final)
         pointer = run / "latest.tmp"
         pointer.write_text(final.name + "\n")
         os.replace(pointer, run / "latest")
-        for old in complete(run)[:-keep]:
+        # Later steps are of a run that was abandoned (--resume no, or from an older step); they are nobody's to delete here.
+        for old in [p for p in complete(run) if p <= final][:-keep]:
             shutil.rmtree(old)
     _barrier()
     return final
+
+
+def _publish(working: Path, final: Path) -> None:
+    """One rename; a checkpoint of the same step stays until the new one has taken its name."""
+    if not final.exists():
+        os.replace(working, final)
+        return
+    replaced = final.with_name(final.name + ".replaced" + INCOMPLETE)
+    shutil.rmtree(replaced, ignore_errors=True)
+    os.replace(final, replaced)
+    try:
+        os.replace(working, final)
+    except BaseException:
+        os.replace(replaced, final)
+        raise
+    shutil.rmtree(replaced)
 
 
 def complete(run: Path) -> list[Path]:
@@ -60,13 +74,23 @@ def complete(run: Path) -> list[Path]:
     return sorted(p for p in run.glob("step_*") if p.is_dir() and not p.name.endswith(INCOMPLETE))
 
 
+def last_saved(run: Path) -> Path | None:
+    """The checkpoint that `latest` names, else that of the highest step."""
+    pointer = run / "latest"
+    if pointer.is_file():
+        path = run / Path(pointer.read_text().strip()).name
+        if path in complete(run):
+            return path
+    found = complete(run)
+    return found[-1] if found else None
+
+
 def find(resume: str, run: Path) -> Path | None:
     """What `--resume auto|no|PATH` means. FileNotFoundError or ValueError when PATH is not a whole checkpoint."""
     if resume == "no":
         return None
     if resume == "auto":
-        found = complete(run)
-        return found[-1] if found else None
+        return last_saved(run)
     path = Path(resume)
     if not path.is_dir():
         raise FileNotFoundError(f"--resume {path}: no such checkpoint folder; use 'auto', 'no' or a folder step_NNNNNNNN")
@@ -74,13 +98,13 @@ def find(resume: str, run: Path) -> Path | None:
 
 
 def newest(path: Path) -> Path:
-    """`path` itself if it is a checkpoint, else the newest checkpoint of the run `path`."""
+    """`path` itself if it is a checkpoint, else the checkpoint that the run `path` saved last."""
     if (path / "manifest.json").is_file():
         return path
-    found = complete(path) if path.is_dir() else []
-    if not found:
+    found = last_saved(path)
+    if found is None:
         raise FileNotFoundError(f"{path} is neither a checkpoint nor a run with one (looked for step_*/manifest.json)")
-    return found[-1]
+    return found
 
 
 def model_folder(place: Path | str) -> Path:
@@ -96,7 +120,7 @@ def verify(folder: Path) -> int:
     manifest_path = folder / "manifest.json"
     if folder.name.endswith(INCOMPLETE) or not manifest_path.is_file():
         raise ValueError(f"{folder} is not a finished checkpoint (no manifest.json); resume from an older step")
-    manifest = json.loads(manifest_path.read_text())
+    manifest = read_json(manifest_path)
     wrong = []
     for name, entry in manifest["files"].items():
         path = folder / name

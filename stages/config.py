@@ -150,7 +150,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainingConf
     """Read a TOML config, its one parent and the dotted overrides (`a.b=value`). ValueError names the file and the key."""
     values = _read(Path(path))
     if "extends" in values:
-        parent_path = Path(path).parent / values.pop("extends")
+        name = values.pop("extends")
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: extends = {name!r}; expected the name of one file")
+        parent_path = Path(path).parent / name
         parent = _read(parent_path)
         if "extends" in parent:
             raise ValueError(f"{parent_path} extends another config; only one level is allowed")
@@ -216,8 +219,11 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return _build(typing.cast(type, hint), value, name + ".")
-    if origin is tuple and isinstance(value, (list, tuple)):
-        item = typing.get_args(hint)[0]
+    if origin is tuple:
+        item, *others = typing.get_args(hint)
+        length = None if others == [...] else 1 + len(others)
+        if not isinstance(value, (list, tuple)) or (length is not None and len(value) != length):
+            raise ValueError(f"{name} = {value!r}; expected a list of {f'{length} values' if length else 'values'}")
         return tuple(_convert(item, v, f"{name}[{i}]") for i, v in enumerate(value))
     if isinstance(hint, type) and origin is None and not isinstance(hint, types.GenericAlias):
         if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -77,6 +77,9 @@ def _initialise(module: nn.Module, config: TrainingConfig) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
+    # DeepSpeed would compile its shared-memory operator at the first start: 40 s, and an error without a C++ compiler. Only its
+    # inference path calls it. Naming the operators that may be used also saves the probing of compilers at every start.
+    deepspeed.ops.__compatible_ops__ = {}
     run, opt = config.run, config.optimizer
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay, fused=True
@@ -145,8 +148,10 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
                     )
                 engine.backward(loss)
                 log = micro == run.accumulation - 1 and ((step + 1) % run.log_every == 0 or step + 1 == run.steps)
-                norm = _gradient_norm(engine) if log else None
+                norm = _gradient_norm(engine) if log and not engine.zero_optimization() else None
                 engine.step()
+                if log and engine.zero_optimization():
+                    norm = engine.get_global_grad_norm()
             if average:
                 average.update(recipe.module, step + 1)
             done = step + 1
@@ -178,9 +183,7 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
 
 
 def _gradient_norm(engine: Any) -> float | None:
-    """Before clipping. ZeRO 0 in float32 does not report it, so it is computed here; other stages report after the step."""
-    if engine.zero_optimization_stage() > 0:
-        return engine.get_global_grad_norm()
+    """Before clipping. ZeRO 0 in float32 does not report it, so it is computed here; the other stages report it after the step."""
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(grads)) if grads else None
 

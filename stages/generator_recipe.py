@@ -34,6 +34,7 @@ from stages.tokenizer_recipe import as_images
 
 LISTED_SAMPLES = 20_000  # read at most, for the list of prompts in bitdance.json
 LARGEST_SIDE = 4096  # pixels; the published vocabularies name sides up to this
+PLACES = ("tokenizer", "pretrained", "init", "text_extra")  # of this machine; a model that is given away does not name them
 
 
 class GeneratorObjective(nn.Module):
@@ -202,11 +203,12 @@ class GeneratorRecipe:
     def save_model(self, module: nn.Module, folder: Path) -> None:
         model = _objective(module).with_tokenizer(self.tokenizer)
         defaults = self._defaults()
+        training = dataclasses.asdict(self.training)
         model.extras = {  # type: ignore[assignment]
             "defaults": defaults,
             "sizes": [[defaults["height"], defaults["width"]]],
             "prompts": self._prompts_known,
-            "card": {"recipe": "generator", "training": dataclasses.asdict(self.training)},
+            "card": {"recipe": "generator", "training": {k: v for k, v in training.items() if k not in PLACES}},
         }
         save_model(model, folder)
 

@@ -1,6 +1,7 @@
 """What a run reports: metrics.jsonl always, TensorBoard beside it, pictures as files."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Tracker:
         if not self.enabled:
             return
         with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{k: float(f"{v:.6g}") for k, v in values.items()}}) + "\n")
+            file.write(json.dumps({"step": step, **{k: _shown(v) for k, v in values.items()}}, allow_nan=False) + "\n")
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
@@ -46,3 +47,8 @@ class Tracker:
     def finish(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _shown(value: float) -> float | None:
+    """Six digits; JSON has no NaN and no infinity."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -42,7 +42,8 @@ def to_levels(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def side_by_side(tokenizer: LFQTokenizer, images_B3HW: Tensor, columns: int = 8) -> Image.Image:
-    """Rows of originals with their reconstructions underneath."""
+    """Rows of originals with their reconstructions underneath; pictures that fill no whole row are left out."""
+    columns = min(columns, len(images_B3HW))
     out = tokenizer.decode(tokenizer.encode(images_B3HW), torch.Generator().manual_seed(0))
     rows = []
     for start in range(0, len(images_B3HW) - columns + 1, columns):
