@@ -183,7 +183,7 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
 
 
 def _gradient_norm(engine: Any) -> float | None:
-    """Before clipping. ZeRO 0 in float32 does not report it, so it is computed here; the other stages report it after the step."""
+    """Before clipping. ZeRO 0 in float32 does not report it, so it is computed here; other stages report it after the step."""
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return float(torch.nn.utils.get_total_norm(grads)) if grads else None
 

@@ -1,0 +1,195 @@
+"""A training config is read as written: one parent, dotted changes, and no key or value that is silently wrong."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from bitdance.head import HeadConfig
+from lfq_tokenizer import TokenizerConfig
+from lfq_tokenizer.entropy import check_groups
+from stages.config import TrainingConfig, as_dict, load_config
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
+SMALLEST = 'recipe = "tokenizer"\nrun.out = "r"\ndata.train = ["a.tar"]\n'
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "c.toml") -> Path:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return tmp_path / name
+
+    return write
+
+
+def refused(path: Path, *overrides: str) -> str:
+    """The message; it names the file."""
+    with pytest.raises(ValueError) as caught:
+        load_config(path, overrides)
+    assert str(path) in str(caught.value) or any(str(o) in str(caught.value) for o in overrides)
+    return str(caught.value)
+
+
+def test_there_are_configs() -> None:
+    assert {"debug/tokenizer.toml", "debug/generator.toml"} <= {p.relative_to(ROOT / "configs").as_posix() for p in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT / "configs").as_posix())
+def test_every_config_that_ships_fits_the_code_that_reads_it(path: Path) -> None:
+    config = load_config(path)
+    if config.recipe == "tokenizer":
+        check_groups(config.tokenizer.model.z_channels, config.tokenizer.groups)
+    else:
+        hidden = int(config.generator.backbone.get("hidden_size", 1))
+        HeadConfig.from_dict({"ch_target": 1, "ch_cond": hidden, **config.generator.head})
+    json.dumps(as_dict(config))
+    assert f"bitdance train configs/{path.relative_to(ROOT / 'configs').as_posix()}" in path.read_text(encoding="utf-8")
+
+
+def test_values_reach_their_fields_with_their_types(write) -> None:
+    config = load_config(
+        write(
+            SMALLEST
+            + "[optimizer]\nlr = 1e-5\nclip = 2\nbetas = [0, 0.5]\n"
+            + "[tokenizer]\ngroups = 8\n[tokenizer.model]\nch = 64\nch_mult = [1, 2]\n"
+            + "[generator]\nsample_prompts = ['a', 'b']\n[generator.head]\nch_latent = 128\n"
+        )
+    )
+    assert config.optimizer.lr == 1e-5 and config.optimizer.betas == (0.0, 0.5)
+    assert config.optimizer.clip == 2.0 and isinstance(config.optimizer.clip, float)
+    assert config.tokenizer.model == TokenizerConfig(ch=64, ch_mult=(1, 2))
+    assert config.generator.sample_prompts == ("a", "b") and config.generator.head == {"ch_latent": 128}
+    assert config.data.train == ("a.tar",)
+    assert config.run.steps == TrainingConfig.__dataclass_fields__["run"].default_factory().steps
+
+
+def test_a_config_cannot_be_changed_by_accident(write) -> None:
+    config = load_config(write(SMALLEST))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.run.steps = 3  # type: ignore[misc]
+
+
+def test_a_child_overrides_its_parent_key_by_key(write) -> None:
+    write(SMALLEST + "run.steps = 5\nrun.batch_size = 7\n[generator.head]\nch_latent = 128\nparallel_num = 4\n", "base.toml")
+    config = load_config(write('extends = "base.toml"\n[run]\nsteps = 6\n[generator.head]\nparallel_num = 16\n'))
+    assert (config.run.steps, config.run.batch_size, config.run.out) == (6, 7, "r")
+    assert config.generator.head == {"ch_latent": 128, "parallel_num": 16}
+
+
+def test_the_parent_is_looked_for_beside_the_child(write, tmp_path, monkeypatch) -> None:
+    (tmp_path / "sub").mkdir()
+    write(SMALLEST, "sub/base.toml")
+    monkeypatch.chdir("/")
+    assert load_config(write('extends = "base.toml"', "sub/child.toml")).run.out == "r"
+
+
+def test_two_levels_are_refused(write) -> None:
+    write(SMALLEST, "a.toml")
+    write('extends = "a.toml"', "b.toml")
+    with pytest.raises(ValueError, match="b.toml extends another config; only one level"):
+        load_config(write('extends = "b.toml"', "c.toml"))
+    with pytest.raises(ValueError, match="only one level"):
+        load_config(write('extends = "self.toml"', "self.toml"))
+
+
+def test_a_missing_file_or_parent_is_named(write, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing.toml"):
+        load_config(tmp_path / "nothing.toml")
+    with pytest.raises(FileNotFoundError, match="nothing.toml"):
+        load_config(write('extends = "nothing.toml"'))
+    assert "extends = 3" in refused(write("extends = 3"))
+
+
+@pytest.mark.parametrize(
+    ("override", "read", "value"),
+    [
+        ("run.steps=12", lambda c: c.run.steps, 12),
+        ("optimizer.lr=3e-4", lambda c: c.optimizer.lr, 3e-4),
+        ("run.out=runs/a b", lambda c: c.run.out, "runs/a b"),
+        ("run.out='7'", lambda c: c.run.out, "7"),
+        ("run.compile=true", lambda c: c.run.compile, True),
+        ('data.train=["x/*.tar", "y.tar"]', lambda c: c.data.train, ("x/*.tar", "y.tar")),
+        ("generator.head.ch_latent=256", lambda c: c.generator.head, {"ch_latent": 256}),
+        ("tokenizer.model.ch=64", lambda c: c.tokenizer.model.ch, 64),
+        ("generator.text_extra=a=b", lambda c: c.generator.text_extra, "a=b"),
+    ],
+)
+def test_set_changes_one_value(write, override, read, value) -> None:
+    path = write(SMALLEST)
+    found = read(load_config(path, [override]))
+    assert found == value and type(found) is type(value)
+
+
+def test_the_last_set_wins_and_beats_the_file_and_its_parent(write) -> None:
+    write(SMALLEST + "run.steps = 1", "base.toml")
+    path = write('extends = "base.toml"\nrun.steps = 2')
+    assert load_config(path, ["run.steps=3", "run.steps=4"]).run.steps == 4
+
+
+@pytest.mark.parametrize("override", ["run.steps", "=3", ""])
+def test_a_set_without_key_or_value_is_refused(write, override) -> None:
+    assert "section.key=value" in refused(write(SMALLEST), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.step=3", "unknown key run.step; did you mean run.steps?"),
+        ("optimiser.lr=1", "unknown key optimiser; did you mean optimizer?"),
+        ("tokenizer.model.chmult=[1]", "unknown key tokenizer.model.chmult; did you mean tokenizer.model.ch_mult?"),
+        ("data.xyzzy=1", "unknown key data.xyzzy; known are train, heldout"),
+    ],
+)
+def test_an_unknown_key_is_an_error_with_a_suggestion(write, override, message) -> None:
+    assert message in refused(write(SMALLEST), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("run.steps=1.5", "run.steps = 1.5; expected int"),
+        ("run.steps=true", "run.steps = True; expected int"),
+        ("run.steps='9'", "run.steps = '9'; expected int"),
+        ("optimizer.lr=fast", "optimizer.lr = 'fast'; expected float"),
+        ("optimizer.lr=true", "optimizer.lr = True; expected float"),
+        ("optimizer.betas=[0.9]", "optimizer.betas = [0.9]; expected a list of 2 values"),
+        ("optimizer.betas=[0.9, 0.9, 0.9]", "expected a list of 2 values"),
+        ("optimizer.betas=[0.9, 'a']", "optimizer.betas[1] = 'a'; expected float"),
+        ("run.out=3", "run.out = 3; expected str"),
+        ("run.compile=1", "run.compile = 1; expected bool"),
+        ("data.train=shards", "data.train = 'shards'; expected a list"),
+        ("data.train={a = 1}", "expected a list"),
+        ("data.train=[1]", "data.train[0] = 1; expected str"),
+        ("run=3", "run = 3; expected RunConfig"),
+        ("generator.head=3", "generator.head = 3"),
+        ("tokenizer.model.ch_mult=[1.5]", "tokenizer.model.ch_mult[0] = 1.5; expected int"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_an_error_that_says_the_right_one(write, override, message) -> None:
+    assert message in refused(write(SMALLEST), override)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("recipe=tokeniser", "allowed are 'tokenizer' and 'generator'"),
+        ("run.out=''", "run.out is empty"),
+        ("data.train=[]", "data.train is empty"),
+        ("run.precision=float16", "allowed are 'float32' and 'bfloat16'"),
+        ("run.steps=0", "run.steps = 0; it must be at least 1"),
+        ("run.keep=0", "run.keep = 0; it must be at least 1"),
+        ("run.ema=1.0", "run.ema = 1.0; it must be in [0, 1)"),
+        ("optimizer.schedule=linear", "allowed are 'constant' and 'cosine'"),
+        ("deepspeed.zero_stage=3", "allowed are 0, 1 and 2"),
+        ("tokenizer.model.ch=20", "multiple of 32"),
+    ],
+)
+def test_a_value_out_of_range_is_an_error_that_says_what_is_allowed(write, override, message) -> None:
+    assert message in refused(write(SMALLEST), override)
+
+
+def test_broken_toml_is_named(write) -> None:
+    assert "not valid TOML" in refused(write("run = ["))

@@ -1,0 +1,383 @@
+"""The training loop, on a recipe that fits a line: resuming is exact, judging disturbs nothing, a stop loses nothing."""
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lfq_tokenizer.weights import read_safetensors, write_safetensors
+from stages import checkpoint
+from stages.config import DataConfig, DeepSpeedConfig, OptimizerConfig, RunConfig, TrainingConfig
+from stages.ema import Average
+from stages.engine import learning_rate, step_generator, train
+from stages.tracker import Tracker
+
+ROOT = Path(__file__).parent.parent
+SAMPLES = 10  # three epochs in six steps of four
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
+
+    def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        x_B3, y_B2 = batch
+        noise_B3 = 0.3 * torch.randn(x_B3.shape, generator=generator)
+        error_B2 = self.linear(x_B3 + noise_B3) - y_B2
+        return error_B2.square().mean(), {"absolute": error_B2.detach().abs().mean()}
+
+
+class LineRecipe:
+    """`before[n]` is called ahead of micro-step n of this object."""
+
+    def __init__(self, hash: str = "line") -> None:
+        self.module: nn.Module = Line()
+        self.length, self.hash = SAMPLES, hash
+        self.seen: list[list[int]] = []
+        self.before: dict[int, Callable[[], Any]] = {}
+        self.broken: set[int] = set()
+        self.pause = 0.0
+
+    def batch(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        self.before.get(len(self.seen), lambda: None)()
+        time.sleep(self.pause)
+        self.seen.append(list(indices))
+        x_B3 = torch.stack([torch.sin(torch.arange(3) * (i + 1.0)) for i in indices])
+        x_B3 = x_B3 * torch.where(torch.rand(len(x_B3), 1, generator=generator) < 0.5, -1.0, 1.0)
+        y_B2 = torch.stack([x_B3.sum(1), x_B3[:, 0] - 1], dim=1)
+        for place, index in enumerate(indices):
+            if index in self.broken:
+                y_B2[place, 0] = math.nan
+        return x_B3, y_B2
+
+    def describe(self, indices: Sequence[int]) -> list[str]:
+        return [f"sample-{i}" for i in indices]
+
+    def validate(self, module: nn.Module) -> dict[str, float]:
+        torch.rand(7)  # a recipe may use the global source of random numbers; training must not
+        module.eval()
+        weight = next(module.parameters())
+        return {"weight": float(weight.detach().abs().sum())}
+
+    def sample(self, module: nn.Module) -> Image.Image:
+        torch.rand(3)
+        module.eval()
+        return Image.new("RGB", (4, 4))
+
+    def save_model(self, module: nn.Module, folder: Path) -> None:
+        folder.mkdir()
+        write_safetensors(module.state_dict(), folder / "line.safetensors")
+
+
+def config(out: Path, zero_stage: int = 0, clip: float = 0.5, **run: Any) -> TrainingConfig:
+    settings = {"steps": 6, "batch_size": 4, "ema": 0.9, "log_every": 1, "save_every": 100} | run
+    return TrainingConfig(
+        recipe="tokenizer",  # not read by the engine
+        run=RunConfig(out=str(out), **settings),
+        data=DataConfig(train=("none",)),
+        optimizer=OptimizerConfig(lr=0.1, eps=1e-8, weight_decay=0.01, warmup_steps=2, schedule="cosine", clip=clip),
+        deepspeed=DeepSpeedConfig(zero_stage),
+    )
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """The engine describes its one process in the environment, as a launcher would; other tests must not see it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every tensor and plain value of a nested structure."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from leaves(item, f"{name}/{i}")
+    elif value is None or isinstance(value, Tensor | int | float | str | bool):
+        yield name, value
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """All that a checkpoint holds: averaged weights, model, and DeepSpeed's weights, optimiser state and counters."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{path.relative_to(folder)}/{name}": t for name, t in read_safetensors(path).items()}
+    for path in sorted(folder.rglob("*.pt")):
+        state = torch.load(path, weights_only=False)  # written by this test
+        found |= {f"{path.relative_to(folder)}{name}": value for name, value in leaves(state)}
+    return found
+
+
+def assert_same(first: Path, second: Path) -> None:
+    a, b = everything(first), everything(second)
+    assert list(a) == list(b)
+    assert any("exp_avg" in name for name in a) and any(name.startswith("ema") for name in a)
+    different = [n for n in a if not (torch.equal(a[n], b[n]) if isinstance(a[n], Tensor) else a[n] == b[n])]
+    assert different == []
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+# schedule, average, tracker
+
+
+def test_learning_rate_warms_up_then_stays() -> None:
+    settings = OptimizerConfig(lr=0.8, warmup_steps=4, schedule="constant")
+    assert [learning_rate(settings, step, 100) for step in (0, 1, 3, 4, 99)] == [0.2, 0.4, 0.8, 0.8, 0.8]
+    assert learning_rate(OptimizerConfig(lr=0.8, warmup_steps=0), 0, 10) == 0.8
+
+
+def test_learning_rate_falls_as_half_a_cosine_to_its_floor() -> None:
+    settings = OptimizerConfig(lr=1.0, warmup_steps=2, schedule="cosine", final_fraction=0.2)
+    values = [learning_rate(settings, step, 10) for step in range(11)]
+    assert values[:3] == [0.5, 1.0, 1.0]
+    assert values[6] == pytest.approx(0.6)  # half way from 2 to 10
+    assert values[10] == pytest.approx(0.2)
+    assert values[2:] == sorted(values[2:], reverse=True)
+    assert learning_rate(settings, 50, 10) == pytest.approx(0.2)
+
+
+def test_every_step_and_process_has_its_own_random_numbers() -> None:
+    draws = {
+        float(torch.rand((), generator=step_generator(seed, step, rank)))
+        for seed in (0, 1)
+        for step in (0, 1, 2)
+        for rank in (0, 1)
+    }
+    assert len(draws) == 12
+    assert torch.equal(torch.rand(5, generator=step_generator(1, 2, 3)), torch.rand(5, generator=step_generator(1, 2, 3)))
+
+
+def test_the_average_follows_its_formula_and_warms_up() -> None:
+    module = Line()
+    average = Average(module, 0.5)
+    expected = [p.detach().clone() for p in module.parameters()]
+    assert not any(p.requires_grad for p in average.module.parameters())
+    for step in range(1, 20):
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.add_(0.1 * step)
+        average.update(module, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = [decay * e + (1 - decay) * p.detach() for e, p in zip(expected, module.parameters(), strict=True)]
+        for found, wanted in zip(average.module.parameters(), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_metrics_are_json_whatever_the_value(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path)
+    tracker.scalars(3, {"loss": 1 / 3, "bad": math.nan, "worse": math.inf})
+    tracker.picture(3, "grid", Image.new("RGB", (2, 2)))
+    tracker.finish()
+    assert metrics(tmp_path) == [{"step": 3, "loss": 0.333333, "bad": None, "worse": None}]
+    assert (tmp_path / "samples" / "grid_00000003.png").is_file()
+
+
+def test_only_the_first_process_writes(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "run", enabled=False)
+    tracker.scalars(1, {"loss": 1.0})
+    tracker.picture(1, "grid", Image.new("RGB", (2, 2)))
+    tracker.finish()
+    assert not (tmp_path / "run").exists()
+
+
+# resuming
+
+
+@pytest.mark.parametrize(("accumulation", "zero_stage"), [(1, 0), (2, 0), (2, 1), (1, 2)])
+def test_six_steps_equal_three_a_stop_and_three(tmp_path: Path, accumulation: int, zero_stage: int) -> None:
+    settings = {"accumulation": accumulation, "zero_stage": zero_stage}
+    whole = LineRecipe()
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    assert train(whole, config(tmp_path / "whole", **settings)) == 0
+
+    first, second = LineRecipe(), LineRecipe()
+    first.before[3 * accumulation - 1] = stop  # with accumulation: between the halves of step 3
+    assert train(first, config(tmp_path / "parts", **settings)) == 143
+    assert [p.name for p in checkpoint.complete(tmp_path / "parts")] == ["step_00000003"]
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert train(second, config(tmp_path / "parts", **settings)) == 0
+
+    assert whole.seen == first.seen + second.seen and len(first.seen) == 3 * accumulation
+    assert_same(checkpoint.step_folder(tmp_path / "whole", 6), checkpoint.step_folder(tmp_path / "parts", 6))
+    keys = ("step", "loss", "absolute", "lr", "grad_norm", "heldout/weight")
+    rows = [[{k: row[k] for k in keys if k in row} for row in metrics(tmp_path / n)] for n in ("whole", "parts")]
+    assert rows[0] == rows[1]
+    assert train(second, config(tmp_path / "parts", **settings)) == 0  # nothing left to do
+    assert len(second.seen) == 3 * accumulation
+
+
+def test_training_changes_the_weights_and_the_average_lags_behind(tmp_path: Path) -> None:
+    recipe = LineRecipe()
+    start = copy.deepcopy(recipe.module.state_dict())
+    train(recipe, config(tmp_path))
+    folder = checkpoint.step_folder(tmp_path, 6)
+    state = everything(folder)
+    for name, parameter in recipe.module.named_parameters():
+        assert not torch.equal(parameter, start[name])
+        average = state[f"ema.safetensors/{name}"]
+        assert not torch.equal(average, parameter)
+        assert torch.equal(state[f"model/line.safetensors/{name}"], average)  # the average is what is given away
+
+
+def test_without_averaging_the_weights_are_given_away(tmp_path: Path) -> None:
+    recipe = LineRecipe()
+    train(recipe, config(tmp_path, ema=0.0, steps=2))
+    folder = checkpoint.step_folder(tmp_path, 2)
+    assert not (folder / "ema.safetensors").exists()
+    for name, tensor in read_safetensors(folder / "model" / "line.safetensors").items():
+        assert torch.equal(tensor, recipe.module.get_parameter(name))
+
+
+def test_judging_does_not_disturb_training(tmp_path: Path) -> None:
+    for name, every in (("often", 1), ("seldom", 6)):
+        train(LineRecipe(), config(tmp_path / name, validate_every=every, sample_every=every, ema=0.0))
+    often, seldom = (everything(checkpoint.step_folder(tmp_path / n, 6)) for n in ("often", "seldom"))
+    assert all(torch.equal(often[n], seldom[n]) for n in often if isinstance(often[n], Tensor))
+    assert len(list((tmp_path / "often" / "samples").iterdir())) == 6
+    assert len(list((tmp_path / "seldom" / "samples").iterdir())) == 1
+
+
+def test_resume_says_where_to_start(tmp_path: Path) -> None:
+    train(LineRecipe(), config(tmp_path / "a", steps=4, save_every=2))
+    with pytest.raises(FileNotFoundError, match="step_00000003"):
+        train(LineRecipe(), config(tmp_path / "a"), resume=str(tmp_path / "a" / "step_00000003"))
+    recipe = LineRecipe()
+    train(recipe, config(tmp_path / "b", steps=4), resume=str(tmp_path / "a" / "step_00000002"))
+    assert len(recipe.seen) == 2
+    recipe = LineRecipe()
+    train(recipe, config(tmp_path / "a", steps=1), resume="no")
+    assert len(recipe.seen) == 1
+    assert checkpoint.find("auto", tmp_path / "a") == tmp_path / "a" / "step_00000001"
+
+
+def test_other_data_or_another_batch_are_refused_on_resume(tmp_path: Path) -> None:
+    train(LineRecipe(), config(tmp_path, steps=1))
+    recipe = LineRecipe(hash="other")
+    with pytest.raises(ValueError, match="other shards than data.train names now"):
+        train(recipe, config(tmp_path))
+    with pytest.raises(ValueError, match="took 4 samples per step, this run takes 8"):
+        train(recipe := LineRecipe(), config(tmp_path, batch_size=8))
+    assert recipe.seen == []
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_built(tmp_path: Path) -> None:
+    train(LineRecipe(), config(tmp_path, steps=1))
+    (tmp_path / "step_00000001" / "ema.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="ema.safetensors has 0 bytes"):
+        train(LineRecipe(), config(tmp_path))
+
+
+# what a run reports
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_a_row_of_metrics_tells_of_its_own_step(tmp_path: Path, zero_stage: int) -> None:
+    train(LineRecipe(), config(tmp_path, zero_stage, steps=3, validate_every=2, log_every=2))
+    rows = metrics(tmp_path)
+    assert [(row["step"], "loss" in row) for row in rows] == [(2, True), (2, False), (3, True), (3, False)]
+    assert rows[1].keys() == {"step", "heldout/weight"}
+    assert {"lr", "absolute", "images_per_s", "data_wait", "grad_norm"} < rows[0].keys()
+
+    module, recipe = Line(), LineRecipe()
+    optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
+    from stages.data.shards import EpochOrder
+
+    settings = config(tmp_path).optimizer
+    for step in range(3):
+        generator = step_generator(0, step, 0)
+        batch = recipe.batch(EpochOrder(SAMPLES, 0).batch(step, 4), generator)
+        loss, scalars = module(batch, generator)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(module.parameters(), 0.5))
+        optimizer.param_groups[0]["lr"] = learning_rate(settings, step, 3)
+        optimizer.step()
+        if step:
+            row = rows[0 if step == 1 else 2]
+            assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+            assert row["absolute"] == pytest.approx(scalars["absolute"].item(), rel=1e-5)
+            assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
+            assert row["lr"] == pytest.approx(learning_rate(settings, step, 3), rel=1e-5)
+    assert json.loads((tmp_path / "config.json").read_text())["run"]["steps"] == 3
+
+
+def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path) -> None:
+    recipe = LineRecipe()
+    first = LineRecipe()
+    train(first, config(tmp_path / "good", steps=3))
+    in_the_third, before = first.seen[2][0], first.seen[0] + first.seen[1]
+    assert in_the_third not in before, "choose another seed"
+    recipe.broken = {in_the_third}
+    with pytest.raises(FloatingPointError) as caught:
+        train(recipe, config(tmp_path / "bad", save_every=2))
+    message = str(caught.value)
+    assert "loss is nan at step 2" in message and f"sample-{in_the_third}" in message and str(tmp_path / "bad") in message
+    assert [checkpoint.verify(f) for f in checkpoint.complete(tmp_path / "bad")] == [2]  # what was good is still there
+
+
+# a real signal to a real process
+
+
+def main(out: str) -> int:
+    recipe = LineRecipe()
+    recipe.pause = 0.05
+    return train(recipe, config(Path(out), steps=100_000, keep=1))
+
+
+def test_sigterm_saves_within_a_step_and_nothing_is_ever_compiled(tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),  # no operator compiled earlier is found,
+        "CXX": "no-such-compiler",  # and none can be compiled
+    }
+    run = tmp_path / "run"
+    code = f"import sys, test_engine; sys.exit(test_engine.main({str(run)!r}))"
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + 240
+        while not (run / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert process.poll() is None, (tmp_path / "output").read_text()
+        process.send_signal(signal.SIGTERM)
+        reached = metrics(run)[-1]["step"]
+        assert process.wait(60) == 143, (tmp_path / "output").read_text()
+    finally:
+        process.kill()
+        process.wait()
+    (folder,) = checkpoint.complete(run)
+    assert checkpoint.verify(folder) <= reached + 2  # the step it was in, and one that ended between signal and reading
+    assert checkpoint.verify(folder) == metrics(run)[-1]["step"]
+    assert not list((tmp_path).glob("extensions/*"))
