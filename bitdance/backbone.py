@@ -156,6 +156,11 @@ class Backbone(nn.Module):
         return int(self.lm.get_input_embeddings().weight.shape[0])
 
     @property
+    def device(self) -> torch.device:
+        """Of the embedding."""
+        return self.lm.get_input_embeddings().weight.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the embedding."""
         return self.lm.get_input_embeddings().weight.dtype

@@ -40,7 +40,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 
 def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
     """The source of everything random in one step of one process."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+    return torch.Generator().manual_seed(((seed * 1_000_003 + step) * 4099 + rank) % 2**63)
 
 
 class _Stop:
@@ -53,11 +53,11 @@ class _Stop:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
 
-    def agreed(self) -> int:
+    def agreed(self, device: torch.device) -> int:
         """The signal any process has seen."""
         if dist.get_world_size() == 1:
             return self.signal
-        seen = torch.tensor([self.signal])
+        seen = torch.tensor([self.signal], device=device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return int(seen)
 
@@ -138,7 +138,7 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
             for micro in range(run.accumulation):
                 asked = time.monotonic()
                 indices = order.batch(step * run.accumulation + micro, run.batch_size)
-                batch = recipe.batch(indices, generator)
+                batch = recipe.batch(indices, generator).to(engine.device)
                 waited += time.monotonic() - asked
                 loss, scalars = engine(batch, generator)
                 if not torch.isfinite(loss):
@@ -170,7 +170,8 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
                 tracker.scalars(done, {f"heldout/{k}": v for k, v in recipe.validate(judged).items()})
             if rank == 0 and (done % run.sample_every == 0 or done == run.steps):
                 tracker.picture(done, "grid", recipe.sample(judged))
-            code = 128 + stop.agreed() if stop.agreed() else 0
+            stopped = stop.agreed(engine.device)
+            code = 128 + stopped if stopped else 0
             if done % run.save_every == 0 or done == run.steps or code:
                 checkpoint.save(folder, done, write, run.keep)
             if code:
@@ -193,13 +194,13 @@ def _load(engine: Any, average: Average | None, state: dict[str, Any], folder: P
     path, saved = engine.load_checkpoint(str(folder / "resume"), tag="state")
     if path is None:
         raise ValueError(f"{folder} holds no resume state for this number of processes; start again with --resume no")
-    if saved["data"] != state["data"]:
+    if saved.get("data") != state["data"]:
         raise ValueError(
             f"{folder} was trained on other shards than data.train names now; restore them, or start again with --resume no"
         )
-    if saved["samples_per_step"] != state["samples_per_step"]:
+    if saved.get("samples_per_step") != state["samples_per_step"]:
         raise ValueError(
-            f"{folder} took {saved['samples_per_step']} samples per step, this run takes {state['samples_per_step']} "
+            f"{folder} took {saved.get('samples_per_step')} samples per step, this run takes {state['samples_per_step']} "
             "(batch_size × accumulation × processes); keep the product, or start again with --resume no"
         )
     if average:

@@ -155,13 +155,14 @@ class GeneratorRecipe:
         if self.heldout is None:
             return {}
         stride = max(1, len(self.heldout) // 256)
-        samples = [self._sample(self.heldout, i, {}) for i in range(0, len(self.heldout), stride)]
+        samples = [self._sample(self.heldout, i, {}) for i in range(0, len(self.heldout), stride)][:256]
         model = _objective(module).model
         generator = torch.Generator().manual_seed(0)
         vision, text = [], []
         for start in range(0, len(samples), 64):
             documents = [self._document(captions[0], bits) for captions, bits in samples[start : start + 64]]
-            losses = model(build_batch(documents, self.patch_side, self.special), generator, flip_max=0.0)
+            batch = build_batch(documents, self.patch_side, self.special).to(model.backbone.device)
+            losses = model(batch, generator, flip_max=0.0)
             vision.append(losses.vision_rows.flatten())
             text.append(losses.text_rows)
         return {"vision": float(torch.cat(vision).mean()), "text": float(torch.cat(text).mean())}
@@ -182,7 +183,7 @@ class GeneratorRecipe:
             [torch.Generator().manual_seed(i) for i in range(len(prompts))],
         )
         with torch.no_grad():
-            picture = grid(to_pil(self.tokenizer.decode(bits_BChw, torch.Generator().manual_seed(0))))
+            picture = grid(to_pil(self.tokenizer.decode(bits_BChw.cpu(), torch.Generator().manual_seed(0))))
         return picture
 
     def _defaults(self) -> dict[str, Any]:

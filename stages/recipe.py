@@ -22,7 +22,7 @@ class Recipe(Protocol):
     length: int  # training samples
     hash: str  # identity of the data, so that a resumed run notices other shards
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Any: ...
+    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Any: ...  # on the CPU, with .to(device)
 
     def describe(self, indices: Sequence[int]) -> list[str]: ...
 

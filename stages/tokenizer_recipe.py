@@ -30,16 +30,17 @@ class TokenizerObjective(nn.Module):
         self.quantizer = LookupFreeQuantizer(
             tokenizer.config.z_channels, training.groups, training.temperature, training.pool_groups
         )
-        self._encode = torch.compile(tokenizer.encoder) if compiled else tokenizer.encoder.__call__
-        self._decode = torch.compile(tokenizer.decoder) if compiled else tokenizer.decoder.__call__
+        if compiled:
+            tokenizer.encoder.compile()
+            tokenizer.decoder.compile()
 
     def forward(self, images_B3HW: Tensor, generator: torch.Generator) -> Losses:
         weights = self.training_config
-        bits_BChw, q = self.quantizer(self._encode(images_B3HW))
+        bits_BChw, q = self.quantizer(self.tokenizer.encoder(images_B3HW))
         noise = None
         if self.tokenizer.config.gan_decoder:
             noise = torch.randn(bits_BChw.shape, generator=generator).to(bits_BChw)
-        out_B3HW = self._decode(bits_BChw, noise)
+        out_B3HW = self.tokenizer.decoder(bits_BChw, noise)
         difference = out_B3HW - images_B3HW
         l1, l2 = difference.abs().mean(), difference.square().mean()
         loss = weights.l1_weight * l1 + weights.entropy_weight * q.entropy + weights.commitment_weight * q.commitment
@@ -101,18 +102,20 @@ class TokenizerRecipe:
         return [self.data[i].key for i in indices]
 
     def validate(self, module: nn.Module) -> dict[str, float]:
-        return measure_tokenizer(_tokenizer(module), self._judged(256))
+        return measure_tokenizer(_tokenizer(module), self._judged(256, module))
 
     def sample(self, module: nn.Module) -> Image.Image:
-        return side_by_side(_tokenizer(module), self._judged(24))
+        return side_by_side(_tokenizer(module), self._judged(24, module))
 
     def save_model(self, module: nn.Module, folder: Path) -> None:
         _tokenizer(module).save_pretrained(folder)
 
-    def _judged(self, count: int) -> Tensor:
+    def _judged(self, count: int, module: nn.Module) -> Tensor:
+        """`count` held-out pictures on the module's device."""
         data = self.heldout or self.data
         stride = max(1, len(data) // count)
-        return as_images([self._picture(data, i) for i in range(0, len(data), stride)][:count])
+        images = as_images([self._picture(data, i) for i in range(0, len(data), stride)][:count])
+        return images.to(next(module.parameters()).device)
 
     @staticmethod
     def _picture(data: ShardDataset, index: int) -> Image.Image:

@@ -13,6 +13,10 @@ encode() { [ -f "$DATA/$1-bits/pack.json" ] || "$BITDANCE" tokenizer encode "$DA
 TOKENIZER_DATA=(--styles 3d,flat,noto --concepts all --renderings-per-picture 2 --hold-out-pictures 0.05)
 pack tokenizer "${TOKENIZER_DATA[@]}" --split train
 pack tokenizer-heldout "${TOKENIZER_DATA[@]}" --split heldout
+# The one style that the bundled model draws, without the concepts held out above.
+STYLE_DATA=(--styles 3d --concepts all --renderings-per-picture 3 --hold-out-pictures 0.048)
+pack tokenizer-3d "${STYLE_DATA[@]}" --split train
+pack tokenizer-3d-heldout "${STYLE_DATA[@]}" --split heldout
 # What the generator learns by heart; 15 % of the picture × background pairs are held out to judge it.
 GENERATOR_DATA=(--styles 3d --concepts 300 --backgrounds all --hold-out-pairs 0.15)
 pack generator "${GENERATOR_DATA[@]}" --split train
@@ -25,6 +29,6 @@ encode generator-heldout
 "$BITDANCE" train configs/demo/generator.toml
 rm -rf runs/demo/model
 "$BITDANCE" export runs/demo/generator runs/demo/model --dtype bfloat16 --extras configs/demo/card.json
-"$BITDANCE" tokenizer eval "$DATA/tokenizer-heldout" --model runs/demo/model
+"$BITDANCE" tokenizer eval "$DATA/tokenizer-3d-heldout" --model runs/demo/model
 "$BITDANCE" measure prompts --model runs/demo/model --train "$DATA/generator" --heldout "$DATA/generator-heldout"
 echo "the model is in runs/demo/model; bundle it with: cp runs/demo/model/* bitdance/pretrained/demo/"

@@ -20,10 +20,10 @@ def measure_tokenizer(tokenizer: LFQTokenizer, images_B3HW: Tensor, seed: int = 
     errors, ones, count = [], torch.zeros(tokenizer.config.z_channels, dtype=torch.float64), 0
     for images in images_B3HW.split(BATCH):
         bits_BChw = tokenizer.encode(images)
-        ones += (bits_BChw > 0).double().sum(dim=(0, 2, 3))
+        ones += (bits_BChw > 0).sum(dim=(0, 2, 3)).cpu()
         count += bits_BChw.shape[0] * bits_BChw.shape[2] * bits_BChw.shape[3]
         out = to_levels(tokenizer.decode(bits_BChw, generator))
-        errors.append((out - to_levels(images)).square().mean(dim=(1, 2, 3)))
+        errors.append((out - to_levels(images)).square().mean(dim=(1, 2, 3)).cpu())
     psnr = 10 * torch.log10(255**2 / torch.cat(errors).clamp_min(1e-10))
     share = (ones / count).clamp(1e-12, 1 - 1e-12)
     entropy = -(share * share.log2() + (1 - share) * (1 - share).log2())
@@ -49,5 +49,5 @@ def side_by_side(tokenizer: LFQTokenizer, images_B3HW: Tensor, columns: int = 8)
     for start in range(0, len(images_B3HW) - columns + 1, columns):
         for source in (images_B3HW, out):
             rows.append(torch.cat(list(source[start : start + columns]), dim=2))
-    levels = to_levels(torch.cat(rows, dim=1)).byte().permute(1, 2, 0)
+    levels = to_levels(torch.cat(rows, dim=1)).byte().permute(1, 2, 0).cpu()
     return Image.fromarray(levels.contiguous().numpy())
