@@ -101,11 +101,12 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--format", choices=["official"], default="official")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as trained (float32)")
     parser.add_argument("--extras", type=Path, help="JSON file merged into bitdance.json: defaults, sizes, prompts, card")
+    parser.add_argument("--decoder", type=Path, help="tokenizer whose decoder replaces the model's own (same encoder)")
     arguments = parser.parse_args(argv)
 
     from stages.export import export_checkpoint
 
-    export_checkpoint(arguments.checkpoint, arguments.out, arguments.dtype, arguments.extras)
+    export_checkpoint(arguments.checkpoint, arguments.out, arguments.dtype, arguments.extras, arguments.decoder)
     print(arguments.out)
     return 0
 

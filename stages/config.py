@@ -93,6 +93,7 @@ class TokenizerTraining:
 
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     init: str = ""  # tokenizer to start from (a run, a checkpoint or a model folder); its config must equal `model`
+    freeze_encoder: bool = False  # train the decoder alone: the bits of every picture stay what they are
     groups: int = 4  # of the entropy loss
     pool_groups: bool = True
     temperature: float = 0.01

@@ -82,7 +82,12 @@ def _initialise(module: nn.Module, config: TrainingConfig) -> Any:
     deepspeed.ops.__compatible_ops__ = {}
     run, opt = config.run, config.optimizer
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=opt.lr, betas=opt.betas, eps=opt.eps, weight_decay=opt.weight_decay, fused=True
+        [p for p in module.parameters() if p.requires_grad],
+        lr=opt.lr,
+        betas=opt.betas,
+        eps=opt.eps,
+        weight_decay=opt.weight_decay,
+        fused=True,
     )
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)

@@ -14,8 +14,14 @@ from lfq_tokenizer.weights import read_json
 from stages import checkpoint
 
 
-def export_checkpoint(path: Path, out: Path, dtype: str | None = None, extras: Path | None = None) -> None:
-    """Write the model of a checkpoint to the new folder `out`. ValueError if the checkpoint is damaged or `out` is not empty."""
+def export_checkpoint(
+    path: Path, out: Path, dtype: str | None = None, extras: Path | None = None, decoder: Path | None = None
+) -> None:
+    """Write the model of a checkpoint to the new folder `out`. `decoder` names a tokenizer (a run,
+    a checkpoint or a folder) whose decoder takes the place of the model's own; its encoder must be the same, tensor for tensor.
+
+    ValueError if the checkpoint is damaged, `out` is not empty, or the encoders differ.
+    """
     folder = checkpoint.newest(path)
     checkpoint.verify(folder)
     if out.exists() and any(out.iterdir()):
@@ -27,4 +33,16 @@ def export_checkpoint(path: Path, out: Path, dtype: str | None = None, extras: P
     model = load_model(folder / "model", device="cpu", dtype=torch.float32)
     if extras is not None:
         model.extras = {**model.extras, **read_json(extras)}  # type: ignore[dict-item]
+    if decoder is not None:
+        _take_decoder(model.tokenizer, LFQTokenizer.from_pretrained(checkpoint.model_folder(decoder)).float(), decoder)
     save_model(model, out, dtype=number)
+
+
+def _take_decoder(own: LFQTokenizer, other: LFQTokenizer, place: Path) -> None:
+    ours, theirs = own.encoder.state_dict(), other.encoder.state_dict()
+    if own.config != other.config or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        raise ValueError(
+            f"--decoder {place}: its encoder is not the one that the model was trained with, so its decoder reads other bits; "
+            "train the decoder with tokenizer.freeze_encoder"
+        )
+    own.decoder.load_state_dict(other.decoder.state_dict())

@@ -30,22 +30,25 @@ class TokenizerObjective(nn.Module):
         self.quantizer = LookupFreeQuantizer(
             tokenizer.config.z_channels, training.groups, training.temperature, training.pool_groups
         )
+        if training.freeze_encoder:
+            tokenizer.encoder.requires_grad_(False)
         if compiled:
             tokenizer.encoder.compile()
             tokenizer.decoder.compile()
 
     def forward(self, images_B3HW: Tensor, generator: torch.Generator) -> Losses:
         weights = self.training_config
-        bits_BChw, q = self.quantizer(self.tokenizer.encoder(images_B3HW))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not weights.freeze_encoder):
+            bits_BChw, q = self.quantizer(self.tokenizer.encoder(images_B3HW))
         noise = None
         if self.tokenizer.config.gan_decoder:
             noise = torch.randn(bits_BChw.shape, generator=generator).to(bits_BChw)
         out_B3HW = self.tokenizer.decoder(bits_BChw, noise)
         difference = out_B3HW - images_B3HW
         l1, l2 = difference.abs().mean(), difference.square().mean()
-        loss = weights.l1_weight * l1 + weights.entropy_weight * q.entropy + weights.commitment_weight * q.commitment
-        if weights.l2_weight:
-            loss = loss + weights.l2_weight * l2
+        loss = weights.l1_weight * l1 + weights.l2_weight * l2
+        if not weights.freeze_encoder:
+            loss = loss + weights.entropy_weight * q.entropy + weights.commitment_weight * q.commitment
         psnr = -10 * torch.log10(difference.detach().square().mean(dim=(1, 2, 3)) / 4).mean()
         scalars = {
             "l1": l1,
@@ -83,6 +86,8 @@ class TokenizerRecipe:
             if start.config != training.model:
                 raise ValueError(f"tokenizer.init {training.init} holds {start.config}, the config asks for {training.model}")
             tokenizer.load_state_dict(start.state_dict())
+        elif training.freeze_encoder:
+            raise ValueError("tokenizer.freeze_encoder trains a decoder for an encoder that exists; name it in tokenizer.init")
         self.module = TokenizerObjective(tokenizer, training, config.run.compile)
 
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:

@@ -27,8 +27,9 @@ pack generator-heldout "${GENERATOR_DATA[@]}" --split heldout
 encode generator
 encode generator-heldout
 "$BITDANCE" train configs/demo/generator.toml
+"$BITDANCE" train configs/demo/tokenizer-decoder.toml
 rm -rf runs/demo/model
-"$BITDANCE" export runs/demo/generator runs/demo/model --dtype bfloat16 --extras configs/demo/card.json
+"$BITDANCE" export runs/demo/generator runs/demo/model --dtype bfloat16 --decoder runs/demo/tokenizer-decoder --extras configs/demo/card.json
 "$BITDANCE" tokenizer eval "$DATA/tokenizer-3d-heldout" --model runs/demo/model
 "$BITDANCE" measure prompts --model runs/demo/model --train "$DATA/generator" --heldout "$DATA/generator-heldout"
 echo "the model is in runs/demo/model; bundle it with: cp runs/demo/model/* bitdance/pretrained/demo/"
