@@ -32,7 +32,9 @@ def export_checkpoint(
         return
     model = load_model(folder / "model", device="cpu", dtype=torch.float32)
     if extras is not None:
-        model.extras = {**model.extras, **read_json(extras)}  # type: ignore[dict-item]
+        known, more = model.extras, read_json(extras)
+        card = {**known.get("card", {}), **more.get("card", {})}
+        model.extras = {**known, **more, "card": card}
     if decoder is not None:
         _take_decoder(model.tokenizer, LFQTokenizer.from_pretrained(checkpoint.model_folder(decoder)).float(), decoder)
     save_model(model, out, dtype=number)
