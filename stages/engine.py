@@ -167,7 +167,7 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
                 values = {"loss": float(loss.detach()), **{k: float(v) for k, v in scalars.items()}, "lr": rate}
                 if norm is not None:
                     values["grad_norm"] = norm
-                values |= {"images_per_s": images / seconds, "data_wait": waited / seconds}
+                values |= {"images_per_s": images / seconds, "data_wait": waited / seconds, "skipped": recipe.skipped}
                 tracker.scalars(done, values)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
                 clock, waited, logged = time.monotonic(), 0.0, done

@@ -135,7 +135,7 @@ class GeneratorRecipe:
     def _sample(self, data: ShardDataset, index: int, cache: dict[int, tuple[list[str], Tensor]]) -> tuple[list[str], Tensor]:
         """Captions and bits. Bits of shards of pictures are computed once and kept (int8)."""
         if index not in cache:
-            sample = data[index]
+            sample = data.take(index)
             cache[index] = (sample.captions, self._bits(sample))
         return cache[index]
 
@@ -145,6 +145,10 @@ class GeneratorRecipe:
             return sample.bits_Chw
         assert sample.picture is not None
         return self.tokenizer.encode(as_images([sample.picture]))[0].to(torch.int8)
+
+    @property
+    def skipped(self) -> int:
+        return len(self.data.broken)
 
     def describe(self, indices: Sequence[int]) -> list[str]:
         return [self.data[i].key for i in indices]

@@ -22,6 +22,9 @@ class Recipe(Protocol):
     length: int  # training samples
     hash: str  # identity of the data, so that a resumed run notices other shards
 
+    @property
+    def skipped(self) -> int: ...  # samples that could not be read so far
+
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> Any: ...  # on the CPU, with .to(device)
 
     def describe(self, indices: Sequence[int]) -> list[str]: ...

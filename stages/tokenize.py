@@ -1,4 +1,4 @@
-"""Shards of pictures through a trained tokenizer: to shards of bits, or to figures.
+"""Shards through a trained tokenizer: pictures to bits, bits to pictures, or pictures to figures.
 
 A generator that trains from bits never runs the encoder again.
 """
@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from bitdance.picture import to_pil, write_png
 from lfq_tokenizer import LFQTokenizer
 from stages.checkpoint import model_folder
 from stages.data.bits import pack_bits
@@ -28,7 +30,11 @@ class EncodedShards:
     @torch.no_grad()
     def __iter__(self) -> Iterator[CaptionedPicture | Skipped]:
         for index in range(len(self.data)):
-            sample = self.data[index]
+            try:
+                sample = self.data[index]
+            except ValueError:
+                yield Skipped(self.data.index.entries[index].key, "cannot be read")
+                continue
             if sample.picture is None:
                 yield Skipped(sample.key, "holds bits already")
                 continue
@@ -51,6 +57,23 @@ def encode_shards(model: str | Path, shards: Sequence[str], out: Path) -> int:
     """Write the bits of every picture to the new folder `out`; returns their number."""
     source = EncodedShards(load_tokenizer(model), ShardDataset(ShardIndex.open(list(shards))))
     return int(pack(source, out, PackOptions(progress=True))["samples"])
+
+
+@torch.no_grad()
+def decode_shards(model: str | Path, shards: Sequence[str], out: Path, seed: int = 0) -> int:
+    """Write `KEY.png` for every sample of shards of bits into the folder `out`; returns their number.
+
+    A generative decoder draws its noise from `seed`. Pictures that exist are replaced.
+    """
+    tokenizer, data = load_tokenizer(model), ShardDataset(ShardIndex.open(list(shards)))
+    out.mkdir(parents=True, exist_ok=True)
+    for index in tqdm(range(len(data)), disable=None, unit="picture"):
+        sample = data[index]
+        if sample.bits_Chw is None:
+            raise ValueError(f"sample {sample.key} holds a picture and no bits; encode the shards first")
+        image = tokenizer.decode(sample.bits_Chw[None].float(), torch.Generator().manual_seed(seed))
+        write_png(to_pil(image)[0], out / f"{sample.key}.png")
+    return len(data)
 
 
 def evaluate_shards(model: str | Path, shards: Sequence[str], picture: Path | None = None) -> dict[str, float]:

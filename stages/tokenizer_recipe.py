@@ -103,6 +103,10 @@ class TokenizerRecipe:
             images = images[:, :, y : y + crop, x : x + crop]
         return images.contiguous(memory_format=torch.channels_last)
 
+    @property
+    def skipped(self) -> int:
+        return len(self.data.broken)
+
     def describe(self, indices: Sequence[int]) -> list[str]:
         return [self.data[i].key for i in indices]
 
@@ -124,7 +128,7 @@ class TokenizerRecipe:
 
     @staticmethod
     def _picture(data: ShardDataset, index: int) -> Image.Image:
-        sample = data[index]
+        sample = data.take(index)
         if sample.picture is None:
             raise ValueError(f"sample {sample.key} holds bits and no picture; a tokenizer trains on shards of pictures")
         return sample.picture

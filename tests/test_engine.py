@@ -66,6 +66,8 @@ class LineRecipe:
                 y_B2[place, 0] = math.nan
         return x_B3, y_B2
 
+    skipped = 0
+
     def describe(self, indices: Sequence[int]) -> list[str]:
         return [f"sample-{i}" for i in indices]
 

@@ -419,3 +419,23 @@ def test_the_summary_counts(shards):
     assert (summary["samples"], summary["captions"], summary["distinct"]["concept"]) == (50, 100, 50)
     assert [example["key"] for example in summary["examples"]] == ["s0", "s12", "s25", "s37"]
     assert json.loads(json.dumps(summary)) == summary
+
+
+def test_training_skips_what_cannot_be_read_counts_it_and_stops_above_the_limit(tmp_path):
+    bomb = io.BytesIO()
+    Image.new("1", (9000, 9000)).save(bomb, format="PNG")
+    bad = {5: b"no picture", 6: bomb.getvalue(), 7: png(7)[:40]}
+    members = [
+        (f"s{n}.{end}", bad.get(n, png(n)) if end == "png" else caption()) for n in range(40) for end in ("png", "json")
+    ]
+    data = ShardDataset(ShardIndex.open(write_tar(tmp_path / "some-bad.tar", members)))
+    assert data.take(4).key == "s4" and not data.broken
+    assert data.take(5).key == "s8"  # the next one that can be read
+    assert set(data.broken) == {"s5", "s6", "s7"}
+    assert data.take(6).key == "s8" and len(data.broken) == 3  # the same answer again, counted once
+
+    members = [(f"s{n}.{end}", b"" if end == "png" and n < 15 else caption() if end == "json" else png(n))
+               for n in range(40) for end in ("png", "json")]  # fmt: skip
+    rotten = ShardDataset(ShardIndex.open(write_tar(tmp_path / "rotten.tar", members)))
+    with pytest.raises(ValueError, match=r"11 of 40 samples cannot be read, more than 10: s0: .*Pack them again"):
+        rotten.take(0)

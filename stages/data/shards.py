@@ -178,6 +178,7 @@ class ShardDataset(Dataset[Sample]):
     def __init__(self, index: ShardIndex, max_pixels: int = MAX_PIXELS) -> None:
         self.index = index
         self.max_pixels = max_pixels
+        self.broken: dict[str, str] = {}  # key → reason, of the samples that `take` has skipped
         self._files: OrderedDict[int, int] = OrderedDict()
         self._process = os.getpid()
 
@@ -195,6 +196,25 @@ class ShardDataset(Dataset[Sample]):
             error.add_note(f"sample {entry.key} in {self.index.shards[entry.shard].name}")
             raise
         return Sample(entry.key, picture, bits_Chw, captions, attributes)
+
+    def take(self, number: int) -> Sample:
+        """Sample `number` or, where it cannot be read, the next one that can: what training asks for.
+
+        Depends on the data alone, so a resumed run takes the same samples. Skipped ones are noted in `broken`; ValueError when
+        they are more than 1 % of the samples (and more than 10).
+        """
+        limit = max(10, len(self) // 100)
+        for step in range(len(self)):
+            place = (number + step) % len(self)
+            try:
+                return self[place]
+            except ValueError as error:
+                self.broken[self.index.entries[place].key] = str(error)
+                if len(self.broken) > limit:
+                    break
+        listed = "; ".join(f"{key}: {reason}" for key, reason in list(self.broken.items())[:10])
+        found = f"{len(self.broken)} of {len(self)} samples cannot be read, more than {limit}"
+        raise ValueError(f"{found}: {listed}. Pack them again.")
 
     def caption(self, number: int) -> tuple[list[str], dict[str, Any]]:
         """Captions and attributes of a sample, without decoding its picture."""
