@@ -36,6 +36,7 @@ def export_checkpoint(
         card = {**known.get("card", {}), **more.get("card", {})}
         model.extras = {**known, **more, "card": card}
     if decoder is not None:
+        assert model.tokenizer is not None
         _take_decoder(model.tokenizer, LFQTokenizer.from_pretrained(checkpoint.model_folder(decoder)).float(), decoder)
     save_model(model, out, dtype=number)
 

@@ -209,7 +209,7 @@ class GeneratorRecipe:
         model = _objective(module).with_tokenizer(self.tokenizer)
         defaults = self._defaults()
         training = dataclasses.asdict(self.training)
-        model.extras = {  # type: ignore[assignment]
+        model.extras = {
             "defaults": defaults,
             "sizes": [[defaults["height"], defaults["width"]]],
             "prompts": self._prompts_known,

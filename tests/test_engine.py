@@ -36,8 +36,8 @@ class Line(nn.Module):
             for parameter in self.parameters():
                 parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
 
-    def forward(self, batch: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        x_B3, y_B2 = batch
+    def forward(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        x_B3, y_B2 = batch.split([3, 2], dim=1)
         noise_B3 = 0.3 * torch.randn(x_B3.shape, generator=generator)
         error_B2 = self.linear(x_B3 + noise_B3) - y_B2
         return error_B2.square().mean(), {"absolute": error_B2.detach().abs().mean()}
@@ -54,7 +54,7 @@ class LineRecipe:
         self.broken: set[int] = set()
         self.pause = 0.0
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
         self.before.get(len(self.seen), lambda: None)()
         time.sleep(self.pause)
         self.seen.append(list(indices))
@@ -64,7 +64,7 @@ class LineRecipe:
         for place, index in enumerate(indices):
             if index in self.broken:
                 y_B2[place, 0] = math.nan
-        return x_B3, y_B2
+        return torch.cat([x_B3, y_B2], dim=1)
 
     skipped = 0
 

@@ -40,6 +40,7 @@ class Gallery:
     """Every rendering with its latent."""
 
     def __init__(self, pipe: BitDancePipeline, datasets: Sequence[ShardDataset]) -> None:
+        assert pipe.model.tokenizer is not None
         self.encoder = pipe.model.tokenizer.encoder
         self.renderings: list[Rendering] = []
         latents = []
@@ -81,6 +82,7 @@ def judge(
         batch = list(captions[start : start + BATCH])
         seeds = [seed + start + i for i in range(len(batch))]
         images = pipe(batch, seed=seeds, **settings).images
+        assert isinstance(images, list)
         pictures += images
         for image, order, index in zip(images, gallery.nearest(images), wanted[start:], strict=False):
             target = gallery.renderings[index]
