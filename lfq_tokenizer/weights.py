@@ -62,7 +62,15 @@ def write_safetensors(state: Mapping[str, Tensor], path: Path | str) -> None:
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, str(temporary), metadata={"format": "pt"})
+    temporary.chmod(0o666 & ~_umask())  # the library writes it for its owner alone
     os.replace(temporary, path)
+
+
+def _umask() -> int:
+    """The permission bits that new files of this process do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path | str) -> None:
