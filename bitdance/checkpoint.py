@@ -26,7 +26,15 @@ from bitdance.projector import Projector
 from bitdance.prompt import SpecialTokens, save_text_tokenizer, vision_prefix_ids
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_config, read_extras, rule_of_folder
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
-from lfq_tokenizer.weights import check_shapes, read_json, read_safetensors, read_shapes, write_json, write_safetensors
+from lfq_tokenizer.weights import (
+    check_shapes,
+    read_json,
+    read_safetensors,
+    read_shapes,
+    replace_folder,
+    write_json,
+    write_safetensors,
+)
 
 TOKENIZER_WEIGHTS = "ae.safetensors"
 HEAD_WEIGHTS = "vision_head.safetensors"
@@ -139,7 +147,7 @@ def save_model(
     temporary.mkdir()
     try:
         _write(model, tokenizer, temporary, dtype)
-        _put_in_place(temporary, folder.absolute())
+        replace_folder(temporary, folder.absolute())
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -174,20 +182,6 @@ def _cast_lm(folder: Path, dtype: torch.dtype) -> None:
         write_json({**index, "metadata": {**index.get("metadata", {}), "total_size": size}}, folder / LM_INDEX)
     config = read_json(folder / LM_CONFIG)
     write_json({**config, "dtype": str(dtype).removeprefix("torch.")}, folder / LM_CONFIG)
-
-
-def _put_in_place(temporary: Path, folder: Path) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        os.replace(temporary, folder)
-        return
-    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
-    os.replace(folder, old)
-    try:
-        os.replace(temporary, folder)
-    except BaseException:
-        os.replace(old, folder)
-        raise
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def _load_text_tokenizer(folder: Path, head: HeadConfig) -> Any:

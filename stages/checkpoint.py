@@ -16,7 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from bitdance.checkpoint import resolve
-from lfq_tokenizer.weights import read_json, write_json
+from lfq_tokenizer.weights import read_json, replace_folder, write_json
 
 INCOMPLETE = ".incomplete"
 
@@ -42,7 +42,7 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
         write_json({"step": step, "files": manifest}, working / "manifest.json")
         for path in [*files, working / "manifest.json"]:
             _fsync(path)
-        _publish(working, final)
+        replace_folder(working, final)
         pointer = run / "latest.tmp"
         pointer.write_text(final.name + "\n")
         os.replace(pointer, run / "latest")
@@ -51,22 +51,6 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
             shutil.rmtree(old)
     _barrier()
     return final
-
-
-def _publish(working: Path, final: Path) -> None:
-    """One rename; a checkpoint of the same step stays until the new one has taken its name."""
-    if not final.exists():
-        os.replace(working, final)
-        return
-    replaced = final.with_name(final.name + ".replaced" + INCOMPLETE)
-    shutil.rmtree(replaced, ignore_errors=True)
-    os.replace(final, replaced)
-    try:
-        os.replace(working, final)
-    except BaseException:
-        os.replace(replaced, final)
-        raise
-    shutil.rmtree(replaced)
 
 
 def complete(run: Path) -> list[Path]:

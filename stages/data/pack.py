@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lfq_tokenizer.weights import replace_folder
 from stages.data.sample import CaptionedPicture, PictureSource, Skipped
 from stages.data.shards import MEMBER_LIMITS
 
@@ -59,7 +60,8 @@ def pack(
     workplace = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.incomplete-"))
     try:
         report = _write(source, workplace, target.name, options)
-        _put_in_place(workplace, target)
+        os.chmod(workplace, 0o755)
+        replace_folder(workplace, target)
     except BaseException:
         shutil.rmtree(workplace, ignore_errors=True)
         raise
@@ -73,21 +75,6 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target} exists and is not a pack of ours; choose another folder")
     if ours and not overwrite:
         raise ValueError(f"{target} already holds a pack; choose another folder, or give --overwrite")
-
-
-def _put_in_place(workplace: Path, target: Path) -> None:
-    os.chmod(workplace, 0o755)
-    if target.exists() and any(target.iterdir()):
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old-"))
-        os.replace(target, old)
-        try:
-            os.replace(workplace, target)
-        except OSError:
-            os.replace(old, target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(workplace, target)
 
 
 def _write(source: PictureSource, folder: Path, name: str, options: PackOptions) -> dict[str, Any]:
