@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw
 import stages.cli
 from bitdance import BitDancePipeline
 from bitdance.cli import main as bitdance
+from bitdance.picture import to_pil
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.weights import read_safetensors
 from stages.checkpoint import step_folder, verify
@@ -203,3 +204,32 @@ def test_a_missing_resume_path_is_exit_code_2_and_trains_nothing(place: Path, tm
     changes = ["--set", f"data.train={json.dumps([str(place / 'shards')])}", "--set", f"run.out={tmp_path / 'run'}"]
     assert stages.cli.train([str(CONFIGS / "tokenizer.toml"), *changes, "--resume", str(tmp_path / "no")]) == 2
     assert not (tmp_path / "run").exists()
+
+
+def test_decoded_shards_are_the_pictures_that_the_tokenizer_makes(place: Path, tmp_path: Path) -> None:
+    assert stages.cli.tokenizer(["decode", str(place / "bits"), str(tmp_path / "out"), "--model", str(place / "float32")]) == 0
+    data = ShardDataset(ShardIndex.open(place / "bits"))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"{data[i].key}.png" for i in range(12)}
+    tokenizer = LFQTokenizer.from_pretrained(place / "float32")
+    with torch.no_grad():
+        expected = to_pil(tokenizer.decode(data[3].bits_Chw[None].float()))[0]
+    assert Image.open(tmp_path / "out" / f"{data[3].key}.png").tobytes() == expected.tobytes()
+    assert stages.cli.tokenizer(["decode", str(place / "shards"), str(tmp_path / "no"), "--model", str(place / "float32")]) == 2
+
+
+def test_a_decoder_trained_later_changes_pictures_and_no_bit(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = ("tokenizer.freeze_encoder=true", f'tokenizer.init="{place / "tokenizer"}"')
+    assert train("tokenizer", tmp_path / "later", place / "shards", *later) == 0
+    export = ["--decoder", str(tmp_path / "later")]
+    assert stages.cli.export([str(place / "whole"), str(tmp_path / "new"), *export]) == 0
+    old, new = (read_safetensors(folder / "ae.safetensors") for folder in (place / "float32", tmp_path / "new"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed and all(name.startswith("decoder.") for name in changed)
+    assert torch.equal(bits(tmp_path / "new"), bits(place / "float32"))
+
+    assert train("tokenizer", tmp_path / "other", place / "shards", later[1]) == 0  # its encoder moved on
+    assert stages.cli.export([str(place / "whole"), str(tmp_path / "bad"), "--decoder", str(tmp_path / "other")]) == 2
+    assert "freeze_encoder" in capsys.readouterr().err and not (tmp_path / "bad").exists()
+    assert train("tokenizer", tmp_path / "none", place / "shards", later[0]) == 2  # nothing to freeze
