@@ -11,7 +11,6 @@ from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
 from lfq_tokenizer.weights import (
     check_shapes,
-    load_strict,
     read_json,
     read_safetensors,
     read_shapes,
@@ -91,4 +90,4 @@ class LFQTokenizer(nn.Module):
         write_safetensors(self.state_dict(), Path(folder) / WEIGHTS_FILE)
 
 
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LFQTokenizer", "load_strict"]
+__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LFQTokenizer"]

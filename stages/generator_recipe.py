@@ -28,7 +28,7 @@ from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
 from lfq_tokenizer import LFQTokenizer
 from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining, TrainingConfig
-from stages.data.shards import Sample, ShardDataset, ShardIndex
+from stages.data.shards import ShardDataset, ShardIndex
 from stages.recipe import Losses
 from stages.tokenizer_recipe import as_images
 
@@ -70,7 +70,6 @@ class GeneratorRecipe:
         self.tokenizer = model.tokenizer.eval().requires_grad_(False)
         self.text_tokenizer, self.special, self.patch_side = model.text_tokenizer, model.special, model.patch_side
         self.module = GeneratorObjective(model, self.training)
-        self._cache: dict[int, tuple[list[str], Tensor]] = {}
 
     def _model(self) -> BitDanceModel:
         t = self.training
@@ -117,7 +116,7 @@ class GeneratorRecipe:
 
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> TrainingBatch:
         """One document per sample: a caption of its list, drawn evenly, or none with probability `dropout`; then the picture."""
-        samples = [self._sample(self.data, i, self._cache) for i in indices]
+        samples = [self._sample(self.data, i) for i in indices]
         draws = torch.rand(len(samples), 2, generator=generator).tolist()
         documents = []
         for (captions, bits_Chw), (drop, pick) in zip(samples, draws, strict=True):
@@ -132,26 +131,21 @@ class GeneratorRecipe:
             ids = unconditional_ids(self.text_tokenizer)
         return [TextPiece(ids, predict=bool(caption)), ImagePiece(bits_Chw)]
 
-    def _sample(self, data: ShardDataset, index: int, cache: dict[int, tuple[list[str], Tensor]]) -> tuple[list[str], Tensor]:
-        """Captions and bits. Bits of shards of pictures are computed once and kept (int8)."""
-        if index not in cache:
-            sample = data.take(index)
-            cache[index] = (sample.captions, self._bits(sample))
-        return cache[index]
-
     @torch.no_grad()
-    def _bits(self, sample: Sample) -> Tensor:
+    def _sample(self, data: ShardDataset, index: int) -> tuple[list[str], Tensor]:
+        """Captions and bits; pictures are encoded each time they come, so many epochs want shards of bits."""
+        sample = data.take(index)
         if sample.bits_Chw is not None:
-            return sample.bits_Chw
+            return sample.captions, sample.bits_Chw
         assert sample.picture is not None
-        return self.tokenizer.encode(as_images([sample.picture]))[0].to(torch.int8)
+        return sample.captions, self.tokenizer.encode(as_images([sample.picture]))[0].to(torch.int8)
 
     @property
     def skipped(self) -> int:
         return len(self.data.broken)
 
     def describe(self, indices: Sequence[int]) -> list[str]:
-        return [self.data[i].key for i in indices]
+        return [self.data.key(i) for i in indices]
 
     @torch.no_grad()
     def validate(self, module: nn.Module) -> dict[str, float]:
@@ -159,7 +153,7 @@ class GeneratorRecipe:
         if self.heldout is None:
             return {}
         stride = max(1, len(self.heldout) // 256)
-        samples = [self._sample(self.heldout, i, {}) for i in range(0, len(self.heldout), stride)][:256]
+        samples = [self._sample(self.heldout, i) for i in range(0, len(self.heldout), stride)][:256]
         model = _objective(module).model
         generator = torch.Generator().manual_seed(0)
         vision, text = [], []
@@ -191,7 +185,7 @@ class GeneratorRecipe:
         return picture
 
     def _defaults(self) -> dict[str, Any]:
-        _, bits_Chw = self._sample(self.data, 0, self._cache)
+        _, bits_Chw = self._sample(self.data, 0)
         s = self.tokenizer.downsampling
         size = {"height": bits_Chw.shape[1] * s, "width": bits_Chw.shape[2] * s}
         return {**size, "num_inference_steps": 20, "guidance_scale": 3.0, **self.training.defaults}

@@ -33,7 +33,7 @@ class EncodedShards:
             try:
                 sample = self.data[index]
             except ValueError:
-                yield Skipped(self.data.index.entries[index].key, "cannot be read")
+                yield Skipped(self.data.key(index), "cannot be read")
                 continue
             if sample.picture is None:
                 yield Skipped(sample.key, "holds bits already")

@@ -108,7 +108,7 @@ class TokenizerRecipe:
         return len(self.data.broken)
 
     def describe(self, indices: Sequence[int]) -> list[str]:
-        return [self.data[i].key for i in indices]
+        return [self.data.key(i) for i in indices]
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         return measure_tokenizer(_tokenizer(module), self._judged(256, module))

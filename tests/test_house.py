@@ -83,13 +83,13 @@ def test_the_pickle_rule_sees_what_it_should(source: str, lines: list[int]) -> N
 
 def test_no_registry_host_is_written_down() -> None:
     hosts = [
-        ("pypi", "org"),
-        ("pythonhosted", "org"),
-        ("registry.npmjs", "org"),
-        ("npmjs", "com"),
-        ("download.pytorch", "org"),
+        ("py", "pi.org"),
+        ("python", "hosted.org"),
+        ("registry.npm", "js.org"),
+        ("npm", "js.com"),
+        ("download.py", "torch.org"),
     ]
-    pattern = re.compile("|".join(re.escape(".".join(parts)) for parts in hosts))
+    pattern = re.compile("|".join(re.escape("".join(parts)) for parts in hosts))
     assert [shown(path) for path in tracked_texts() if pattern.search(path.read_text("utf-8", errors="replace"))] == []
 
 

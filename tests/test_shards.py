@@ -433,6 +433,7 @@ def test_training_skips_what_cannot_be_read_counts_it_and_stops_above_the_limit(
     assert data.take(5).key == "s8"  # the next one that can be read
     assert set(data.broken) == {"s5", "s6", "s7"}
     assert data.take(6).key == "s8" and len(data.broken) == 3  # the same answer again, counted once
+    assert data.key(6) == "s6"  # what cannot be read can still be named
 
     members = [(f"s{n}.{end}", b"" if end == "png" and n < 15 else caption() if end == "json" else png(n))
                for n in range(40) for end in ("png", "json")]  # fmt: skip

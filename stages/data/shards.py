@@ -197,6 +197,10 @@ class ShardDataset(Dataset[Sample]):
             raise
         return Sample(entry.key, picture, bits_Chw, captions, attributes)
 
+    def key(self, number: int) -> str:
+        """The name of a sample; nothing is read."""
+        return self.index.entries[number].key
+
     def take(self, number: int) -> Sample:
         """Sample `number` or, where it cannot be read, the next one that can: what training asks for.
 
@@ -209,7 +213,7 @@ class ShardDataset(Dataset[Sample]):
             try:
                 return self[place]
             except ValueError as error:
-                self.broken[self.index.entries[place].key] = str(error)
+                self.broken[self.key(place)] = str(error)
                 if len(self.broken) > limit:
                     break
         listed = "; ".join(f"{key}: {reason}" for key, reason in list(self.broken.items())[:10])

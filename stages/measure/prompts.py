@@ -86,7 +86,7 @@ def judge(
         pictures += images
         for image, order, index in zip(images, gallery.nearest(images), wanted[start:], strict=False):
             target = gallery.renderings[index]
-            ranked = list(dict.fromkeys(gallery.renderings[i].picture for i in order[:200]))
+            ranked = list(dict.fromkeys(gallery.renderings[i].picture for i in order))
             right += ranked[0] == target.picture
             top5 += target.picture in ranked[:5]
             background += background_of(image) == target.background
