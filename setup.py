@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "bitdance/__init__.py")
 assert VERSION, "bitdance/__init__.py states no __version__"
 README = ROOT / "README.md"
 
-TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "tensorboard>=2.14"]
+TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "tensorboard>=2.14", "torchmetrics>=1.4"]
 ICONS = ["resvg-py>=0.5,<1"]
 
 setup(
