@@ -88,19 +88,42 @@ class DeepSpeedConfig:
 
 
 @dataclass(frozen=True)
+class AdversaryTraining:
+    """The discriminator of recipe 'tokenizer'. It begins to train, and to be deceived, at step `start`."""
+
+    weight: float = 0.0  # of deceiving it, in the tokenizer's loss (published: 0.1); 0: there is no discriminator
+    start: int = 0
+    lecam_weight: float = 0.05
+    lecam_decay: float = 0.999
+    ch: int = 64
+    layers: int = 3
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.5, 0.9)
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.lecam_weight < 0 or self.start < 0:
+            raise ValueError("tokenizer.adversary: weight, lecam_weight and start must not be negative")
+        if self.ch < 32 or self.ch % 32 or self.layers < 1:
+            raise ValueError(f"tokenizer.adversary: ch = {self.ch} must be a multiple of 32, layers = {self.layers} at least 1")
+
+
+@dataclass(frozen=True)
 class TokenizerTraining:
-    """Recipe 'tokenizer': L1 + entropy + commitment."""
+    """Recipe 'tokenizer': L1 + perceptual + adversarial + entropy + commitment; a weight of 0 switches a term off."""
 
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    init: str = ""  # tokenizer to start from (a run, a checkpoint or a model folder); its config must equal `model`
+    init: str = ""  # tokenizer to start from (a run, a checkpoint or a model folder); its encoder must be that of `model`
     freeze_encoder: bool = False  # train the decoder alone: the bits of every picture stay what they are
     groups: int = 4  # of the entropy loss
     pool_groups: bool = True
     temperature: float = 0.01
     l1_weight: float = 1.0
     l2_weight: float = 0.0  # OURS: helps PSNR in short runs
+    perceptual: str = ""  # LPIPS weights, a file that `bitdance tokenizer lpips` writes; empty: no perceptual term
+    perceptual_weight: float = 1.0
     entropy_weight: float = 0.1
     commitment_weight: float = 0.25
+    adversary: AdversaryTraining = field(default_factory=AdversaryTraining)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from lfq_tokenizer import LFQTokenizer
 from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining, TrainingConfig
 from stages.data.shards import ShardDataset, ShardIndex
-from stages.recipe import Losses
+from stages.recipe import Losses, Opponent
 from stages.tokenizer_recipe import as_images
 
 LISTED_SAMPLES = 20_000  # read at most, for the list of prompts in bitdance.json
@@ -50,13 +50,15 @@ class GeneratorObjective(nn.Module):
         m = self.model
         return BitDanceModel(tokenizer, m.text_tokenizer, m.projector, m.backbone, m.head).eval()
 
-    def forward(self, batch: TrainingBatch, generator: torch.Generator) -> Losses:
+    def forward(self, batch: TrainingBatch, generator: torch.Generator, step: int) -> Losses:
         losses = self.model(batch, generator, flip_max=self._training.flip_max, text_weight=self._training.text_weight)
-        return losses.total, {"vision": losses.vision.detach(), "text": losses.text.detach()}
+        return losses.total, {"vision": losses.vision.detach(), "text": losses.text.detach()}, None
 
 
 class GeneratorRecipe:
     """See `recipe.Recipe`."""
+
+    opponent: Opponent | None = None
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config, self.training = config, config.generator

@@ -1,8 +1,11 @@
 """Recipe 'tokenizer': pictures → bits → pictures.
 
-    loss = l1·|y − x| + l2·(y − x)² + entropy·(H(sample) − H(mean)) + commitment·|z − sg(bits)|²
+    loss = l1·|y − x| + l2·(y − x)² + perceptual·LPIPS(y, x) + adversary·(−D(y))
+         + entropy·(H(sample) − H(mean)) + commitment·|z − sg(bits)|²
 
-Source: BitDance paper (arXiv 2602.14041), tokenizer section. Perceptual and adversarial terms are not part of this recipe.
+The discriminator D learns by its own loss, with its own optimiser (adversary.py). With a frozen encoder only the first line is
+left, and a generative decoder (`model.gan_decoder`) learns to use its noise: the second phase.
+Source: BitDance paper (arXiv 2602.14041), tokenizer section.
 """
 
 from collections.abc import Sequence
@@ -14,41 +17,51 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lfq_tokenizer import LFQTokenizer, LookupFreeQuantizer
+from lfq_tokenizer.growth import grow_generative
+from stages.adversary import Adversary
 from stages.checkpoint import model_folder
-from stages.config import TokenizerTraining, TrainingConfig
+from stages.config import OptimizerConfig, TokenizerTraining, TrainingConfig
 from stages.data.shards import ShardDataset, ShardIndex
+from stages.held import Held
 from stages.measure.reconstruction import measure_tokenizer, side_by_side
-from stages.recipe import Losses
+from stages.perceptual import LPIPS
+from stages.recipe import Losses, Opponent
 
 
 class TokenizerObjective(nn.Module):
-    """images (B,3,H,W) in [-1,1] → (loss, scalars)."""
+    """images (B,3,H,W) in [-1,1] → (loss, scalars, reconstructions without gradient)."""
 
-    def __init__(self, tokenizer: LFQTokenizer, training: TokenizerTraining, compiled: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: LFQTokenizer,
+        training: TokenizerTraining,
+        compiled: bool = False,
+        perceptual: LPIPS | None = None,
+        adversary: Adversary | None = None,
+    ) -> None:
         super().__init__()
         self.tokenizer, self.training_config = tokenizer, training
         self.quantizer = LookupFreeQuantizer(
             tokenizer.config.z_channels, training.groups, training.temperature, training.pool_groups
         )
+        self.perceptual, self.adversary = Held(perceptual), Held(adversary)
         if training.freeze_encoder:
             tokenizer.encoder.requires_grad_(False)
         if compiled:
             tokenizer.encoder.compile()
             tokenizer.decoder.compile()
 
-    def forward(self, images_B3HW: Tensor, generator: torch.Generator) -> Losses:
+    def forward(self, images_B3HW: Tensor, generator: torch.Generator, step: int) -> Losses:
         weights = self.training_config
         with torch.set_grad_enabled(torch.is_grad_enabled() and not weights.freeze_encoder):
             bits_BChw, q = self.quantizer(self.tokenizer.encoder(images_B3HW))
         noise = None
         if self.tokenizer.config.gan_decoder:
             noise = torch.randn(bits_BChw.shape, generator=generator).to(bits_BChw)
-        out_B3HW = self.tokenizer.decoder(bits_BChw, noise)
+        out_B3HW = self.tokenizer.decoder(bits_BChw, noise).float()
         difference = out_B3HW - images_B3HW
         l1, l2 = difference.abs().mean(), difference.square().mean()
         loss = weights.l1_weight * l1 + weights.l2_weight * l2
-        if not weights.freeze_encoder:
-            loss = loss + weights.entropy_weight * q.entropy + weights.commitment_weight * q.commitment
         psnr = -10 * torch.log10(difference.detach().square().mean(dim=(1, 2, 3)) / 4).mean()
         scalars = {
             "l1": l1,
@@ -57,7 +70,15 @@ class TokenizerObjective(nn.Module):
             "entropy_of_mean": q.entropy_of_mean,
             "commitment": q.commitment,
         }
-        return loss, {k: v.detach() for k, v in scalars.items()}
+        if self.perceptual.module is not None:
+            scalars["perceptual"] = self.perceptual.module.to(out_B3HW.device)(out_B3HW, images_B3HW).mean()
+            loss = loss + weights.perceptual_weight * scalars["perceptual"]
+        if self.adversary.module is not None and step >= weights.adversary.start:
+            scalars["adversarial"] = self.adversary.module.deceive(out_B3HW)
+            loss = loss + weights.adversary.weight * scalars["adversarial"]
+        if not weights.freeze_encoder:
+            loss = loss + weights.entropy_weight * q.entropy + weights.commitment_weight * q.commitment
+        return loss, {k: v.detach() for k, v in scalars.items()}, out_B3HW.detach()
 
 
 def as_images(pictures: Sequence[Image.Image]) -> Tensor:
@@ -81,14 +102,19 @@ class TokenizerRecipe:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
             tokenizer = LFQTokenizer(training.model)
+            adversary = Adversary(training.adversary) if training.adversary.weight else None
         if training.init:
-            start = LFQTokenizer.from_pretrained(model_folder(training.init)).float()
-            if start.config != training.model:
-                raise ValueError(f"tokenizer.init {training.init} holds {start.config}, the config asks for {training.model}")
-            tokenizer.load_state_dict(start.state_dict())
+            tokenizer.load_state_dict(_start(training).state_dict())
         elif training.freeze_encoder:
             raise ValueError("tokenizer.freeze_encoder trains a decoder for an encoder that exists; name it in tokenizer.init")
-        self.module = TokenizerObjective(tokenizer, training, config.run.compile)
+        perceptual = LPIPS.from_file(training.perceptual) if training.perceptual and training.perceptual_weight else None
+        self.module = TokenizerObjective(tokenizer, training, config.run.compile, perceptual, adversary)
+        self.opponent = None
+        if adversary is not None:
+            optimizer = OptimizerConfig(
+                lr=training.adversary.lr, betas=training.adversary.betas, eps=1e-8, warmup_steps=0, clip=config.optimizer.clip
+            )
+            self.opponent = Opponent(adversary, optimizer, training.adversary.start)
 
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
         images = as_images([self._picture(self.data, i) for i in indices])
@@ -137,3 +163,13 @@ class TokenizerRecipe:
 def _tokenizer(module: nn.Module) -> LFQTokenizer:
     assert isinstance(module, TokenizerObjective)
     return module.tokenizer
+
+
+def _start(training: TokenizerTraining) -> LFQTokenizer:
+    """The tokenizer of `training.init`, its plain decoder grown where the config asks for a generative one."""
+    start = LFQTokenizer.from_pretrained(model_folder(training.init)).float()
+    if training.model.gan_decoder and not start.config.gan_decoder:
+        start = grow_generative(start)
+    if start.config != training.model:
+        raise ValueError(f"tokenizer.init {training.init} holds {start.config}, the config asks for {training.model}")
+    return start

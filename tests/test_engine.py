@@ -22,6 +22,7 @@ from stages import checkpoint
 from stages.config import DataConfig, DeepSpeedConfig, OptimizerConfig, RunConfig, TrainingConfig
 from stages.ema import Average
 from stages.engine import learning_rate, step_generator, train
+from stages.recipe import Losses
 from stages.tracker import Tracker
 
 ROOT = Path(__file__).parent.parent
@@ -36,15 +37,17 @@ class Line(nn.Module):
             for parameter in self.parameters():
                 parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
 
-    def forward(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Tensor, generator: torch.Generator, step: int) -> Losses:
         x_B3, y_B2 = batch.split([3, 2], dim=1)
         noise_B3 = 0.3 * torch.randn(x_B3.shape, generator=generator)
         error_B2 = self.linear(x_B3 + noise_B3) - y_B2
-        return error_B2.square().mean(), {"absolute": error_B2.detach().abs().mean()}
+        return error_B2.square().mean(), {"absolute": error_B2.detach().abs().mean()}, None
 
 
 class LineRecipe:
     """`before[n]` is called ahead of micro-step n of this object."""
+
+    opponent = None
 
     def __init__(self, hash: str = "line") -> None:
         self.module: nn.Module = Line()
@@ -318,7 +321,7 @@ def test_a_row_of_metrics_tells_of_its_own_step(tmp_path: Path, zero_stage: int)
     for step in range(3):
         generator = step_generator(0, step, 0)
         batch = recipe.batch(EpochOrder(SAMPLES, 0).batch(step, 4), generator)
-        loss, scalars = module(batch, generator)
+        loss, scalars, _ = module(batch, generator, step)
         optimizer.zero_grad()
         loss.backward()
         norm = float(nn.utils.clip_grad_norm_(module.parameters(), 0.5))

@@ -2,6 +2,7 @@
 
 bitdance data pack icons shards/train --styles 3d,flat --concepts 200
 bitdance data pack folder shards/mine my-pictures --size 64
+bitdance data pack tiles shards/photos my-photographs --size 64 --hold-out 0.2
 bitdance data inspect shards/train --json
 """
 
@@ -24,10 +25,11 @@ def add_data_parser(subparsers: Any) -> argparse.ArgumentParser:
 def _add_actions(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="data_action", required=True, metavar="{pack,inspect}")
     sources = actions.add_parser("pack", help="write shards").add_subparsers(
-        dest="data_source", required=True, metavar="{icons,folder}"
+        dest="data_source", required=True, metavar="{icons,folder,tiles}"
     )
     _add_icons(sources.add_parser("icons", help="icons of four open sets, with captions and background colours"))
     _add_folder(sources.add_parser("folder", help="a folder of pictures with .txt, JSONL or CSV captions"))
+    _add_tiles(sources.add_parser("tiles", help="square tiles of large photographs, for a tokenizer"))
     inspect = actions.add_parser("inspect", help="counts, captions and attributes of shards")
     inspect.add_argument("shards", nargs="+", metavar="SHARDS", help="shard files, patterns, or folders of shards")
     inspect.add_argument("--json", action="store_true", help="print JSON")
@@ -74,6 +76,17 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--min-side", type=int, default=16, help="skip pictures with a shorter side (default: 16)")
 
 
+def _add_tiles(parser: argparse.ArgumentParser) -> None:
+    _add_pack(parser)
+    parser.add_argument("folder", metavar="FOLDER", help="the folder with the photographs")
+    parser.add_argument("--size", type=int, default=64, help="side of a tile in pixels (default: 64)")
+    parser.add_argument("--tiles", type=int, default=100, help="tiles per photograph (default: 100)")
+    parser.add_argument("--shrink", type=float, default=16.0, help="largest factor by which a place is shrunk (default: 16)")
+    parser.add_argument("--hold-out", type=float, default=0.0, help="fraction of photographs held out")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="which side to write (default: train)")
+    parser.add_argument("--seed", type=int, default=0, help="decides hold-outs and places (default: 0)")
+
+
 def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the new folder for the shards")
     parser.add_argument("--samples-per-shard", type=int, default=5000, help="(default: 5000)")
@@ -96,7 +109,7 @@ def _pack(args: argparse.Namespace) -> int:
     from stages.data.pack import PackOptions, pack
 
     options = PackOptions(args.samples_per_shard, args.max_bad, args.overwrite, progress=True)
-    source = _icons(args) if args.data_source == "icons" else _folder(args)
+    source = {"icons": _icons, "folder": _folder, "tiles": _tiles}[args.data_source](args)
     report = pack(source, args.out, options)
     skipped = ", ".join(f"{count} {reason}" for reason, count in report["skipped"].items()) or "none"
     print(f"{args.out}: {report['samples']} samples in {len(report['shards'])} shards; skipped: {skipped}")
@@ -139,6 +152,12 @@ def _folder(args: argparse.Namespace) -> Any:
     from stages.data.folder import FolderOptions, FolderSource
 
     return FolderSource(args.folder, FolderOptions(args.size, args.fit, args.min_side, args.table))
+
+
+def _tiles(args: argparse.Namespace) -> Any:
+    from stages.data.tiles import TileOptions, TileSource
+
+    return TileSource(args.folder, TileOptions(args.size, args.tiles, args.shrink, args.hold_out, args.split, args.seed))
 
 
 def _inspect(args: argparse.Namespace) -> int:

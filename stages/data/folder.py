@@ -116,7 +116,7 @@ class FolderSource:
         picture = decode_picture(data)
         if min(picture.size) < self.options.min_side:
             raise BrokenPicture("too small", name)
-        key = _key(name)
+        key = shard_key(name)
         if self.options.fit == "none":
             return CaptionedPicture(
                 key, picture, captions, {"file": name, **attributes}, data, ENDINGS[path.suffix.lower()]
@@ -145,7 +145,7 @@ def fit(picture: Image.Image, size: int, how: str) -> Image.Image:
     return ground
 
 
-def _key(name: str) -> str:
+def shard_key(name: str) -> str:
     """A shard key: readable, and distinct for distinct files."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).with_suffix("").as_posix())[-60:]
     return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
