@@ -12,6 +12,7 @@ README = ROOT / "README.md"
 
 TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "tensorboard>=2.14", "torchmetrics>=1.4"]
 ICONS = ["resvg-py>=0.5,<1"]
+COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
 
 setup(
     name="bitdance",
@@ -36,7 +37,8 @@ setup(
     extras_require={
         "train": TRAIN,
         "icons": ICONS,
-        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *ICONS],
+        "compare": COMPARE,
+        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *ICONS, *COMPARE],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={

@@ -10,7 +10,6 @@ only the bottleneck differs. See configs/compare/README.md for how the pictures 
 import argparse
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -138,8 +137,9 @@ def train_one(name: str, bits: int, groups: Sequence[Tensor], setting: Setting, 
         l1_sum = 0.98 * l1_sum + 0.02 * float(l1.detach())
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     write_safetensors(state, folder / f"{name}-{bits}.safetensors")
-    facts = {"name": name, "bits": model.bits, "l1": l1_sum, "seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
-    write_json({**facts, "setting": dataclasses.asdict(setting), "torch": torch.__version__}, folder / f"{name}-{bits}.json")
+    seconds = {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
+    facts = {"name": name, "bits": model.bits, "l1": l1_sum, **seconds, "torch": torch.__version__}
+    write_json({**facts, "setting": dataclasses.asdict(setting)}, folder / f"{name}-{bits}.json")
 
 
 def load_one(path: Path) -> tuple[Autoencoder, dict]:
@@ -164,18 +164,31 @@ def _train(arguments: argparse.Namespace) -> None:
             print(f"{name} {bits} done", flush=True)
 
 
+def _report(arguments: argparse.Namespace) -> None:
+    from stages.measure.compare_report import report, table
+
+    groups = [shards.split(",") for shards in arguments.heldout]
+    print(table(report(arguments.folder, groups, arguments.lpips, arguments.out)))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m stages.measure.compare", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m stages.measure.compare", description="Bottlenecks under equal conditions.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train what is not trained yet")
-    train.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help="groups of shards; a comma joins shards of one group")
-    train.add_argument("--part", default="0/1", metavar="I/N", help="every N-th run from the I-th, so that several processes share the work")
+    train.add_argument("folder", type=Path, help="where weights and figures of the runs go")
+    train.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help="groups; a comma joins shards of one group")
+    train.add_argument("--part", default="0/1", metavar="I/N", help="every N-th run from the I-th: N processes share the work")
     train.add_argument("--runs", nargs="*", default=[], metavar="NAME:BITS", help="only these, for example lfq:16 fsq:16")
     train.add_argument("--setting", default="{}", metavar="JSON", help="fields of Setting to change")
-    train.add_argument("folder", type=Path)
+    train.set_defaults(run=_train)
+    judge = commands.add_parser("report", help="measure what is trained; write table and plots")
+    judge.add_argument("folder", type=Path)
+    judge.add_argument("--heldout", nargs=2, required=True, metavar=("PHOTOGRAPHS", "ICONS"), help="shards, commas as above")
+    judge.add_argument("--lpips", metavar="FILE", help="weights that `bitdance tokenizer lpips` writes")
+    judge.add_argument("--out", type=Path, default=Path("docs/tokenizer"))
+    judge.set_defaults(run=_report)
     arguments = parser.parse_args(argv)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    _train(arguments)
+    arguments.run(arguments)
 
 
 if __name__ == "__main__":
