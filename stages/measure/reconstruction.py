@@ -146,20 +146,26 @@ def ssim(levels_B3HW: Tensor, out_levels_B3HW: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    B, _, H, W = levels_B3HW.shape
-    planes, out_planes = (x.reshape(B * 3, 1, H, W).split(max(1, PIXELS // (H * W))) for x in (levels_B3HW, out_levels_B3HW))
-    values = [
-        torch.as_tensor(structural_similarity_index_measure(b, a, sigma=1.5, data_range=255.0, reduction="none")).reshape(-1)
-        for a, b in zip(planes, out_planes, strict=True)
-    ]
-    return torch.cat(values).reshape(B, 3).mean(dim=1)
+    H, W = levels_B3HW.shape[2:]
+    halo, rows = WINDOW // 2, max(1, PIXELS // W)
+    values = []
+    for ours, theirs in zip(*(x.split(max(1, PIXELS // (H * W))) for x in (levels_B3HW, out_levels_B3HW)), strict=True):
+        total_B = torch.zeros(len(ours), dtype=torch.float64, device=ours.device)
+        for start in range(0, H, rows):  # bands of rows, each with the rows around it that its windows reach
+            low, high = max(0, start - halo), min(H, start + rows + halo)
+            band = theirs[:, :, low:high], ours[:, :, low:high]
+            _, map_B3HW = structural_similarity_index_measure(*band, data_range=255.0, reduction="none", return_full_image=True)
+            total_B += map_B3HW[:, :, start - low : start - low + rows].double().sum(dim=(1, 2, 3))
+        values.append(total_B / (3 * H * W))
+    return torch.cat(values)
 
 
 def tiled_lpips(perceptual: LPIPS, images_B3HW: Tensor, out_B3HW: Tensor) -> Tensor:
     """LPIPS per picture (B,). Memory is that of one tile: the VGG net needs 4 GB a layer for 4096×4096 pixels at once.
 
     # OURS: a picture with a side over 1024 pixels is cut into equal tiles of at most that, and the mean over them is taken,
-    # weighted by area. Only positions near a cut see another surrounding than in the whole picture.
+    # weighted by area. Positions near a cut see no further than the cut: on a photo of 1536×1536 that was 1 % (vgg) to 2 % (alex)
+    # less than the whole picture's distance.
     """
     H, W = images_B3HW.shape[2:]
     distance_B = images_B3HW.new_zeros(len(images_B3HW), dtype=torch.float32)
