@@ -9,8 +9,8 @@ from torch import nn
 class Held:
     """Keeps `module` out of its owner's parameters, checkpoints and running average; copies of the owner share it."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module | None) -> None:
+        self.module: Any = module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Held":
         return copy.copy(self)

@@ -137,7 +137,8 @@ class TokenizerRecipe:
         return [self.data.key(i) for i in indices]
 
     def validate(self, module: nn.Module) -> dict[str, float]:
-        return measure_tokenizer(_tokenizer(module), self._judged(256, module))
+        assert isinstance(module, TokenizerObjective)
+        return measure_tokenizer(module.tokenizer, self._judged(256, module), perceptual=module.perceptual.module)
 
     def sample(self, module: nn.Module) -> Image.Image:
         return side_by_side(_tokenizer(module), self._judged(24, module))

@@ -28,7 +28,7 @@ KINDS = ("photographs", "icons")
 
 @torch.no_grad()
 def measure_run(path: Path, groups: Mapping[str, Tensor], perceptual: LPIPS | None) -> dict[str, Any]:
-    """Figures of one trained autoencoder per group of pictures (K,3,H,W) uint8; taken from its `.figures.json` if that is newer."""
+    """Figures of one trained autoencoder per group of pictures (K,3,H,W) uint8; or its `.figures.json` if newer."""
     cache = path.with_suffix(".figures.json")
     if cache.exists() and cache.stat().st_mtime > path.stat().st_mtime:
         return read_json(cache)

@@ -23,6 +23,7 @@ from stages.config import AdversaryTraining, DataConfig, OptimizerConfig, RunCon
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
 from stages.engine import train
+from stages.perceptual import weight_shapes
 from stages.tokenizer_recipe import TokenizerObjective, TokenizerRecipe
 
 ROOT = Path(__file__).parent.parent
@@ -219,7 +220,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, shards: st
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")}
     clean |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     code = tmp_path / "run.py"
-    code.write_text("import sys, test_adversary\ntest_adversary.main(sys.argv[1:])\n")
+    code.write_text("import sys, test_adversary\ntest_tokenizer_recipe.main(sys.argv[1:])\n")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, size, how in (("one", "4", []), ("two", "2", launcher)):
         command = [sys.executable, *how, str(code), str(tmp_path / name), shards, size]
@@ -236,6 +237,56 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, shards: st
     far = torch.cat([(first[n] - second[n]).abs().flatten() > 1e-5 for n in names])
     # Where a gradient is zero but for rounding, Adam's first step takes the sign of the rounding.
     assert float(far.float().mean()) < 1e-3
+
+
+# the perceptual term and mixed precision
+
+
+@pytest.fixture(scope="module")
+def perceptual(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights file of the right shapes; the values are random."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for name, shape in weight_shapes("vgg").items():
+        fan = math.prod(shape[1:]) or 1
+        weights[name] = torch.randn(shape, generator=generator) * math.sqrt(2 / fan)
+        if name.startswith("heads"):
+            weights[name] = weights[name].abs()
+    path = tmp_path_factory.mktemp("perceptual") / "vgg.safetensors"
+    save_file(weights, str(path), metadata={"net": "vgg"})
+    return path
+
+
+def test_the_perceptual_term_is_added_and_judged(tmp_path: Path, shards: str, perceptual: Path) -> None:
+    with_it, without = (
+        config(tmp_path / name, shards, run={"steps": 1}, perceptual=file, perceptual_weight=0.5)
+        for name, file in (("with", str(perceptual)), ("without", ""))
+    )
+    for settings in (with_it, without):
+        train(TokenizerRecipe(settings), settings)
+    first, plain = metrics(tmp_path / "with"), metrics(tmp_path / "without")
+    assert first[0]["loss"] == pytest.approx(plain[0]["loss"] + 0.5 * first[0]["perceptual"], rel=1e-5)
+    assert first[0]["perceptual"] > 0 and first[1]["heldout/lpips"] > 0
+    assert "perceptual" not in plain[0] and "heldout/lpips" not in plain[1]
+    saved = everything(checkpoint.step_folder(tmp_path / "with", 1))
+    assert not [name for name in saved if "features" in name or "heads" in name]  # 59 MB that are no part of the model
+
+
+def test_missing_perceptual_weights_are_said_at_the_start(tmp_path: Path, shards: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"absent\.safetensors are missing; make one with .*tokenizer lpips"):
+        TokenizerRecipe(config(tmp_path, shards, perceptual=str(tmp_path / "absent.safetensors")))
+
+
+def test_the_whole_recipe_runs_in_mixed_precision(tmp_path: Path, shards: str, perceptual: Path) -> None:
+    run = {"steps": 3, "accumulation": 2, "precision": "bfloat16"}
+    settings = config(tmp_path, shards, {"weight": 0.1, "start": 1, **SMALL_CRITIC}, run, perceptual=str(perceptual))
+    recipe = TokenizerRecipe(settings)
+    train(recipe, settings)
+    row = [row for row in metrics(tmp_path) if "loss" in row][-1]
+    assert {"l1", "perceptual", "adversarial", "discriminator", "lecam", "entropy_of_mean", "commitment"} < row.keys()
+    assert all(p.dtype == torch.float32 for p in recipe.module.parameters())
 
 
 # the second phase
