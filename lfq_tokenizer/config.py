@@ -1,7 +1,7 @@
 """Shape of a tokenizer, as stored in the published `ae_config.json`."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,43 @@ class TokenizerConfig:
             num_res_blocks=dd["num_res_blocks"],
             z_channels=dd["z_channels"],
             gan_decoder=bool(data.get("gan_decoder", False)),
+        )
+
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Sequence[int]]) -> "TokenizerConfig":
+        """From the shapes of `encoder.*` and `decoder.*` tensors, for files that carry no config.
+
+        Reads only the tensors that decide a field; whether all others fit is for `weights.check_shapes` to say. ValueError
+        names a deciding tensor that is missing or of an impossible shape.
+        """
+
+        def shape(name: str) -> Sequence[int]:
+            if name not in shapes:
+                raise ValueError(f"no tensor {name}; these are not the tensors of a tokenizer of this family")
+            if len(shapes[name]) != 4:
+                raise ValueError(f"{name} has shape {list(shapes[name])}; expected four dimensions")
+            return shapes[name]
+
+        def count(pattern: str) -> int:
+            number = 0
+            while pattern.format(number) in shapes:
+                number += 1
+            return number
+
+        ch, bits = shape("encoder.conv_in.weight")[0], shape("encoder.conv_out.weight")[0]
+        levels = max(1, count("encoder.down.{}.block.0.conv1.weight"))
+        widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)]
+        if ch < 1 or any(width % ch for width in widths):
+            raise ValueError(f"encoder levels of {widths} channels are not whole multiples of its first, {ch}")
+        read = shape("decoder.conv_in.weight")[1]
+        if read not in (bits, 2 * bits):
+            raise ValueError(f"decoder.conv_in.weight reads {read} channels; expected {bits}, or {2 * bits} with noise")
+        return cls(
+            ch=ch,
+            ch_mult=tuple(width // ch for width in widths),
+            num_res_blocks=count("encoder.down.0.block.{}.conv1.weight"),
+            z_channels=bits,
+            gan_decoder=read == 2 * bits,
         )
 
     def to_published(self) -> dict[str, Any]:

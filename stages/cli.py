@@ -1,6 +1,6 @@
 """The training sub-commands of `bitdance`; each takes its arguments and returns an exit code.
 
-    bitdance data pack|inspect …      bitdance train CONFIG          bitdance tokenizer encode|decode|eval …
+    bitdance data pack|inspect …      bitdance train CONFIG          bitdance tokenizer encode|decode|eval|convert|lpips …
     bitdance export CHECKPOINT OUT    bitdance measure prompts …
 """
 
@@ -57,43 +57,10 @@ def _train(argv: list[str]) -> int:
 
 
 def tokenizer(argv: Sequence[str] | None = None) -> int:
-    """`bitdance tokenizer encode|decode|eval`."""
-    return _guarded("bitdance tokenizer", _tokenizer, argv)
+    """`bitdance tokenizer encode|decode|eval|convert|lpips`."""
+    from stages.tokenizer_cli import main
 
-
-def _tokenizer(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bitdance tokenizer", description="Pictures ⇄ bits with a trained tokenizer.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    encode = commands.add_parser("encode", help="shards of pictures → shards of packed bits, which a generator trains from")
-    encode.add_argument("shards", nargs="+")
-    encode.add_argument("out", type=Path)
-    decode = commands.add_parser("decode", help="shards of packed bits → one PNG per sample")
-    decode.add_argument("shards", nargs="+")
-    decode.add_argument("out", type=Path)
-    evaluate = commands.add_parser("eval", help="PSNR and bit usage on shards of pictures")
-    evaluate.add_argument("shards", nargs="+")
-    evaluate.add_argument("--json", action="store_true")
-    evaluate.add_argument("--picture", type=Path, help="write originals and reconstructions side by side")
-    for command in (encode, decode, evaluate):
-        command.add_argument("--model", required=True, help="folder with ae_config.json and ae.safetensors, or demo")
-    arguments = parser.parse_args(argv)
-
-    from stages.tokenize import decode_shards, encode_shards, evaluate_shards
-
-    if arguments.command == "encode":
-        count = encode_shards(arguments.model, arguments.shards, arguments.out)
-        print(f"{count} samples → {arguments.out}")
-        return 0
-    if arguments.command == "decode":
-        count = decode_shards(arguments.model, arguments.shards, arguments.out)
-        print(f"{count} pictures → {arguments.out}")
-        return 0
-    figures = evaluate_shards(arguments.model, arguments.shards, arguments.picture)
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        print("\n".join(f"{name:16} {value:.4g}" for name, value in figures.items()))
-    return 0
+    return _guarded("bitdance tokenizer", main, argv)
 
 
 def export(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,51 @@
+"""A `.pt` file of the class-conditional release → a tokenizer folder that everything here reads."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from lfq_tokenizer.pt_file import PtReport, read_pt
+from lfq_tokenizer.tokenizer import LFQTokenizer
+from lfq_tokenizer.weights import replace_folder
+from stages.tokenize import check_finite
+
+
+def convert_pt(file: Path, out: Path) -> tuple[LFQTokenizer, PtReport]:
+    """Write `ae_config.json` and `ae.safetensors` into the new folder `out`, whole or not at all; tensors keep value and dtype.
+
+    ValueError when `out` holds anything, and for files that `read_pt` refuses or that hold a NaN.
+    """
+    target = Path(os.path.abspath(out))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; choose another one")
+    tokenizer, report = read_pt(file)
+    check_finite(tokenizer, file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    working = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.incomplete-"))
+    try:
+        tokenizer.save_pretrained(working)
+        working.chmod(0o755)
+        replace_folder(working, target)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        raise
+    return tokenizer, report
+
+
+def summary(tokenizer: LFQTokenizer, report: PtReport) -> str:
+    """What was found in the file and what was left there, for a reader."""
+    config = tokenizer.config
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in tokenizer.parameters()})
+    found = f"{report.state_dict or 'the file itself'}, keys {report.prefix}encoder.* and {report.prefix}decoder.*"
+    ignored = ", ".join(f"{name}.* ({count})" for name, count in report.ignored.items()) or "none"
+    return "\n".join(
+        [
+            f"config      ch {config.ch}, ch_mult {list(config.ch_mult)}, {config.num_res_blocks} residual blocks, "
+            f"{config.z_channels} bits per token, downsampling {config.downsampling}, "
+            f"{'generative' if config.gan_decoder else 'plain'} decoder",
+            f"parameters  {sum(p.numel() for p in tokenizer.parameters()):,} in {', '.join(dtypes)}",
+            f"taken from  {found}",
+            f"ignored     keys {ignored}; entries {', '.join(report.unread) or 'none'}",
+        ]
+    )
