@@ -56,10 +56,13 @@ class AdaptiveGroupNorm(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.constant_(layer.bias, start)
 
-    def forward(self, x_BcHW: Tensor, bits_BChw: Tensor) -> Tensor:
+    def modulation(self, bits_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        """(gamma, beta), each (B,c,1,1), of the bits of whole pictures."""
         flat_BCN = bits_BChw.flatten(2)
         # OFFICIAL: the published decoders use the unbiased variance.
         spread_BC = torch.sqrt(flat_BCN.var(dim=2, unbiased=True) + 1e-6)
-        gamma_Bc11 = self.gamma(spread_BC)[:, :, None, None]
-        beta_Bc11 = self.beta(flat_BCN.mean(dim=2))[:, :, None, None]
+        return self.gamma(spread_BC)[:, :, None, None], self.beta(flat_BCN.mean(dim=2))[:, :, None, None]
+
+    def forward(self, x_BcHW: Tensor, bits_BChw: Tensor) -> Tensor:
+        gamma_Bc11, beta_Bc11 = self.modulation(bits_BChw)
         return self.norm(x_BcHW) * gamma_Bc11 + beta_Bc11

@@ -33,19 +33,24 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, bits_BChw: Tensor, noise_BChw: Tensor | None = None) -> Tensor:
-        x = bits_BChw
-        if self.generative:
-            assert noise_BChw is not None and noise_BChw.shape == bits_BChw.shape
-            x = torch.cat([bits_BChw, noise_BChw], dim=1)
-        x = self.conv_in(x)
-        for block in self.mid_block:
-            x = block(x)
+    def layers(self) -> list[nn.Module]:
+        """Everything before the last norm, in order; an `AdaptiveGroupNorm` reads the bits too."""
+        found: list[nn.Module] = [self.conv_in, *self.mid_block]
         for i in reversed(range(len(self.up))):
-            level = self.up[i]
-            x = self.adaptive[i](x, bits_BChw)
-            for block in level.block:
-                x = block(x)
-            if level.upsample is not None:
-                x = level.upsample(x)
+            found += [self.adaptive[i], *self.up[i].block]
+            if self.up[i].upsample is not None:
+                found.append(self.up[i].upsample)
+        return found
+
+    def start(self, bits_BChw: Tensor, noise_BChw: Tensor | None) -> Tensor:
+        """What the first conv reads: the bits and, for a generative decoder, the noise beside them."""
+        if not self.generative:
+            return bits_BChw
+        assert noise_BChw is not None and noise_BChw.shape == bits_BChw.shape
+        return torch.cat([bits_BChw, noise_BChw], dim=1)
+
+    def forward(self, bits_BChw: Tensor, noise_BChw: Tensor | None = None) -> Tensor:
+        x = self.start(bits_BChw, noise_BChw)
+        for layer in self.layers():
+            x = layer(x, bits_BChw) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
         return self.conv_out(F.silu(self.norm_out(x)))

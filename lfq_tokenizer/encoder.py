@@ -30,13 +30,15 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 1)
 
-    def forward(self, images_B3HW: Tensor) -> Tensor:
-        x = self.conv_in(images_B3HW)
+    def layers(self) -> list[nn.Module]:
+        """Everything before the last norm, in order."""
+        found: list[nn.Module] = [self.conv_in]
         for level in self.down:
-            for block in level.block:
-                x = block(x)
-            if level.downsample is not None:
-                x = level.downsample(x)
-        for block in self.mid_block:
-            x = block(x)
+            found += [*level.block] if level.downsample is None else [*level.block, level.downsample]
+        return [*found, *self.mid_block]
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        x = images_B3HW
+        for layer in self.layers():
+            x = layer(x)
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -10,6 +10,7 @@ so the 2^k codes appear only in the mean, and the work per sample is 2·2^(k/2) 
 Source: BitDance paper (arXiv 2602.14041), tokenizer section; `groups = 1` is LFQ, `groups = dim` is BSQ.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,28 @@ class _SumOverProcesses(torch.autograd.Function):
         return total
 
 
+class _MeanOfProducts(torch.autograd.Function):
+    """(q,G,K), (r,G,K) → mean over K of the products (G,q,r), in the inputs' precision both ways, even inside autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, high_qGK: Tensor, low_rGK: Tensor) -> Tensor:
+        ctx.save_for_backward(high_qGK, low_rGK)
+        with _no_autocast(high_qGK):
+            return torch.einsum("qgk,rgk->gqr", high_qGK, low_rGK) / high_qGK.shape[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad_Gqr: Tensor) -> tuple[Tensor, Tensor]:
+        high_qGK, low_rGK = ctx.saved_tensors
+        with _no_autocast(grad_Gqr):
+            grad = grad_Gqr / high_qGK.shape[2]
+            return torch.einsum("gqr,rgk->qgk", grad, low_rGK), torch.einsum("gqr,qgk->rgk", grad, high_qGK)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def check_groups(dim: int, groups: int) -> None:
     """ValueError unless `groups` divides `dim` into groups of at most 18 bits (2^18 codes)."""
     allowed = [g for g in range(1, dim + 1) if dim % g == 0 and dim // g <= MAX_BITS_PER_GROUP]
@@ -52,14 +75,12 @@ def bernoulli_entropy(logit: Tensor) -> Tensor:
     return F.softplus(logit) - logit * torch.sigmoid(logit)
 
 
-def _sign_code_probabilities(logits_Kk: Tensor) -> Tensor:
-    """Probability of each of the 2^k sign codes, (K, 2^k); channel 0 is the lowest bit of the code's index."""
-    table = torch.ones_like(logits_Kk[:, :1])
-    for column in logits_Kk.unbind(dim=1):
-        up = torch.sigmoid(column)[:, None]
-        down = torch.sigmoid(-column)[:, None]
-        table = torch.cat([table * down, table * up], dim=1)
-    return table
+def _sign_code_probabilities(logits_kGK: Tensor) -> Tensor:
+    """Probability of each of the 2^k sign codes, (2^k, G, K); channel 0 is the lowest bit of the code's index."""
+    table_QGK, *more = torch.sigmoid(torch.stack([-logits_kGK, logits_kGK], dim=1))
+    for pair_2GK in more:
+        table_QGK = (pair_2GK[:, None] * table_QGK).flatten(0, 1)
+    return table_QGK
 
 
 def group_entropy(z_BChw: Tensor, groups: int, temperature: float = 0.01, pool_groups: bool = True) -> tuple[Tensor, Tensor]:
@@ -67,31 +88,31 @@ def group_entropy(z_BChw: Tensor, groups: int, temperature: float = 0.01, pool_g
 
     The mean probability pools batch, positions, processes and, with `pool_groups`, the groups (as the published tokenizers do);
     without it each group has its own mean and the second value is the average of the groups' entropies.
-    Computed in float32 whatever the input. On several processes both values describe the union of all processes' samples.
+    Computed in float32 whatever the input and the autocast state. On several processes both values describe the union of all
+    processes' samples.
     """
-    B, C, h, w = z_BChw.shape
-    check_groups(C, groups)
-    k = C // groups
-    logits_GKk = (z_BChw.float() * (4.0 / temperature)).view(B, groups, k, h * w).permute(1, 0, 3, 2).reshape(groups, -1, k)
-    per_sample = bernoulli_entropy(logits_GKk).sum(dim=-1).mean()
+    check_groups(z_BChw.shape[1], groups)
+    with _no_autocast(z_BChw):
+        return _group_entropy(z_BChw.float() * (4.0 / temperature), groups, pool_groups)
 
-    half = k // 2
-    means = []
-    for logits_Kk in logits_GKk.unbind(0):
-        if k == 1:
-            up = torch.sigmoid(logits_Kk[:, 0]).mean()
-            means.append(torch.stack([1 - up, up]))
-        else:
-            low = _sign_code_probabilities(logits_Kk[:, :half])
-            high = _sign_code_probabilities(logits_Kk[:, half:])
-            means.append((high.T @ low).flatten() / len(logits_Kk))
-    mean_GQ = torch.stack(means)
+
+def _group_entropy(logits_BChw: Tensor, groups: int, pool_groups: bool) -> tuple[Tensor, Tensor]:
+    k = logits_BChw.shape[1] // groups
+    logits_kGK = logits_BChw.unflatten(1, (groups, k)).permute(2, 1, 0, 3, 4).flatten(2)
+    if pool_groups:  # the groups are further samples of one group
+        logits_kGK = logits_kGK.flatten(1)[:, None]
+    per_sample = bernoulli_entropy(logits_kGK).sum(dim=0).mean()
+
+    if k == 1:
+        up_G1 = torch.sigmoid(logits_kGK[0]).mean(dim=1, keepdim=True)
+        mean_GQ = torch.cat([1 - up_G1, up_G1], dim=1)
+    else:
+        low_qGK, high_qGK = (_sign_code_probabilities(half) for half in logits_kGK.tensor_split([k // 2]))
+        mean_GQ = _MeanOfProducts.apply(high_qGK, low_qGK).flatten(1)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         world = dist.get_world_size()
         mean_GQ = _SumOverProcesses.apply(mean_GQ) / world
         per_sample = _SumOverProcesses.apply(per_sample) / world
-    if pool_groups:
-        mean_GQ = mean_GQ.mean(dim=0, keepdim=True)
     # OFFICIAL: the recorded values hold this epsilon inside the logarithm (0.0026 nats at 8 bits per group).
     of_mean = -(mean_GQ * torch.log(mean_GQ + LOG_EPSILON)).sum(dim=1).mean()
     return per_sample, of_mean

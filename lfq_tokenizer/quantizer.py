@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from lfq_tokenizer.binarize import binarize
@@ -47,7 +46,7 @@ class LookupFreeQuantizer(nn.Module):
         if z_BChw.ndim != 4 or z_BChw.shape[1] != self.dim:
             raise ValueError(f"latents have shape {tuple(z_BChw.shape)}; expected (batch, {self.dim}, height, width)")
         target = binarize(z_BChw.detach())
-        bits = z_BChw + (target - z_BChw).detach()
+        bits = target + (z_BChw - z_BChw.detach())  # in this order exactly ±1, in half precision too
         per_sample, of_mean = group_entropy(z_BChw, self.groups, self.temperature, self.pool_groups)
-        commitment = torch.mean((z_BChw - target) ** 2)
+        commitment = (z_BChw.float() - target.float()).square().mean()
         return bits, QuantizerLosses(per_sample, of_mean, commitment)
