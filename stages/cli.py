@@ -58,7 +58,7 @@ def _train(argv: list[str]) -> int:
 
 def tokenizer(argv: Sequence[str] | None = None) -> int:
     """`bitdance tokenizer encode|decode|eval|convert|lpips`."""
-    from stages.tokenizer_cli import main
+    from stages.tokenizer.cli import main
 
     return _guarded("bitdance tokenizer", main, argv)
 

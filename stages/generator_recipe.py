@@ -30,7 +30,7 @@ from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining, TrainingConfig
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.recipe import Losses, Opponent
-from stages.tokenizer_recipe import as_images
+from stages.tokenizer.recipe import as_images
 
 LISTED_SAMPLES = 20_000  # read at most, for the list of prompts in bitdance.json
 LARGEST_SIDE = 4096  # pixels; the published vocabularies name sides up to this

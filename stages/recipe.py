@@ -25,7 +25,7 @@ class Opponent:
 
 
 class Recipe(Protocol):
-    """One per kind of model; see `tokenizer_recipe.py` and `generator_recipe.py`.
+    """One per kind of model; see `tokenizer/recipe.py` and `generator_recipe.py`.
 
     `module` holds every weight that trains and nothing else that must be saved; `module(batch, generator, step)` returns the
     loss, further scalars to log, and what the opponent judges. Everything random in a step comes from the generator that the
@@ -57,7 +57,7 @@ Losses = tuple[Tensor, dict[str, Tensor], Tensor | None]  # loss, scalars, what 
 def build_recipe(config: TrainingConfig) -> Recipe:
     """The recipe that `config.recipe` names."""
     if config.recipe == "tokenizer":
-        from stages.tokenizer_recipe import TokenizerRecipe
+        from stages.tokenizer.recipe import TokenizerRecipe
 
         return TokenizerRecipe(config)
     from stages.generator_recipe import GeneratorRecipe

@@ -101,7 +101,7 @@ def test_encoded_shards_hold_the_bits_of_the_pictures_and_their_captions(place: 
     tokenizer = LFQTokenizer.from_pretrained(step_folder(place / "tokenizer", 6) / "model")
     pictures, encoded = (ShardDataset(ShardIndex.open(place / name)) for name in ("shards", "bits"))
     assert len(pictures) == len(encoded) == 12
-    from stages.tokenizer_recipe import as_images
+    from stages.tokenizer.recipe import as_images
 
     for i in range(12):
         before, after = pictures[i], encoded[i]

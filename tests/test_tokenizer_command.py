@@ -12,20 +12,20 @@ import pytest
 import torch
 from PIL import Image
 
-import stages.any_size
 import stages.cli
+import stages.tokenizer.any_size
 from bitdance.picture import to_pil
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
-from stages.any_size import by_size
 from stages.data.bits import pack_bits
 from stages.data.sample import Skipped
 from stages.data.shards import Sample, ShardDataset, ShardIndex
 from stages.measure.reconstruction import Reconstruction
-from stages.perceptual import weight_shapes
-from stages.tokenize import decode_pictures
-from stages.tokenizer_input import TokenizerInput
-from stages.tokenizer_recipe import as_images
+from stages.tokenizer.any_size import by_size
+from stages.tokenizer.coding import decode_pictures
+from stages.tokenizer.input import TokenizerInput
+from stages.tokenizer.perceptual import weight_shapes
+from stages.tokenizer.recipe import as_images
 
 S, BITS = 4, 8
 SIZES = {"whole": (16, 12), "wide": (23, 9), "twin": (21, 10), "thin": (1, 30), "flat": (40, 1), "square": (13, 13)}
@@ -325,7 +325,7 @@ def test_the_picture_shows_originals_over_reconstructions(run: Run, models: Any,
 
 
 def test_batches_have_one_size_keep_the_order_and_hold_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.any_size, "WINDOW_PIXELS", 10 * 16)
+    monkeypatch.setattr(stages.tokenizer.any_size, "WINDOW_PIXELS", 10 * 16)
     drawn: list[int] = []
     ran: list[list[int]] = []
 
@@ -351,7 +351,7 @@ def test_batches_have_one_size_keep_the_order_and_hold_little(monkeypatch: pytes
 
 
 def test_large_pictures_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.any_size, "BATCH_PIXELS", 100)
+    monkeypatch.setattr(stages.tokenizer.any_size, "BATCH_PIXELS", 100)
     sizes: list[int] = []
 
     def work(batch: list[Sample]) -> list[int]:

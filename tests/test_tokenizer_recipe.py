@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.growth import grow_generative
 from stages import checkpoint
-from stages.adversary import Adversary, PatchDiscriminator
 from stages.config import AdversaryTraining, DataConfig, OptimizerConfig, RunConfig, TokenizerTraining, TrainingConfig
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
 from stages.engine import train
-from stages.perceptual import weight_shapes
-from stages.tokenizer_recipe import TokenizerObjective, TokenizerRecipe
+from stages.tokenizer.adversary import Adversary, PatchDiscriminator
+from stages.tokenizer.perceptual import weight_shapes
+from stages.tokenizer.recipe import TokenizerObjective, TokenizerRecipe
 
 ROOT = Path(__file__).parent.parent
 TINY = TokenizerConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8)
@@ -220,7 +220,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, shards: st
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")}
     clean |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     code = tmp_path / "run.py"
-    code.write_text("import sys, test_adversary\ntest_tokenizer_recipe.main(sys.argv[1:])\n")
+    code.write_text("import sys, test_tokenizer_recipe\ntest_tokenizer_recipe.main(sys.argv[1:])\n")
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, size, how in (("one", "4", []), ("two", "2", launcher)):
         command = [sys.executable, *how, str(code), str(tmp_path / name), shards, size]

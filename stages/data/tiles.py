@@ -57,7 +57,7 @@ class TileSource:
         apart = set(order[: round(options.hold_out * len(order))])
         self.photographs = [p for p in found if (p in apart) == (options.split == "heldout")]
         if not self.photographs:
-            raise ValueError(f"{folder}: the {options.split} split is empty; {len(found)} PNG, JPEG and WebP files were found in all")
+            raise ValueError(f"{folder}: the {options.split} split is empty; {len(found)} pictures were found in all")
         self.expected = len(self.photographs) * options.tiles
         self._digest = hashlib.sha256()
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from lfq_tokenizer.weights import read_json, write_json
 from stages.measure.compare import load_one, load_pictures
 from stages.measure.reconstruction import Reconstruction
-from stages.perceptual import LPIPS
+from stages.tokenizer.perceptual import LPIPS
 
 TITLES = {
     "lfq": "LFQ in groups (ours)",

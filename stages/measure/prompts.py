@@ -23,7 +23,7 @@ from bitdance.picture import grid
 from bitdance.pipeline import BitDancePipeline
 from stages.data.captions import PALETTE
 from stages.data.shards import ShardDataset, ShardIndex
-from stages.tokenizer_recipe import as_images
+from stages.tokenizer.recipe import as_images
 
 BATCH = 32
 Picture = tuple[str, str]  # concept, style

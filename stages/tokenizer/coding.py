@@ -14,13 +14,13 @@ from tqdm import tqdm
 from bitdance.picture import to_pil, write_png
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.tokenizer import WEIGHTS_FILE
-from stages.any_size import by_size, grid_size, padded_images, true_size, with_size
 from stages.checkpoint import model_folder
 from stages.data.bits import pack_bits
 from stages.data.pack import PackOptions, pack
 from stages.data.sample import CaptionedPicture, Skipped
 from stages.data.shards import Sample
-from stages.tokenizer_input import TokenizerInput, safe_key
+from stages.tokenizer.any_size import by_size, grid_size, padded_images, true_size, with_size
+from stages.tokenizer.input import TokenizerInput, safe_key
 
 BATCH_SIZE = 16
 

@@ -1,0 +1,1 @@
+"""Training and use of the tokenizer: recipe, losses with networks of their own, pictures ⇄ bits, figures."""
