@@ -49,7 +49,8 @@ def _train(argv: list[str]) -> int:
 
     recipe = build_recipe(config)
     if arguments.dry_run:
-        parts = {name: sum(p.numel() for p in m.parameters()) for name, m in recipe.module.named_children()}
+        networks = dict(recipe.module.named_children()) | ({"opponent": recipe.opponent.module} if recipe.opponent else {})
+        parts = {name: sum(p.numel() for p in m.parameters()) for name, m in networks.items()}
         plan = {"parameters": parts, "samples": recipe.length, "data": recipe.hash, "config": as_dict(config)}
         print(json.dumps(plan, indent=2, default=str))
         return 0

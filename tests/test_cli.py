@@ -18,6 +18,7 @@ from PIL import Image
 import bitdance.cli
 import bitdance.cli.outputs
 from bitdance import BitDancePipeline
+from bitdance.checkpoint import DEMO
 from bitdance.cli import main
 from bitdance.cli.memory import PUBLISHED, free_main_memory, largest_that_fits
 from bitdance.picture import read_metadata
@@ -254,6 +255,15 @@ def test_info_tells_the_parts_from_headers(capsys: pytest.CaptureFixture[str], n
     assert facts["files"]["projector.safetensors"] == (Path(MODEL) / "projector.safetensors").stat().st_size
     assert main(["info", MODEL]) == 0
     assert "head: 572,680" in capsys.readouterr().out
+
+
+def test_info_of_a_tokenizer_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_model: None) -> None:
+    for name in ("ae_config.json", "ae.safetensors"):
+        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
+    assert main(["info", str(tmp_path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["bits_per_token"], facts["downsampling"], facts["bits_per_pixel"]) == (64, 8, 1.0)
+    assert facts["parameters"] == 3_742_019 and facts["tokenizer"] == "plain decoder"
 
 
 def test_info_shows_how_a_picture_was_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,8 @@
-"""`bitdance info MODEL | PICTURE.png [--json] [--prompts]`: what a model folder holds, or how a picture was made."""
+"""`bitdance info MODEL | PICTURE.png [--json] [--prompts]`: what a folder of a model or a tokenizer holds, or how a picture was
+made."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,13 @@ def run(argv: Sequence[str]) -> int:
             raise UsageError(f"--prompts lists what a model knows; {options.what} is a picture")
         return _show(_picture(path), options.json)
 
-    from bitdance.checkpoint import read_extras, resolve
+    from bitdance.checkpoint import HEAD_CONFIG, TOKENIZER_CONFIG, read_extras, resolve
 
     folder = resolve(options.what)
     if options.prompts:
         return _show_prompts(options.what, read_extras(folder).get("prompts"), options.json)
-    return _show(_model(folder), options.json)
+    alone = (folder / TOKENIZER_CONFIG).is_file() and not (folder / HEAD_CONFIG).is_file()
+    return _show(_tokenizer(folder) if alone else _model(folder), options.json)
 
 
 def _picture(path: Path) -> dict[str, Any]:
@@ -56,6 +59,29 @@ def _model(folder: Path) -> dict[str, Any]:
         "sizes": supported_sizes(rule),
         "defaults": extras.get("defaults", {}),
         "card": extras.get("card", {}),
+        "fingerprint": fingerprint(folder),
+        "bytes": sum(files.values()),
+        "files": files,
+    }
+
+
+def _tokenizer(folder: Path) -> dict[str, Any]:
+    """Of a folder that holds a tokenizer and nothing else, as training and converting one leave it."""
+    from bitdance.checkpoint import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS
+    from bitdance.cli.model_files import fingerprint
+    from lfq_tokenizer import TokenizerConfig
+    from lfq_tokenizer.weights import read_json, read_shapes
+
+    config = TokenizerConfig.from_published(read_json(folder / TOKENIZER_CONFIG))
+    shapes = read_shapes(folder / TOKENIZER_WEIGHTS)
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    return {
+        "tokenizer": "generative decoder" if config.gan_decoder else "plain decoder",
+        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "bits_per_token": config.z_channels,
+        "downsampling": config.downsampling,
+        "bits_per_pixel": config.z_channels / config.downsampling**2,
+        "widths": [config.ch * factor for factor in config.ch_mult],
         "fingerprint": fingerprint(folder),
         "bytes": sum(files.values()),
         "files": files,
