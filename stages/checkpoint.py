@@ -26,7 +26,11 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
-    """Publish a checkpoint. `write(folder)` is called on every process; only process 0 renames and prunes."""
+    """Publish a checkpoint. `write(folder)` is called on every process; only process 0 renames and prunes.
+
+    ValueError on every process, before anything is written, when the disk has not the room that the last checkpoint took.
+    """
+    _check_room(run)
     final = step_folder(run, step)
     working = final.with_name(final.name + INCOMPLETE)
     first = not dist.is_initialized() or dist.get_rank() == 0
@@ -117,6 +121,24 @@ def verify(folder: Path) -> int:
     if wrong:
         raise ValueError(f"{folder} is damaged: " + "; ".join(wrong[:10]) + ". Resume from an older step.")
     return int(manifest["step"])
+
+
+def _check_room(run: Path) -> None:
+    """Process 0 looks; all processes get its answer, so that none waits for the others at a barrier."""
+    answer: list[str] = [""]
+    last = last_saved(run) if not dist.is_initialized() or dist.get_rank() == 0 else None
+    if last is not None:
+        needed = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
+        free = shutil.disk_usage(run).free
+        if free < needed:
+            answer = [
+                f"a checkpoint in {run} needs {needed:,} bytes and {free:,} are free; make room and resume from {last.name}, "
+                "or keep fewer checkpoints (run.keep)"
+            ]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(answer)
+    if answer[0]:
+        raise ValueError(answer[0])
 
 
 def _barrier() -> None:

@@ -147,6 +147,18 @@ def test_a_cut_while_pruning_loses_only_what_was_to_go(tmp_path, monkeypatch):
     assert [verify(folder) for folder in complete(tmp_path)] == [3, 4]
 
 
+def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    needed = sum(p.stat().st_size for p in step_folder(tmp_path, 1).rglob("*") if p.is_file())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
+    with pytest.raises(ValueError, match=rf"needs {needed:,} bytes and {needed - 1:,} are free; .* resume from step_00000001"):
+        save(tmp_path, 2, lambda folder: pytest.fail("it wrote"), 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"] and verify(step_folder(tmp_path, 1)) == 1
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    assert verify(saved(tmp_path, 2)) == 2
+
+
 def test_what_was_not_finished_is_refused(tmp_path):
     saved(tmp_path, 1)
     with pytest.raises(Killed):
