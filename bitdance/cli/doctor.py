@@ -16,6 +16,7 @@ OPTIONAL = {
     "deepspeed": "training",
     "webdataset": "training from shards",
     "tensorboard": "training curves",
+    "torchmetrics": "SSIM and Fréchet distances of tokenizers",
     "resvg_py": "drawing icon sets",
 }
 BUNDLED = Path(__file__).parent.parent / "pretrained" / "demo"
