@@ -99,8 +99,8 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 style = {"marker": "o", "linewidth": 2.5 if kind == "lfq" else 1.2, "linestyle": "-" if kind in DISCRETE else ":"}
                 axis.plot(*zip(*points), label=title, **style)
         _label(axis, name)
-    axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def plot_scaling(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -113,7 +113,7 @@ def plot_scaling(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.plot([row["bits"] for row in ours], [row[kind][name] for row in ours], marker="o", label=kind)
         _label(axis, name)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110)
 
 
 def _axes(count: int) -> tuple[Any, list[Any]]:
@@ -121,14 +121,15 @@ def _axes(count: int) -> tuple[Any, list[Any]]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("the plots need matplotlib: pip install -e '.[compare]'") from error
-    figure = Figure(figsize=(4.6 * count, 3.4))
+    figure = Figure(figsize=(4.6 * count, 3.8), layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
     return figure, list(axes)
 
 
 def _label(axis: Any, name: str) -> None:
     axis.set_xscale("log", base=2)
-    axis.set_xticks(ticks := [8, 16, 32, 64, 128, 256], [str(t) for t in ticks])
+    ticks = [2**n for n in range(3, 11) if axis.get_xlim()[0] <= 2**n <= axis.get_xlim()[1]]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.set_xlabel("bits per token")
     axis.set_ylabel({"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS (AlexNet), lower is better"}[name])
     axis.grid(alpha=0.3)
