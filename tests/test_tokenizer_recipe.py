@@ -1,6 +1,7 @@
 """The full tokenizer recipe: discriminator, perceptual term, two optimisers, the second phase."""
 
 import copy
+import dataclasses
 import math
 import os
 import signal
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.growth import grow_generative
 from stages import checkpoint
-from stages.config import AdversaryTraining, DataConfig, OptimizerConfig, RunConfig, TokenizerTraining, TrainingConfig
+from stages.config import (
+    AdversaryTraining,
+    DataConfig,
+    DeepSpeedConfig,
+    OptimizerConfig,
+    RunConfig,
+    TokenizerTraining,
+    TrainingConfig,
+)
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
 from stages.engine import train
@@ -157,11 +166,16 @@ def test_held_networks_are_not_the_objective_s_own() -> None:
 # the engine with two optimisers
 
 
-@pytest.mark.parametrize("start", [2, 4])
-def test_six_steps_with_an_adversary_equal_three_a_stop_and_three(tmp_path: Path, shards: str, start: int) -> None:
+@pytest.mark.parametrize(("start", "zero_stage"), [(2, 0), (4, 0), (2, 2)])
+def test_six_steps_with_an_adversary_equal_three_a_stop_and_three(
+    tmp_path: Path, shards: str, start: int, zero_stage: int
+) -> None:
     critic = {"weight": 0.1, "start": start, **SMALL_CRITIC}
-    assert train(TokenizerRecipe(config(tmp_path / "whole", shards, critic)), config(tmp_path / "whole", shards, critic)) == 0
-    settings = config(tmp_path / "parts", shards, critic)
+    undisturbed, settings = (
+        dataclasses.replace(config(tmp_path / name, shards, critic), deepspeed=DeepSpeedConfig(zero_stage))
+        for name in ("whole", "parts")
+    )
+    assert train(TokenizerRecipe(undisturbed), undisturbed) == 0
     recipe = TokenizerRecipe(settings)
     batch, calls = recipe.batch, []
 
