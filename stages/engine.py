@@ -213,12 +213,16 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
                 batch = recipe.batch(indices, generator).to(device)
                 waited += time.monotonic() - asked
                 log = micro == run.accumulation - 1 and ((step + 1) % run.log_every == 0 or step + 1 == run.steps)
-                loss, scalars, made = learner.engine(batch, generator, step)
-                losses = {"loss": loss}
-                if playing:
-                    losses["opponent's loss"], more = playing.engine(batch, made)
-                    scalars |= more
-                _stop_unless_finite(losses, step, partial(recipe.describe, indices), folder)
+                samples = partial(recipe.describe, indices)
+                try:
+                    loss, scalars, made = learner.engine(batch, generator, step)
+                    losses = {"loss": loss}
+                    if playing:
+                        losses["opponent's loss"], more = playing.engine(batch, made)
+                        scalars |= more
+                except ValueError as error:  # NaN where a bit should be, pictures of a wrong size
+                    raise ValueError(f"step {step}: {error} The batch was {', '.join(samples())}.") from error
+                _stop_unless_finite(losses, step, samples, folder)
                 learner.descend(loss, measure=log)
                 if playing:
                     playing.descend(losses["opponent's loss"], measure=log)
