@@ -58,11 +58,12 @@ def _opened(path: Path | str) -> Any:
         ) from error
 
 
-def write_safetensors(state: Mapping[str, Tensor], path: Path | str) -> None:
-    """Write tensors atomically: the file is either the old one or the whole new one."""
+def write_safetensors(state: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors atomically: the file is either the old one or the whole new one. `metadata` goes into its header."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, str(temporary), metadata={"format": "pt"})
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    save_file(tensors, str(temporary), metadata={"format": "pt", **(metadata or {})})
     temporary.chmod(0o666 & ~_umask())  # the library writes it for its owner alone
     os.replace(temporary, path)
 

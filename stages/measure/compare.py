@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bitdance.jobs import parse_shard
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
@@ -154,7 +155,7 @@ def load_one(path: Path) -> tuple[Autoencoder, dict]:
 
 def _train(arguments: argparse.Namespace) -> None:
     setting = Setting(**json.loads(arguments.setting))
-    part, parts = (int(n) for n in arguments.part.split("/"))
+    part, parts = parse_shard(arguments.part)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     wanted = [tuple(run.rsplit(":", 1)) for run in arguments.runs] or [(name, str(bits)) for name, bits in RUNS]
     groups = load_pictures([shards.split(",") for shards in arguments.train])

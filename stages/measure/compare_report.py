@@ -74,18 +74,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| bits per token | bottleneck | PSNR | SSIM | LPIPS | PSNR photographs | PSNR icons |", "|---" * 7 + "|"]
     for row in rows:
         rivals = [r for r in rows if r["bits"] == row["bits"] and r["name"] in DISCRETE]
-
-        def shown(name: str, digits: int, best: Any, row: Any = row, rivals: Any = rivals) -> str:
-            if name not in row:
-                return "—"
-            text = f"{row[name]:.{digits}f}"
-            champion = row["name"] in DISCRETE and len(rivals) > 1 and row[name] == best(r[name] for r in rivals)
-            return f"**{text}**" if champion else text
-
-        figures = [shown("psnr", 2, max), shown("ssim", 3, max), shown("lpips", 3, min)]
+        contest = rivals if row["name"] in DISCRETE and len(rivals) > 1 else []
+        figures = [_figure(row, contest, *column) for column in (("psnr", 2, max), ("ssim", 3, max), ("lpips", 3, min))]
         figures += [f"{row[kind]['psnr']:.2f}" for kind in KINDS]
         lines.append(f"| {row['bits']:g} | {TITLES[row['name']]} | " + " | ".join(figures) + " |")
     return "\n".join(lines)
+
+
+def _figure(row: Mapping[str, Any], contest: Sequence[Mapping[str, Any]], name: str, digits: int, best: Any) -> str:
+    """A cell of the table, bold where it is the best of the contest."""
+    if name not in row:
+        return "—"
+    text = f"{row[name]:.{digits}f}"
+    return f"**{text}**" if contest and row[name] == best(r[name] for r in contest) else text
 
 
 def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

