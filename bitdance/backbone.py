@@ -201,6 +201,10 @@ class Backbone(nn.Module):
         """Hidden states (…,D) → scores (…,V) of the next text token."""
         return self.lm.get_output_embeddings()(hidden_KD)
 
+    def checkpoint_activations(self) -> None:
+        """In training, keep only each layer's input and compute the rest again in the backward pass."""
+        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     def new_cache(self) -> DynamicCache:
         """An empty key/value cache for `forward`."""
         return DynamicCache(config=self.lm.config)

@@ -201,6 +201,19 @@ class HeadNet(nn.Module):
         return 2 * torch.sigmoid(out if out.dtype == torch.float64 else out.float()) - 1
 
 
+def draw_noise(
+    config: HeadConfig, K: int, generator: torch.Generator | None, device: torch.device | str | None = None
+) -> tuple[Tensor, Tensor]:
+    """What the loss of K blocks needs: times (rows,), then noise (rows, P, C); rows = K · diff_batch_mul.
+
+    Drawn on the generator's device, or without one on `device`.
+    """
+    c, rows = config, K * config.diff_batch_mul
+    t_K = draw_time(rows, c.time_schedule, c.P_mean, c.P_std, c.time_shift, generator)
+    device = generator.device if generator is not None else device
+    return t_K, torch.randn(rows, c.parallel_num, c.ch_target, generator=generator, device=device)
+
+
 class BinaryDiffusionHead(nn.Module):
     """x-prediction diffusion over the bits of a block, conditioned per token on the backbone's hidden states."""
 
@@ -228,23 +241,25 @@ class BinaryDiffusionHead(nn.Module):
 
         Draws one time per row, then noise (rows, P, C), from `generator`.
         """
-        c = self.config
-        x_KPC = x_KPC.repeat(c.diff_batch_mul, 1, 1)
-        t_K = draw_time(x_KPC.shape[0], c.time_schedule, c.P_mean, c.P_std, c.time_shift, generator)
-        device = generator.device if generator is not None else x_KPC.device
-        noise_KPC = torch.randn(x_KPC.shape, generator=generator, device=device)
+        t_K, noise_KPC = draw_noise(self.config, x_KPC.shape[0], generator, x_KPC.device)
         return self.loss_at(x_KPC, cond_KPD, t_K.to(x_KPC.device), noise_KPC.to(x_KPC.device))
 
     def loss_at(self, x_KPC: Tensor, cond_KPD: Tensor, t_K: Tensor, noise_KPC: Tensor) -> Tensor:
         """Mean over bits of (v - v_hat)² (K,P) for given times (K,) and noise (K,P,C), in the noise's dtype.
 
-        `cond_KPD` may have fewer rows, of which K is a multiple: they are then repeated as `loss` repeats x.
+        `x_KPC` and `cond_KPD` may have fewer rows, of which K is a multiple: they are then repeated as a whole.
         """
-        x_KPC, t_K11 = x_KPC.to(noise_KPC.dtype), t_K[:, None, None]
+        return self.predict_at(x_KPC, cond_KPD, t_K, noise_KPC)[0]
+
+    def predict_at(self, x_KPC: Tensor, cond_KPD: Tensor, t_K: Tensor, noise_KPC: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of `loss_at` (K,P) and the predicted bits (K,P,C) in (-1, 1) from which it follows."""
+        repeats = noise_KPC.shape[0] // x_KPC.shape[0]
+        x_KPC, t_K11 = x_KPC.to(noise_KPC.dtype).repeat(repeats, 1, 1), t_K[:, None, None]
         x_t = interpolate(x_KPC, noise_KPC, t_K11)
-        embedded_KPW = self.prepare(cond_KPD).repeat(x_KPC.shape[0] // cond_KPD.shape[0], 1, 1)
+        embedded_KPW = self.prepare(cond_KPD).repeat(noise_KPC.shape[0] // cond_KPD.shape[0], 1, 1)
         x_hat = self.net(x_t, t_K, embedded_KPW)
-        return (velocity_from_x(x_KPC, x_t, t_K11) - velocity_from_x(x_hat, x_t, t_K11)).square().mean(dim=-1)
+        error = velocity_from_x(x_KPC, x_t, t_K11) - velocity_from_x(x_hat, x_t, t_K11)
+        return error.square().mean(dim=-1), x_hat
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:

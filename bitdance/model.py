@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from bitdance.backbone import Backbone
 from bitdance.flips import flip_bits
+from bitdance.head import BinaryDiffusionHead, draw_noise
 from bitdance.mask import dense_mask, flex_mask_mod
 from bitdance.positions import sincos_2d
 from bitdance.projector import Projector
@@ -22,7 +23,6 @@ from bitdance.prompt import SpecialTokens
 from bitdance.sequence import TrainingBatch
 
 if TYPE_CHECKING:
-    from bitdance.head import BinaryDiffusionHead
     from lfq_tokenizer import LFQTokenizer
 
 Attention = Literal["dense", "flex"]
@@ -33,7 +33,8 @@ class TrainingLosses:
     """`total = vision + text_weight · text`. `vision` and `text` are means, 0 where the batch has nothing of that kind.
 
     `vision_rows` (rows, P) and `text_rows` (T,) are the same losses before the mean. Rows are the predicted blocks in
-    the order of the batch, and all of them once more for each further repeat of the head's `diff_batch_mul`.
+    the order of the batch, and all of them once more for each further repeat of the head's `diff_batch_mul`. Of each
+    row: `time_rows` (rows,), its time, and `right_rows` (rows, P, C), bool: bits whose one-step prediction has the right sign.
     """
 
     total: Tensor
@@ -41,6 +42,8 @@ class TrainingLosses:
     text: Tensor
     vision_rows: Tensor
     text_rows: Tensor
+    time_rows: Tensor
+    right_rows: Tensor
 
 
 class BitDanceModel(nn.Module):
@@ -55,7 +58,7 @@ class BitDanceModel(nn.Module):
         text_tokenizer: Any,
         projector: Projector,
         backbone: Backbone,
-        head: "BinaryDiffusionHead",
+        head: BinaryDiffusionHead,
     ) -> None:
         super().__init__()
         self.tokenizer = tokenizer
@@ -118,6 +121,7 @@ class BitDanceModel(nn.Module):
         attention: Attention = "dense",
     ) -> TrainingLosses:
         """Losses of one batch. Draw order from `generator`: flips r1 and r2, then the head's times, then its noise.
+        A batch that brings its draws uses these instead, and `flip_max` and `generator` have no part in it.
 
         Source: BitDance paper, arXiv 2602.14041, training section; numbers of the published training code (case
         `packed`).
@@ -131,17 +135,26 @@ class BitDanceModel(nn.Module):
             text_rows = cross_entropy(logits_TV.float(), batch.label_ids_T, reduction="none")
             text = text_rows.mean()
 
-        P = self.block_size
+        P, C = self.block_size, self.projector.bits
         vision_rows, vision = hidden_FD.new_zeros(0, P, dtype=torch.float32), nothing
+        time_rows, right_rows = vision_rows.new_zeros(0), torch.zeros(0, P, C, dtype=torch.bool, device=hidden_FD.device)
         if batch.predict_index_K.numel():
             generated = batch.generated_N
             cond_GD = hidden_FD[batch.predict_index_K] + sincos_2d(
                 batch.image_row_N[generated], batch.image_col_N[generated], hidden_FD.shape[-1], hidden_FD.dtype
             )
             bits_RPC = batch.image_bits_NC[generated].unflatten(0, (-1, P))
-            vision_rows = self.head.loss(bits_RPC, cond_GD.unflatten(0, (-1, P)), generator)
+            if batch.draws is not None:
+                time_rows, noise = batch.draws.time_SM.flatten(), batch.draws.noise_SMPC.flatten(0, 1)
+            else:
+                time_rows, noise = draw_noise(self.head.config, bits_RPC.shape[0], generator, bits_RPC.device)
+            time_rows, noise = time_rows.to(hidden_FD.device), noise.to(hidden_FD.device)
+            vision_rows, predicted = self.head.predict_at(bits_RPC, cond_GD.unflatten(0, (-1, P)), time_rows, noise)
             vision = vision_rows.mean()
-        return TrainingLosses(vision + text_weight * text, vision, text, vision_rows, text_rows)
+            repeats = len(predicted) // len(bits_RPC)
+            right_rows = (predicted.detach() > 0) == (bits_RPC > 0).repeat(repeats, 1, 1)
+        total = vision + text_weight * text
+        return TrainingLosses(total, vision, text, vision_rows, text_rows, time_rows, right_rows)
 
     def hidden(
         self,
@@ -164,8 +177,13 @@ class BitDanceModel(nn.Module):
             return embeds_BLD
         bits_NC = batch.image_bits_NC
         if batch.predict_index_K.numel():
+            clean_GC = bits_NC[batch.generated_N]
+            if batch.draws is not None:
+                flipped_GC = torch.where(batch.draws.flipped_NC, -clean_GC, clean_GC)
+            else:
+                flipped_GC = flip_bits(clean_GC, flip_max, generator)
             bits_NC = bits_NC.clone()
-            bits_NC[batch.generated_N] = flip_bits(batch.image_bits_NC[batch.generated_N], flip_max, generator)
+            bits_NC[batch.generated_N] = flipped_GC
         image_ND = self.embed_image(bits_NC, batch.image_row_N, batch.image_col_N)
         embeds_FD = embeds_BLD.flatten(0, 1).index_copy(0, batch.image_index_N, image_ND.to(embeds_BLD.dtype))
         return embeds_FD.view_as(embeds_BLD)

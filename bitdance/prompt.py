@@ -18,6 +18,7 @@ from lfq_tokenizer.weights import read_json, write_json
 MAX_PROMPT_TOKENS = 1024
 
 BASE_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 # How Qwen2 and Qwen3 cut text before BPE: contractions, words, single digits, runs of signs, line ends, spaces.
 _QWEN2_SPLIT = (
@@ -191,12 +192,14 @@ def build_text_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 def add_image_tokens(tokenizer: Any, sides: int, queries: int) -> Any:
     """Append `<|res_1|>` … `<|res_sides|>`, then `<|query_1|>` … `<|query_queries|>`, and return the tokenizer.
 
+    What the template needs and another family's tokenizer lacks (`<|im_start|>`, `<|vision_start|>`, …) comes first.
     Tokens that are there already stay where they are, so a second call changes nothing. All of them are special
     tokens and survive save and reload. Order of the published checkpoints; a model's embedding must then be grown to
     `len(tokenizer)`.
     """
     if sides < 1 or queries < 0:
         raise ValueError(f"at least one side and no negative number of queries, got sides={sides}, queries={queries}")
+    _add_special(tokenizer, TEMPLATE_TOKENS)
     _add_special(tokenizer, [f"<|res_{n}|>" for n in range(1, sides + 1)])
     _add_special(tokenizer, [f"<|query_{n}|>" for n in range(1, queries + 1)])
     return tokenizer

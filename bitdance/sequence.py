@@ -4,17 +4,19 @@ A generated image is `vision_start res_h │ res_w query_1 … query_{P-1} │ b
 bar before each block; an input image is `vision_start res_h res_w tokens vision_end`, all of it causal.
 
 B rows, L sequence, N image tokens in the whole batch, K predicted image tokens, T predicted text tokens, C bits per
-token.
+token, P tokens per block, M blocks of an image, R of all generated images, S noise draws per block.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bitdance.draws import ImageDraws
 from bitdance.patches import PatchPlan
 from bitdance.prompt import SpecialTokens, vision_prefix_ids
 
@@ -31,10 +33,14 @@ class TextPiece:
 
 @dataclass(frozen=True)
 class ImagePiece:
-    """±1 bits (C,h,w). `generated`: the model learns to predict it; otherwise it is an input, read causally."""
+    """±1 bits (C,h,w). `generated`: the model learns to predict it; otherwise it is an input, read causally.
+
+    `draws` are the random numbers of its loss, drawn ahead; in a batch either all generated images have them or none.
+    """
 
     bits_Chw: Tensor
     generated: bool = True
+    draws: ImageDraws | None = None
 
 
 Document = Sequence[TextPiece | ImagePiece]
@@ -52,19 +58,29 @@ class TrainingBatch:
     image_bits_NC: Tensor  # their clean bits
     image_row_N: Tensor  # their place in the token grid
     image_col_N: Tensor
+    image_N: Tensor  # which image of the documents, in the order given, the token belongs to
     generated_N: Tensor  # bool: the model predicts this token
     predict_index_K: Tensor  # where the hidden state of each generated token stands: one block earlier
     label_index_T: Tensor  # where the hidden state of each predicted text token stands: one position earlier
     label_ids_T: Tensor
+    draws: ImageDraws | None = None  # of all generated images, one after the other
+
+    @property
+    def tokens(self) -> int:
+        """Positions that are no padding."""
+        return int((self.doc_BL >= 0).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TrainingBatch":
         """The same batch on `device`."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)}
-        return TrainingBatch(**moved)
+        return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "TrainingBatch":
         """The same batch in page-locked memory, for asynchronous copies to a GPU."""
-        return TrainingBatch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
+        return self._map(lambda part: part.pin_memory())
+
+    def _map(self, change: Callable[[Any], Any]) -> "TrainingBatch":
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return TrainingBatch(**{name: part if part is None else change(part) for name, part in parts.items()})
 
 
 def build_batch(
@@ -73,26 +89,31 @@ def build_batch(
     special: SpecialTokens,
     pad_to: int | None = None,
     token_budget: int | None = None,
+    multiple_of: int | None = None,
 ) -> TrainingBatch:
     """Lay `documents` out for a model with patch side `p`.
 
     Without `token_budget`, one document per row, rows padded to the longest (or to `pad_to`). With it, documents
     share rows of exactly `token_budget` positions: each goes, in the given order, into the first row with room for
-    it. Raises ValueError for an empty batch, a document that does not fit, images of different bits per token, and
+    it. With `multiple_of` as well, `token_budget` is only the most a row may hold: documents are spread evenly over the number
+    of rows that leaves least to pad, and rows are as long as the longest of them, rounded up to that multiple.
+    Raises ValueError for an empty batch, a document that does not fit, images of different bits per token, and
     whatever `PatchPlan` and `vision_prefix_ids` refuse. Source: published checkpoints (case `packed`).
     """
     if not documents or not all(len(document) for document in documents):
         raise ValueError("a batch needs at least one document, and a document at least one piece")
     laid = [_lay_out(document, p, special) for document in documents]
     lengths = [layout.ids.size for layout in laid]
-    rows, length = _assign_rows(lengths, pad_to, token_budget)
+    rows, length = _assign_rows(lengths, pad_to, token_budget, multiple_of)
+    images_before = np.cumsum([0, *(len(layout.images) for layout in laid)])
 
     shape = (len(rows), length)
     ids_BL = np.zeros(shape, np.int64)
     position_BL = np.zeros(shape, np.int64)
     doc_BL, block_BL = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
-    image, row, col, generated, predict, labels = [], [], [], [], [], []
+    image, row, col, number, generated, predict, labels = [], [], [], [], [], [], []
     pictures: list[Tensor] = []
+    draws: list[ImageDraws | None] = []
     for r, members in enumerate(rows):
         start, blocks = 0, 0
         for d in members:
@@ -102,14 +123,17 @@ def build_batch(
             doc_BL[r, span] = d
             position_BL[r, span] = np.arange(layout.ids.size)
             block_BL[r, span] = np.where(layout.block >= 0, layout.block + blocks, -1)
-            for offset, piece in layout.images:
+            for k, (offset, piece) in enumerate(layout.images):
                 template = _template(*piece.bits_Chw.shape[1:], p, piece.generated, special)
                 image.append(template.image + (flat + offset))
                 row.append(template.row)
                 col.append(template.col)
+                number.append(np.full(template.image.size, images_before[d] + k))
                 generated.append(np.full(template.image.size, piece.generated))
                 predict.append(template.predict + (flat + offset))
                 pictures.append(piece.bits_Chw)
+                if piece.generated:
+                    draws.append(piece.draws)
             labels.append(layout.label_target + flat)
             start += layout.ids.size
             blocks += layout.num_blocks
@@ -123,10 +147,12 @@ def build_batch(
         image_bits_NC=_ordered_bits(pictures, p),
         image_row_N=torch.from_numpy(_joined(row)),
         image_col_N=torch.from_numpy(_joined(col)),
+        image_N=torch.from_numpy(_joined(number)),
         generated_N=torch.from_numpy(_joined(generated).astype(bool)),
         predict_index_K=torch.from_numpy(_joined(predict)),
         label_index_T=torch.from_numpy(label_T - 1),
         label_ids_T=torch.from_numpy(ids_BL.reshape(-1)[label_T]),
+        draws=ImageDraws.joined(draws),
     )
 
 
@@ -199,8 +225,12 @@ def _lay_out(document: Document, p: int, special: SpecialTokens) -> _Layout:
     return _Layout(np.concatenate(ids), np.concatenate(block), _joined(targets), images, num_blocks)
 
 
-def _assign_rows(lengths: list[int], pad_to: int | None, token_budget: int | None) -> tuple[list[list[int]], int]:
+def _assign_rows(
+    lengths: list[int], pad_to: int | None, token_budget: int | None, multiple_of: int | None
+) -> tuple[list[list[int]], int]:
     """Documents of each row, and the length of a row."""
+    if multiple_of is not None and token_budget is None:
+        raise ValueError("multiple_of rounds the length of packed rows; give token_budget, the most that a row may hold")
     if pad_to is not None and token_budget is not None:
         raise ValueError("pad_to is for one document per row and token_budget for packed rows; give one of them")
     longest = max(lengths)
@@ -214,6 +244,8 @@ def _assign_rows(lengths: list[int], pad_to: int | None, token_budget: int | Non
         )
     if token_budget is None:
         return [[d] for d in range(len(lengths))], limit or longest
+    if multiple_of is not None:
+        return _even_rows(lengths, token_budget, multiple_of)
     rows: list[list[int]] = []
     room: list[int] = []
     for d, length in enumerate(lengths):
@@ -224,6 +256,23 @@ def _assign_rows(lengths: list[int], pad_to: int | None, token_budget: int | Non
         rows[r].append(d)
         room[r] -= length
     return rows, token_budget
+
+
+def _even_rows(lengths: list[int], most: int, multiple_of: int) -> tuple[list[list[int]], int]:
+    """Longest document first, each into the emptiest row; of the numbers of rows that hold all, the one with fewest positions."""
+    by_length = sorted(range(len(lengths)), key=lambda d: -lengths[d])
+    best: tuple[list[list[int]], int] = [[d] for d in by_length], -(-max(lengths) // multiple_of) * multiple_of
+    for count in range(len(lengths) - 1, -(-sum(lengths) // most) - 1, -1):
+        rows: list[list[int]] = [[] for _ in range(count)]
+        used = [0] * count
+        for d in by_length:
+            r = used.index(min(used))
+            rows[r].append(d)
+            used[r] += lengths[d]
+        length = -(-max(used) // multiple_of) * multiple_of
+        if max(used) <= most and count * length <= len(best[0]) * best[1]:
+            best = rows, length
+    return [sorted(row) for row in best[0]], best[1]
 
 
 def _ordered_bits(pictures: list[Tensor], p: int) -> Tensor:

@@ -93,16 +93,21 @@ def supported_sizes(source: Any) -> list[Size]:
     if rule.trained:
         return sorted(rule.trained, key=_by_area)
 
+    allowed = [size for area in AREAS for size in sizes_at(rule, area)]
+    squares = [(pixels, pixels) for pixels in _usable(rule)]
+    return sorted(set(allowed or squares), key=_by_area)
+
+
+def sizes_at(rule: SizeRule, resolution: int) -> list[Size]:
+    """(height, width) of about `resolution`² pixels, in the usual aspect ratios, as far as the rule allows; small to large."""
+
     def side(pixels: float) -> int:
         return rule.unit * max(1, round(pixels / rule.unit))
 
     sizes: set[Size] = set()
-    for area in AREAS:
-        for root in map(math.sqrt, ASPECTS):
-            sizes |= {(side(area * root), side(area / root)), (side(area / root), side(area * root))}
-    allowed = [size for size in sizes if rule.allows(*size)]
-    squares = [(pixels, pixels) for pixels in _usable(rule)]
-    return sorted(allowed or squares, key=_by_area)
+    for root in map(math.sqrt, ASPECTS):
+        sizes |= {(side(resolution * root), side(resolution / root)), (side(resolution / root), side(resolution * root))}
+    return sorted((size for size in sizes if rule.allows(*size)), key=_by_area)
 
 
 def nearest_sizes(source: Any, height: int, width: int, count: int = 3) -> list[Size]:

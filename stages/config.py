@@ -20,6 +20,9 @@ from typing import Any
 from lfq_tokenizer import TokenizerConfig
 
 
+PRECISIONS = ("float32", "bfloat16", "bfloat16-weights")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Length and rhythm. Steps are optimiser steps; `out` is the run's folder."""
@@ -30,8 +33,11 @@ class RunConfig:
     accumulation: int = 1  # micro-steps per optimiser step
     seed: int = 0
     ema: float = 0.999  # decay of the averaged weights; 0 switches averaging off
-    precision: str = "float32"  # or "bfloat16": float32 weights, bfloat16 autocast
+    precision: str = "float32"  # "bfloat16": float32 weights, bfloat16 autocast; "bfloat16-weights": float32 kept by ZeRO alone
     compile: bool = False
+    workers: int = 0  # loader processes per training process; the samples do not depend on it
+    prefetch: int = 4  # micro-steps that each of them prepares ahead
+    wandb: str = ""  # project to report to, where wandb is installed
     log_every: int = 20
     validate_every: int = 500
     sample_every: int = 500
@@ -39,21 +45,46 @@ class RunConfig:
     keep: int = 2  # newest checkpoints kept
 
     def __post_init__(self) -> None:
-        if self.precision not in ("float32", "bfloat16"):
-            raise ValueError(f"run.precision = {self.precision!r}; allowed are 'float32' and 'bfloat16'")
-        for name in ("steps", "batch_size", "accumulation", "log_every", "validate_every", "sample_every", "save_every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"run.{name} = {getattr(self, name)}; it must be at least 1")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"run.precision = {self.precision!r}; allowed are {', '.join(map(repr, PRECISIONS))}")
+        least = dict.fromkeys(
+            ("steps", "batch_size", "accumulation", "log_every", "validate_every", "sample_every", "save_every", "keep", "prefetch"), 1
+        )
+        for name, smallest in {**least, "workers": 0}.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"run.{name} = {getattr(self, name)}; it must be at least {smallest}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"run.ema = {self.ema}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One of several sources of training samples: `weight` is its share of the samples."""
+
+    places: tuple[str, ...] = ()
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.places or self.weight <= 0:
+            raise ValueError(f"data.sources: places {self.places} must not be empty and weight {self.weight} positive")
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """Shards: paths or globs of webdataset tars. Relative paths are relative to where the command runs."""
+    """Shards: paths, globs or URLs of webdataset tars. Relative paths are relative to where the command runs.
+
+    `mix` gives each resolution (pixels: the side of a square of that area) its share of the pictures, for instance
+    `{256 = 2, 512 = 7, 1024 = 1}`; without it every picture is taken in its own size. `keep` are conditions on a sample's
+    attributes, all of which must hold, for instance `"aesthetic >= 5.5"`.
+    """
 
     train: tuple[str, ...] = ()
+    sources: tuple[SourceConfig, ...] = ()  # instead of `train`, where there are several with weights
     heldout: tuple[str, ...] = ()
+    mix: Mapping[str, float] = field(default_factory=dict)
+    keep: tuple[str, ...] = ()
+    enlarge: float = 1.0  # a picture may be enlarged by this factor to reach a resolution of the mix
+    row_tokens: int = 0  # documents share rows of at most this many tokens; 0: one document per row
     mirror: bool = False  # random left-right flips (tokenizer only)
     crop: int = 0  # random square crops of this side, one place per batch; 0: whole pictures (tokenizer only)
 
@@ -70,6 +101,7 @@ class OptimizerConfig:
     schedule: str = "constant"
     final_fraction: float = 0.0
     clip: float = 1.0  # gradient norm; 0 switches clipping off
+    scale: Mapping[str, float] = field(default_factory=dict)  # part of the model → factor on lr: backbone, projector, head
 
     def __post_init__(self) -> None:
         if self.schedule not in ("constant", "cosine"):
@@ -78,13 +110,20 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class DeepSpeedConfig:
-    """What is handed to DeepSpeed beside batch size, clipping and precision."""
+    """What is handed to DeepSpeed beside batch size, clipping and precision. `settings` is merged into its JSON config last."""
 
     zero_stage: int = 0
+    offload_optimizer: bool = False  # moments and master weights live in the host's memory (ZeRO 1 to 3)
+    offload_parameters: bool = False  # weights too (ZeRO 3)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2):
-            raise ValueError(f"deepspeed.zero_stage = {self.zero_stage}; allowed are 0, 1 and 2 (3 is not supported yet)")
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"deepspeed.zero_stage = {self.zero_stage}; allowed are 0, 1, 2 and 3")
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError("deepspeed.offload_optimizer needs deepspeed.zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError("deepspeed.offload_parameters needs deepspeed.zero_stage 3")
 
 
 @dataclass(frozen=True)
@@ -126,22 +165,31 @@ class TokenizerTraining:
     adversary: AdversaryTraining = field(default_factory=AdversaryTraining)
 
 
+PARTS = ("backbone", "projector", "head")
+
+
 @dataclass(frozen=True)
 class GeneratorTraining:
     """Recipe 'generator': velocity loss + text cross-entropy on top of a frozen tokenizer.
 
     `tokenizer` is a run of recipe 'tokenizer', a checkpoint of one, or a folder with ae_config.json and ae.safetensors.
     The backbone comes from `pretrained` (a local folder in transformers' layout) or from `backbone` (fields of a Qwen3 config)
-    with a text tokenizer trained on the captions.
+    with a text tokenizer trained on the captions. With `init` the model of an earlier stage goes on; what the config says beside it
+    about tokenizer, backbone and head must then fit that model.
     """
 
+    stage: str = ""  # "pretrain", "continue", "finetune", …: written into the model's card
     tokenizer: str = ""
     pretrained: str = ""
     backbone: Mapping[str, Any] = field(default_factory=dict)
     text_vocabulary: int = 4096
     text_extra: str = ""  # file with further text for the text tokenizer, one line each
     head: Mapping[str, Any] = field(default_factory=dict)
-    init: str = ""  # a whole model to start from: a run, a checkpoint or a folder in the published layout
+    init: str = ""  # the stage before: a run, a checkpoint or a folder in the published layout
+    freeze: tuple[str, ...] = ()  # parts that do not learn: backbone, projector, head
+    checkpoint_activations: bool = False  # recompute a layer's inside in the backward pass instead of keeping it
+    attention: str = "auto"  # "dense", "flex"; auto: flex on CUDA, dense elsewhere
+    kernels: str = "auto"  # "none"; auto: fused kernels of Liger on CUDA where it is installed
     max_text_tokens: int = 256
     resolution_tokens: int = 0  # <|res_i|> for sides up to this; 0: 4096 / downsampling
     dropout: float = 0.1  # prompts replaced by the unconditional one
@@ -149,6 +197,16 @@ class GeneratorTraining:
     text_weight: float = 0.01
     defaults: Mapping[str, Any] = field(default_factory=dict)  # written to bitdance.json
     sample_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("attention", self.attention, ("auto", "dense", "flex")),
+            ("kernels", self.kernels, ("auto", "none")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"generator.{name} = {value!r}; allowed are {', '.join(map(repr, allowed))}")
+        if unknown := sorted(set(self.freeze) - set(PARTS)):
+            raise ValueError(f"generator.freeze names {unknown}; parts are {', '.join(PARTS)}")
 
 
 @dataclass(frozen=True)
@@ -166,8 +224,9 @@ class TrainingConfig:
             raise ValueError(f"recipe = {self.recipe!r}; allowed are 'tokenizer' and 'generator'")
         if not self.run.out:
             raise ValueError("run.out is empty; name the folder of this run, for example run.out = \"runs/mine\"")
-        if not self.data.train:
-            raise ValueError("data.train is empty; name the shards, for example data.train = [\"shards/*.tar\"]")
+        if bool(self.data.train) == bool(self.data.sources):
+            example = 'data.train = ["shards/*.tar"]'
+            raise ValueError(f"give either data.train or data.sources; {'both are given' if self.data.train else f'for example {example}'}")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainingConfig:

@@ -1,25 +1,50 @@
-"""Exponential moving average of the trained weights."""
+"""AdamW that also keeps the exponential moving average of the weights it trains.
 
-import copy
+The average is one more state of the optimiser, beside the moments, so it is partitioned and offloaded wherever they are.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 
-class Average:
-    """A second module whose parameters follow `average ← decay·average + (1 − decay)·weight`.
+class AveragedAdamW(torch.optim.AdamW):
+    """`average ← d·average + (1 − d)·weight` after every step of a weight; d = min(`decay`, (1 + n) / (10 + n)) in its step n.
 
-    The decay warms up as (1 + n) / (10 + n) so that a short run is not dominated by its initial weights.
+    The warm-up of d keeps a short run from being dominated by its initial weights. With `decay` 0 there is no average.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], decay: float, **settings: Any) -> None:
+        super().__init__(groups, **settings)
         self.decay = decay
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """`step` counts from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        ours = list(self.module.parameters())
-        theirs = [p.detach() for p in module.parameters()]
-        torch._foreach_lerp_(ours, theirs, 1 - decay)
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
+        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None] if self.decay else []
+        first = {p: p.detach().clone() for p in trained if "average" not in self.state.get(p, {})}
+        result = super().step(closure)
+        for p in trained:
+            state = self.state[p]
+            n = state["step"]
+            state.setdefault("average", first.get(p)).lerp_(p, 1 - torch.clamp((1 + n) / (10 + n), max=self.decay))
+        return result
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Swap every weight with its average, in place. A second call restores both, bit for bit."""
+        for weight, state in self.state.items():
+            if "average" in state:
+                kept = weight.detach().clone()
+                weight.copy_(state["average"])
+                state["average"].copy_(kept)
+
+    def prepare(self, weight: Tensor, step: Tensor) -> dict[str, Tensor]:
+        """The state of a weight that has been trained for `step` steps, for the caller to fill in."""
+        state = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+        state["step"] = step.to(device=weight.device, dtype=torch.float32)
+        if self.decay:
+            state["average"] = weight.detach().clone()
+        self.state[weight] = state
+        return state

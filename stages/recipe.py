@@ -1,7 +1,6 @@
 """What the engine asks of a recipe. A recipe knows the model and the data; the engine knows neither."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,25 +23,37 @@ class Opponent:
     start: int
 
 
+@dataclass
+class Micro:
+    """What one process computes in one micro-step. Made by a loader process, so it holds nothing that cannot be sent."""
+
+    batch: Any  # on the CPU, with .to(device)
+    samples: list[str]  # their names, for messages
+    skipped: dict[str, int] = field(default_factory=dict)  # samples that could not be read and were replaced, by reason
+    tokens: int = 0  # of the sequence, without padding; 0 where there is no sequence
+    positions: int = 0  # with padding
+
+
 class Recipe(Protocol):
-    """One per kind of model; see `tokenizer/recipe.py` and `generator_recipe.py`.
+    """One per kind of model; see `tokenizer/recipe.py` and `generator/recipe.py`.
 
     `module` holds every weight that trains and nothing else that must be saved; `module(batch, generator, step)` returns the
-    loss, further scalars to log, and what the opponent judges. Everything random in a step comes from the generator that the
-    engine passes.
+    loss, further scalars to log, and what the opponent judges.
+
+    The samples of a run stand in one endless row. `batch(slots, generator)` makes the part `slots` of it: a pure function of its
+    arguments, called in loader processes. What is random about one sample should depend on its slot, so that it does not
+    change with the number of processes; the generator serves what is random about a batch.
     """
 
     module: nn.Module
     opponent: Opponent | None
     length: int  # training samples
     hash: str  # identity of the data, so that a resumed run notices other shards
+    flops: float  # of one token, forward and backward, for the share of the machine's peak; 0 where unknown
 
-    @property
-    def skipped(self) -> int: ...  # samples that could not be read so far
+    def parts(self) -> dict[str, list[nn.Parameter]]: ...  # what `optimizer.scale` can name; together all that trains
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Any: ...  # on the CPU, with .to(device)
-
-    def describe(self, indices: Sequence[int]) -> list[str]: ...
+    def batch(self, slots: range, generator: torch.Generator) -> Micro: ...
 
     def validate(self, module: nn.Module) -> dict[str, float]: ...
 
@@ -60,6 +71,6 @@ def build_recipe(config: TrainingConfig) -> Recipe:
         from stages.tokenizer.recipe import TokenizerRecipe
 
         return TokenizerRecipe(config)
-    from stages.generator_recipe import GeneratorRecipe
+    from stages.generator.recipe import GeneratorRecipe
 
     return GeneratorRecipe(config)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
 from stages import checkpoint
 from stages.config import DataConfig, DeepSpeedConfig, OptimizerConfig, RunConfig, TrainingConfig
-from stages.ema import Average
-from stages.engine import learning_rate, step_generator, train
-from stages.recipe import Losses
+from stages.data.order import EpochOrder
+from stages.ema import AveragedAdamW
+from stages.engine import train
+from stages.learner import learning_rate
+from stages.loader import step_generator
+from stages.recipe import Losses, Micro
 from stages.tracker import Tracker
 
 ROOT = Path(__file__).parent.parent
@@ -32,53 +35,57 @@ SAMPLES = 10  # three epochs in six steps of four
 class Line(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(3, 2)
+        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2, bias=False)
+        self.idle = nn.Parameter(torch.ones(7))  # no gradient ever reaches it
+        self.register_buffer("seen", torch.zeros(()))  # a state that is not trained
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter))
 
     def forward(self, batch: Tensor, generator: torch.Generator, step: int) -> Losses:
         x_B3, y_B2 = batch.split([3, 2], dim=1)
-        noise_B3 = 0.3 * torch.randn(x_B3.shape, generator=generator)
-        error_B2 = self.linear(x_B3 + noise_B3) - y_B2
+        if self.training:
+            self.seen += 1
+        error_B2 = self.last(self.first(x_B3.to(self.first.weight.dtype)).tanh()).float() - y_B2
         return error_B2.square().mean(), {"absolute": error_B2.detach().abs().mean()}, None
 
 
 class LineRecipe:
-    """`before[n]` is called ahead of micro-step n of this object."""
+    """`before[n]` is called ahead of micro-step n of this object; what is random about a sample follows from its slot."""
 
     opponent = None
+    flops = 100.0
 
-    def __init__(self, hash: str = "line") -> None:
+    def __init__(self, hash: str = "line", broken: frozenset[int] = frozenset()) -> None:
         self.module: nn.Module = Line()
-        self.length, self.hash = SAMPLES, hash
+        self.length, self.hash, self.broken = SAMPLES, hash, broken
+        self.order = EpochOrder(SAMPLES, 0)
         self.seen: list[list[int]] = []
         self.before: dict[int, Callable[[], Any]] = {}
-        self.broken: set[int] = set()
         self.pause = 0.0
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        assert isinstance(self.module, Line)
+        return {"first": [*self.module.first.parameters(), self.module.idle], "last": list(self.module.last.parameters())}
+
+    def batch(self, slots: range, generator: torch.Generator) -> Micro:
         self.before.get(len(self.seen), lambda: None)()
         time.sleep(self.pause)
-        self.seen.append(list(indices))
-        x_B3 = torch.stack([torch.sin(torch.arange(3) * (i + 1.0)) for i in indices])
-        x_B3 = x_B3 * torch.where(torch.rand(len(x_B3), 1, generator=generator) < 0.5, -1.0, 1.0)
-        y_B2 = torch.stack([x_B3.sum(1), x_B3[:, 0] - 1], dim=1)
-        for place, index in enumerate(indices):
-            if index in self.broken:
-                y_B2[place, 0] = math.nan
-        return torch.cat([x_B3, y_B2], dim=1)
-
-    skipped = 0
-
-    def describe(self, indices: Sequence[int]) -> list[str]:
-        return [f"sample-{i}" for i in indices]
+        indices = [self.order.at(slot) for slot in slots]
+        self.seen.append(indices)
+        rows = []
+        for slot, index in zip(slots, indices, strict=True):
+            x_3 = torch.sin(torch.arange(3) * (index + 1.0)) + 0.3 * torch.randn(3, generator=step_generator(9, slot, 0))
+            y_2 = torch.stack([x_3.sum(), x_3[0] - 1 if index not in self.broken else torch.tensor(math.nan)])
+            rows.append(torch.cat([x_3, y_2]))
+        skipped = {"too small": sum(index == 0 for index in indices)}
+        return Micro(torch.stack(rows), [f"sample-{i}" for i in indices], skipped, tokens=3 * len(rows), positions=4 * len(rows))
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         torch.rand(7)  # a recipe may use the global source of random numbers; training must not
         module.eval()
-        weight = next(module.parameters())
-        return {"weight": float(weight.detach().abs().sum())}
+        loss, *_ = module(self.batch(range(4), torch.Generator()).batch, torch.Generator(), 0)
+        return {"weight": float(sum(p.detach().abs().sum() for p in module.parameters())), "loss": float(loss.detach())}
 
     def sample(self, module: nn.Module) -> Image.Image:
         torch.rand(3)

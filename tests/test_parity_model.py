@@ -140,6 +140,7 @@ def recorded_batch(name: str, model: BitDanceModel) -> TrainingBatch:
         image_bits_NC=torch.cat(bits),
         image_row_N=torch.cat(rows),
         image_col_N=torch.cat(cols),
+        image_N=torch.cat([torch.full((len(row),), k) for k, row in enumerate(rows)]),
         generated_N=torch.cat(generated),
         predict_index_K=tensors["in.ce_loss_indexes_vision"],
         label_index_T=tensors["in.ce_loss_indexes_text"],

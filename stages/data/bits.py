@@ -13,6 +13,7 @@ import torch
 
 MAGIC = b"BITS1"
 _HEADER = struct.Struct("<5sHHH")
+HEADER_BYTES = _HEADER.size
 
 
 def pack_bits(bits_Chw: torch.Tensor) -> bytes:
@@ -26,14 +27,20 @@ def pack_bits(bits_Chw: torch.Tensor) -> bytes:
     return _HEADER.pack(MAGIC, *bits_Chw.shape) + np.packbits(positive.numpy().reshape(-1)).tobytes()
 
 
-def unpack_bits(data: bytes) -> torch.Tensor:
-    """The inverse of `pack_bits`: int8 ±1, shape (C, h, w). ValueError for a wrong magic, length or filling."""
-    if len(data) < _HEADER.size or not data.startswith(MAGIC):
+def bits_shape(data: bytes) -> tuple[int, int, int]:
+    """(C, h, w) of a `.bits` member from its first `HEADER_BYTES`. ValueError for a wrong magic or an empty shape."""
+    if len(data) < HEADER_BYTES or not data.startswith(MAGIC):
         raise ValueError(f"not a .bits member: it starts with {data[:5]!r} and holds {len(data)} bytes")
     _, channels, height, width = _HEADER.unpack_from(data)
-    count = channels * height * width
-    if count == 0:
+    if channels * height * width == 0:
         raise ValueError(f".bits member of shape ({channels}, {height}, {width}) is empty")
+    return channels, height, width
+
+
+def unpack_bits(data: bytes) -> torch.Tensor:
+    """The inverse of `pack_bits`: int8 ±1, shape (C, h, w). ValueError for a wrong magic, length or filling."""
+    channels, height, width = bits_shape(data)
+    count = channels * height * width
     body = np.frombuffer(data, dtype=np.uint8, offset=_HEADER.size)
     if body.size != -(-count // 8):
         raise ValueError(

@@ -9,6 +9,8 @@ after a restart, at any number of loader workers, step n yields the samples that
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -16,7 +18,7 @@ import os
 import re
 import tarfile
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,24 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from stages.data.bits import unpack_bits
-from stages.data.picture import MAX_PIXELS, decode_picture
+from stages.data.conditions import Condition, first_failure
+from stages.data.metadata import (
+    MEMBER_LIMITS,
+    PICTURE_ENDINGS,
+    TEXT_ENDINGS,
+    BrokenCaption,
+    Place,
+    Read,
+    Shape,
+    picture_ending,
+    read_json,
+    read_shape,
+    read_text,
+)
+from stages.data.picture import MAX_PIXELS, BrokenPicture, decode_picture
 
-PICTURE_ENDINGS = ("png", "jpg", "jpeg", "webp")
-TEXT_ENDINGS = ("json", "txt")
-MEMBER_LIMITS = dict.fromkeys((*PICTURE_ENDINGS, "bits"), 64 * 2**20) | dict.fromkeys(TEXT_ENDINGS, 2**20)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _OPEN_FILES = 32
-
-Place = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -71,12 +82,13 @@ class ShardIndex:
     hash: str
 
     @classmethod
-    def open(cls, places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> ShardIndex:
-        """Shard files, glob patterns, or folders of shards → index.
+    def open(cls, places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], keep: Sequence[str] = ()) -> ShardIndex:
+        """Shard files, glob patterns, or folders of shards → index of the samples that meet all conditions of `keep`.
 
         ValueError for a URL of any scheme, a compressed or foreign file, and where no sample is usable;
         FileNotFoundError where a place matches nothing.
         """
+        conditions = [Condition.parse(text) for text in keep]
         shards = _resolve(places)
         digest = hashlib.sha256()
         entries: list[Entry] = []
@@ -91,6 +103,9 @@ class ShardIndex:
                     left_out["sample without caption"] += 1
                 else:
                     entries.append(Entry(number, key, members))
+        if conditions:
+            entries = _meeting(conditions, shards, entries, left_out)
+            digest.update(json.dumps([sorted(condition.text for condition in conditions), [e.key for e in entries]]).encode())
         if not entries:
             raise ValueError(f"no usable sample in {len(shards)} shards ({_counts(left_out)}); pack them again")
         return cls(tuple(shards), tuple(entries), dict(sorted(left_out.items())), digest.hexdigest())
@@ -149,6 +164,29 @@ def _read_headers(path: Path, left_out: Counter[str]) -> dict[str, dict[str, Pla
     return groups
 
 
+def _meeting(
+    conditions: Sequence[Condition], shards: Sequence[Path], entries: Sequence[Entry], left_out: Counter[str]
+) -> list[Entry]:
+    files = ShardFiles(shards)
+    kept = []
+    for entry in entries:
+        read = files.reader(entry.shard)
+        try:
+            attributes = read_json(entry.members, read)[1]
+            if any(condition.name in ("width", "height") for condition in conditions) and "bits" not in entry.members:
+                shape = read_shape(entry.members, attributes, read)
+                attributes = {"width": shape.width, "height": shape.height, **attributes}
+            reason = first_failure(conditions, attributes)
+        except ValueError:
+            reason = "sample without readable attributes"
+        if reason:
+            left_out[reason] += 1
+        else:
+            kept.append(entry)
+    files.close()
+    return kept
+
+
 def _classify(member: tarfile.TarInfo) -> tuple[str, str, str]:
     """(reason to leave it out or "", key, ending). A key ends at the first dot of the file name, as in webdataset."""
     if member.isdir():
@@ -169,83 +207,24 @@ def _counts(left_out: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in left_out.most_common()) or "they are empty"
 
 
-class ShardDataset(Dataset[Sample]):
-    """`dataset[i]` → `Sample`, read from its place; safe with loader workers: every process opens its own files.
+class ShardFiles:
+    """The open files of shards; every process opens its own."""
 
-    Raises ValueError naming shard and key for a sample that cannot be read (`BrokenPicture` is one).
-    """
-
-    def __init__(self, index: ShardIndex, max_pixels: int = MAX_PIXELS) -> None:
-        self.index = index
-        self.max_pixels = max_pixels
-        self.broken: dict[str, str] = {}  # key → reason, of the samples that `take` has skipped
+    def __init__(self, shards: Sequence[Path]) -> None:
+        self.shards = shards
         self._files: OrderedDict[int, int] = OrderedDict()
         self._process = os.getpid()
 
-    def __len__(self) -> int:
-        return len(self.index)
+    def reader(self, shard: int) -> Read:
+        return functools.partial(self.read, shard)
 
-    def __getitem__(self, number: int) -> Sample:
-        entry = self.index.entries[number]
-        try:
-            captions, attributes = self._text(entry)
-            ending = next((ending for ending in PICTURE_ENDINGS if ending in entry.members), None)
-            picture = decode_picture(self._read(entry, ending), self.max_pixels) if ending else None
-            bits_Chw = unpack_bits(self._read(entry, "bits")) if "bits" in entry.members else None
-        except ValueError as error:
-            error.add_note(f"sample {entry.key} in {self.index.shards[entry.shard].name}")
-            raise
-        return Sample(entry.key, picture, bits_Chw, captions, attributes)
-
-    def key(self, number: int) -> str:
-        """The name of a sample; nothing is read."""
-        return self.index.entries[number].key
-
-    def take(self, number: int) -> Sample:
-        """Sample `number` or, where it cannot be read, the next one that can: what training asks for.
-
-        Depends on the data alone, so a resumed run takes the same samples. Skipped ones are noted in `broken`; ValueError when
-        they are more than 1 % of the samples (and more than 10).
-        """
-        limit = max(10, len(self) // 100)
-        for step in range(len(self)):
-            place = (number + step) % len(self)
-            try:
-                return self[place]
-            except ValueError as error:
-                self.broken[self.key(place)] = str(error)
-                if len(self.broken) > limit:
-                    break
-        listed = "; ".join(f"{key}: {reason}" for key, reason in list(self.broken.items())[:10])
-        found = f"{len(self.broken)} of {len(self)} samples cannot be read, more than {limit}"
-        raise ValueError(f"{found}: {listed}. Pack them again.")
-
-    def caption(self, number: int) -> tuple[list[str], dict[str, Any]]:
-        """Captions and attributes of a sample, without decoding its picture."""
-        return self._text(self.index.entries[number])
-
-    def _text(self, entry: Entry) -> tuple[list[str], dict[str, Any]]:
-        captions: list[str] = []
-        attributes: dict[str, Any] = {}
-        if "json" in entry.members:
-            captions, attributes = _parse(self._read(entry, "json"))
-        if not captions and "txt" in entry.members:
-            captions = [self._read(entry, "txt").decode("utf-8").strip()]
-        if not captions or not all(isinstance(caption, str) for caption in captions):
-            raise ValueError(
-                'captions are missing or not text; expected {"captions": ["…"]}, {"caption": "…"} or a .txt member'
-            )
-        return captions, attributes
-
-    def _read(self, entry: Entry, ending: str) -> bytes:
-        offset, size = entry.members[ending]
+    def read(self, shard: int, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`. ValueError where the shard ends before."""
         data = b""
         while len(data) < size:
-            piece = os.pread(self._file(entry.shard), size - len(data), offset + len(data))
+            piece = os.pread(self._file(shard), size - len(data), offset + len(data))
             if not piece:
-                raise ValueError(
-                    f"the shard ends before the .{ending} member does; it was changed after it was indexed"
-                )
+                raise ValueError(f"{self.shards[shard].name} ends within a member; it was changed after it was indexed")
             data += piece
         return data
 
@@ -256,7 +235,7 @@ class ShardDataset(Dataset[Sample]):
         if shard not in self._files:
             if len(self._files) == _OPEN_FILES:
                 os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.index.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         self._files.move_to_end(shard)
         return self._files[shard]
 
@@ -271,18 +250,90 @@ class ShardDataset(Dataset[Sample]):
         return self.__dict__ | {"_files": OrderedDict(), "_process": -1}
 
 
-def _parse(data: bytes) -> tuple[list[str], dict[str, Any]]:
-    try:
-        content = json.loads(data)
-    except RecursionError as error:
-        raise ValueError("the .json member is nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"the .json member holds a {type(content).__name__}, not an object")
-    captions = content.get("captions", content.get("caption", []))
-    attributes = content.get("attributes", {})
-    if not isinstance(captions, (list, str)) or not isinstance(attributes, dict):
-        raise ValueError("the .json member needs captions as a list and attributes as an object")
-    return [captions] if isinstance(captions, str) else captions, attributes
+class ShardDataset(Dataset[Sample]):
+    """`dataset[i]` → `Sample`, read from its place; safe with loader workers: every process opens its own files.
+
+    Raises ValueError naming shard and key for a sample that cannot be read (`BrokenPicture` is one).
+    """
+
+    def __init__(self, index: ShardIndex, max_pixels: int = MAX_PIXELS) -> None:
+        self.index = index
+        self.max_pixels = max_pixels
+        self.broken: dict[str, str] = {}  # key → why, of the samples that `take` has skipped
+        self._files = ShardFiles(index.shards)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, number: int) -> Sample:
+        entry = self.index.entries[number]
+        with self._naming(entry):
+            captions, attributes = read_text(entry.members, self._files.reader(entry.shard))
+            ending = picture_ending(entry.members)
+            picture = decode_picture(self._read(entry, ending), self.max_pixels) if ending else None
+            bits_Chw = unpack_bits(self._read(entry, "bits")) if "bits" in entry.members else None
+        return Sample(entry.key, picture, bits_Chw, captions, attributes)
+
+    def key(self, number: int) -> str:
+        """The name of a sample; nothing is read."""
+        return self.index.entries[number].key
+
+    def shape(self, number: int) -> Shape:
+        """Height and width of a sample, from headers alone: in tokens where it has bits, else in pixels.
+
+        Attributes `width` and `height` are believed. ValueError where the header cannot be read.
+        """
+        entry = self.index.entries[number]
+        read = self._files.reader(entry.shard)
+        with self._naming(entry):
+            return read_shape(entry.members, read_json(entry.members, read)[1], read)
+
+    def take(self, number: int, skipped: Counter[str] | None = None) -> Sample:
+        """Sample `number` or, where it cannot be read, the next one that can: what training asks for.
+
+        Depends on the data alone, so a resumed run takes the same samples. Skipped ones are noted in `broken` and counted by
+        reason in `skipped`, each time; ValueError when more than 1 % of the samples (and more than 10) are broken.
+        """
+        limit = max(10, len(self) // 100)
+        for step in range(len(self)):
+            place = (number + step) % len(self)
+            try:
+                return self[place]
+            except ValueError as error:
+                self.broken[self.key(place)] = str(error)
+                if skipped is not None:
+                    skipped[_reason(error)] += 1
+                if len(self.broken) > limit:
+                    break
+        listed = "; ".join(f"{key}: {reason}" for key, reason in list(self.broken.items())[:10])
+        found = f"{len(self.broken)} of {len(self)} samples cannot be read, more than {limit}"
+        raise ValueError(f"{found}: {listed}. Pack them again.")
+
+    def caption(self, number: int) -> tuple[list[str], dict[str, Any]]:
+        """Captions and attributes of a sample, without decoding its picture."""
+        entry = self.index.entries[number]
+        return read_text(entry.members, self._files.reader(entry.shard))
+
+    def close(self) -> None:
+        """Close the files of this process; a later read opens them again."""
+        self._files.close()
+
+    def _read(self, entry: Entry, ending: str) -> bytes:
+        return self._files.read(entry.shard, *entry.members[ending])
+
+    @contextlib.contextmanager
+    def _naming(self, entry: Entry) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            error.add_note(f"sample {entry.key} in {self.index.shards[entry.shard].name}")
+            raise
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, BrokenPicture):
+        return f"picture {error.reason}"
+    return "caption unreadable" if isinstance(error, BrokenCaption) else "bits unreadable"
 
 
 class EpochOrder:

@@ -27,7 +27,8 @@ from lfq_tokenizer.encoder import Encoder
 from lfq_tokenizer.weights import read_json, read_safetensors, write_json, write_safetensors
 from stages.config import OptimizerConfig, TokenizerTraining
 from stages.data.shards import ShardDataset, ShardIndex
-from stages.engine import learning_rate, step_generator
+from stages.learner import learning_rate
+from stages.loader import step_generator
 from stages.measure.bottlenecks import build_bottleneck
 
 

@@ -8,6 +8,7 @@ left, and a generative decoder (`model.gan_decoder`) learns to use its noise: th
 Source: BitDance paper (arXiv 2602.14041), tokenizer section.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from lfq_tokenizer import LFQTokenizer, LookupFreeQuantizer
 from lfq_tokenizer.growth import grow_generative
 from stages.checkpoint import model_folder
-from stages.config import OptimizerConfig, TokenizerTraining, TrainingConfig
-from stages.data.shards import ShardDataset, ShardIndex
+from stages.config import DataConfig, OptimizerConfig, TokenizerTraining, TrainingConfig
+from stages.data.order import EpochOrder
+from stages.data.shards import Sample, ShardDataset, ShardIndex
 from stages.measure.reconstruction import measure_tokenizer, side_by_side
-from stages.recipe import Losses, Opponent
+from stages.recipe import Losses, Micro, Opponent
 from stages.tokenizer.adversary import Adversary
 from stages.tokenizer.held import Held
 from stages.tokenizer.perceptual import LPIPS
@@ -93,12 +95,16 @@ def as_images(pictures: Sequence[Image.Image]) -> Tensor:
 class TokenizerRecipe:
     """See `recipe.Recipe`."""
 
+    flops = 0.0
+
     def __init__(self, config: TrainingConfig) -> None:
         training = config.tokenizer
         self.config = config
-        self.data = ShardDataset(ShardIndex.open(config.data.train))
+        check_data(config.data)
+        self.data = ShardDataset(ShardIndex.open(config.data.train, config.data.keep))
         self.heldout = ShardDataset(ShardIndex.open(config.data.heldout)) if config.data.heldout else None
         self.length, self.hash = len(self.data), self.data.index.hash
+        self.order = EpochOrder(self.length, config.run.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
             tokenizer = LFQTokenizer(training.model)
@@ -116,8 +122,18 @@ class TokenizerRecipe:
             )
             self.opponent = Opponent(adversary, optimizer, training.adversary.start)
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
-        images = as_images([self._picture(self.data, i) for i in indices])
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        tokenizer = _tokenizer(self.module)
+        named = {"encoder": tokenizer.encoder, "decoder": tokenizer.decoder}
+        return {name: [p for p in part.parameters() if p.requires_grad] for name, part in named.items()}
+
+    def batch(self, slots: range, generator: torch.Generator) -> Micro:
+        skipped: Counter[str] = Counter()
+        samples = [self.data.take(self.order.at(slot), skipped) for slot in slots]
+        images = self._augmented(as_images([_picture(sample) for sample in samples]), generator)
+        return Micro(images, [sample.key for sample in samples], dict(skipped))
+
+    def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         if self.config.data.mirror:
             flipped = torch.rand(len(images), generator=generator) < 0.5
             images = torch.where(flipped[:, None, None, None], images.flip(3), images)
@@ -128,13 +144,6 @@ class TokenizerRecipe:
             y, x = (int(torch.randint(side - crop + 1, (), generator=generator)) for side in (H, W))
             images = images[:, :, y : y + crop, x : x + crop]
         return images.contiguous(memory_format=torch.channels_last)
-
-    @property
-    def skipped(self) -> int:
-        return len(self.data.broken)
-
-    def describe(self, indices: Sequence[int]) -> list[str]:
-        return [self.data.key(i) for i in indices]
 
     def validate(self, module: nn.Module) -> dict[str, float]:
         assert isinstance(module, TokenizerObjective)
@@ -150,15 +159,21 @@ class TokenizerRecipe:
         """`count` held-out pictures on the module's device."""
         data = self.heldout or self.data
         stride = max(1, len(data) // count)
-        images = as_images([self._picture(data, i) for i in range(0, len(data), stride)][:count])
+        images = as_images([_picture(data.take(i)) for i in range(0, len(data), stride)][:count])
         return images.to(next(module.parameters()).device)
 
-    @staticmethod
-    def _picture(data: ShardDataset, index: int) -> Image.Image:
-        sample = data.take(index)
-        if sample.picture is None:
-            raise ValueError(f"sample {sample.key} holds bits and no picture; a tokenizer trains on shards of pictures")
-        return sample.picture
+
+def check_data(data: DataConfig) -> None:
+    """ValueError for settings that only a generator's data has."""
+    used = {"sources": data.sources, "mix": data.mix, "row_tokens": data.row_tokens}
+    if wrong := [f"data.{name}" for name, value in used.items() if value]:
+        raise ValueError(f"{', '.join(wrong)}: recipe 'tokenizer' reads data.train alone, pictures of one size; leave them out")
+
+
+def _picture(sample: Sample) -> Image.Image:
+    if sample.picture is None:
+        raise ValueError(f"sample {sample.key} holds bits and no picture; a tokenizer trains on shards of pictures")
+    return sample.picture
 
 
 def _tokenizer(module: nn.Module) -> LFQTokenizer:

@@ -1,0 +1,1 @@
+"""Recipe 'generator': caption → bits, with a frozen tokenizer."""

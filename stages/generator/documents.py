@@ -1,0 +1,143 @@
+"""Slot → document: the caption, the picture's bits (or its pixels, to be encoded on the training device), and all that is random.
+
+Everything random about a document follows from (seed, slot): neither its batch nor the number of processes changes it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bitdance.draws import ImageDraws
+from bitdance.head import HeadConfig
+from bitdance.patches import PatchPlan
+from bitdance.prompt import SpecialTokens, conditional_ids, unconditional_ids
+from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from lfq_tokenizer import LFQTokenizer
+from stages.config import GeneratorTraining
+from stages.data.buckets import Buckets, fit
+from stages.data.mixture import Place
+from stages.data.shards import Sample, ShardDataset
+
+
+def slot_generator(seed: int, slot: int) -> torch.Generator:
+    """The source of everything random about the document in a slot."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + slot) * 8191 % 2**63)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A document, its name, and its pixels (3,H,W) uint8 where the picture is still to be encoded."""
+
+    name: str
+    pieces: list[TextPiece | ImagePiece]
+    pixels_3HW: Tensor | None
+
+
+@dataclass
+class GeneratorBatch:
+    """A batch whose pictures may still be pixels: `pixels` of image number `k` of the batch, uint8 (3,H,W)."""
+
+    sequence: TrainingBatch
+    pixels: dict[int, Tensor]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "GeneratorBatch":
+        pixels = {k: part.to(device, non_blocking=non_blocking) for k, part in self.pixels.items()}
+        return GeneratorBatch(self.sequence.to(device, non_blocking=non_blocking), pixels)
+
+    def pin_memory(self) -> "GeneratorBatch":
+        return GeneratorBatch(self.sequence.pin_memory(), {k: part.pin_memory() for k, part in self.pixels.items()})
+
+    @torch.no_grad()
+    def encoded(self, tokenizer: LFQTokenizer, p: int) -> TrainingBatch:
+        """The sequence with the bits of all pictures; pictures of one size are encoded together."""
+        by_size: dict[tuple[int, ...], list[int]] = {}
+        for k, pixels_3HW in self.pixels.items():
+            by_size.setdefault(tuple(pixels_3HW.shape), []).append(k)
+        for members in by_size.values():
+            pixels_B3HW = torch.stack([self.pixels[k] for k in members])
+            weight = next(tokenizer.parameters())
+            bits_BChw = tokenizer.encode((pixels_B3HW.to(weight.dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last))
+            plan = PatchPlan(*bits_BChw.shape[2:], p)
+            for k, bits_NC in zip(members, plan.order(bits_BChw), strict=True):
+                self.sequence.image_bits_NC[self.sequence.image_N == k] = bits_NC.float()
+        return self.sequence
+
+
+class Documents:
+    """Makes documents and batches of them for one model."""
+
+    def __init__(
+        self,
+        text_tokenizer: Any,
+        special: SpecialTokens,
+        tokenizer: LFQTokenizer,
+        head: HeadConfig,
+        buckets: Buckets,
+        training: GeneratorTraining,
+        row_tokens: int,
+        multiple_of: int,
+    ) -> None:
+        self.text_tokenizer, self.special, self.head, self.training = text_tokenizer, special, head, training
+        self.buckets, self.row_tokens, self.multiple_of = buckets, row_tokens, multiple_of
+        self._bits, self._downsampling = tokenizer.config.z_channels, tokenizer.downsampling
+
+    def drawn(self, data: ShardDataset, place: Place, generator: torch.Generator, skipped: Counter[str]) -> Drawn:
+        """As training reads it: a caption of the sample's list, drawn evenly, or none with probability `dropout`; flips."""
+        sample = data.take(place.number, skipped)
+        drop, pick = torch.rand(2, generator=generator).tolist()
+        caption = "" if drop < self.training.dropout else sample.captions[int(pick * len(sample.captions))]
+        return self._document(sample, place.resolution, caption, self.training.flip_max, generator)
+
+    def plain(self, data: ShardDataset, place: Place, generator: torch.Generator) -> Drawn:
+        """As it is judged: its first caption, no flips."""
+        sample = data.take(place.number)
+        return self._document(sample, place.resolution, sample.captions[0], 0.0, generator)
+
+    def batch(self, drawn: Sequence[Drawn]) -> GeneratorBatch:
+        documents = [document.pieces for document in drawn]
+        packed = {"token_budget": self.row_tokens, "multiple_of": self.multiple_of} if self.row_tokens else {}
+        sequence = build_batch(documents, self.head.patch_side, self.special, **packed)
+        return GeneratorBatch(sequence, {k: d.pixels_3HW for k, d in enumerate(drawn) if d.pixels_3HW is not None})
+
+    def _document(
+        self, sample: Sample, resolution: int, caption: str, flip_max: float, generator: torch.Generator
+    ) -> Drawn:
+        if caption:
+            ids = conditional_ids(self.text_tokenizer, caption, self.training.max_text_tokens)
+        else:
+            ids = unconditional_ids(self.text_tokenizer)
+        bits_Chw, pixels_3HW = self._picture(sample, resolution)
+        draws = ImageDraws.draw(bits_Chw[0].numel(), self.head, flip_max, generator)
+        pieces = [TextPiece(ids, predict=bool(caption)), ImagePiece(bits_Chw, draws=draws)]
+        return Drawn(sample.key, pieces, pixels_3HW)
+
+    def _picture(self, sample: Sample, resolution: int) -> tuple[Tensor, Tensor | None]:
+        """Bits (C,h,w), or zeros in their place and the pixels that they will be made of."""
+        if sample.bits_Chw is not None:
+            if sample.bits_Chw.shape[0] != self._bits:
+                raise ValueError(
+                    f"sample {sample.key} holds {sample.bits_Chw.shape[0]} bits per token, the tokenizer makes {self._bits}; "
+                    "encode the pictures again with this tokenizer"
+                )
+            return sample.bits_Chw, None
+        picture = sample.picture
+        assert picture is not None
+        if resolution:
+            picture = fit(picture, self.buckets.size_for(resolution, picture.height, picture.width))
+        s = self._downsampling
+        if picture.height % s or picture.width % s:
+            raise ValueError(
+                f"sample {sample.key} has {picture.height}×{picture.width} pixels, no multiple of {s}; give data.mix, "
+                "or pack the pictures in a fitting size"
+            )
+        return torch.zeros(self._bits, picture.height // s, picture.width // s), _pixels(picture)
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1).contiguous()

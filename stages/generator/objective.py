@@ -1,0 +1,72 @@
+"""What a step of the generator computes: batch → (loss, scalars).
+
+    loss = velocity loss of the head + text_weight · cross-entropy of the prompt's text
+
+Source: BitDance paper (arXiv 2602.14041), training section.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from bitdance.model import Attention, BitDanceModel, TrainingLosses
+from lfq_tokenizer import LFQTokenizer
+from stages.config import GeneratorTraining
+from stages.generator.documents import GeneratorBatch
+from stages.processes import mean_over_processes
+from stages.recipe import Losses
+from stages.tokenizer.held import Held
+
+TIME_EDGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # noise levels by which the loss is shown; t = 1 is data
+
+
+class GeneratorObjective(nn.Module):
+    """The tokenizer is frozen: it is no part of what trains and is not saved with the resume state."""
+
+    def __init__(self, model: BitDanceModel, training: GeneratorTraining) -> None:
+        super().__init__()
+        self.model = BitDanceModel(None, model.text_tokenizer, model.projector, model.backbone, model.head)
+        self.tokenizer = Held(model.tokenizer)
+        self._training = training
+
+    def whole(self) -> BitDanceModel:
+        """These weights as a whole model, in eval mode; its parts are shared."""
+        m = self.model
+        assert isinstance(self.tokenizer.module, LFQTokenizer)
+        return BitDanceModel(self.tokenizer.module, m.text_tokenizer, m.projector, m.backbone, m.head).eval()
+
+    def losses(self, batch: GeneratorBatch) -> TrainingLosses:
+        """Of this process alone. Pictures that come as pixels are encoded first, on the device of the batch."""
+        sequence = batch.sequence
+        if batch.pixels:
+            assert isinstance(self.tokenizer.module, LFQTokenizer)
+            sequence = batch.encoded(self.tokenizer.module.to(sequence.ids_BL.device), self.model.patch_side)
+        return self.model(sequence, text_weight=self._training.text_weight, attention=self._attention(sequence.ids_BL))
+
+    def forward(self, batch: GeneratorBatch, generator: torch.Generator, step: int) -> Losses:
+        losses = self.losses(batch)
+        # Means over all processes: a process that happens to hold more blocks or more text counts for more.
+        own = torch.tensor([losses.vision_rows.numel(), losses.text_rows.numel()], dtype=torch.float64)
+        share = own / mean_over_processes(own.to(losses.total.device)).cpu().clamp(min=1e-9)
+        vision, text = losses.vision * float(share[0]), losses.text * float(share[1])
+        scalars = {"vision": vision.detach(), "text": text.detach(), **accuracy(losses), **by_noise_level(losses)}
+        return vision + self._training.text_weight * text, scalars, None
+
+    def _attention(self, ids_BL: Tensor) -> Attention:
+        if self._training.attention == "flex" or (self._training.attention == "auto" and ids_BL.is_cuda):
+            return "flex"
+        return "dense"
+
+
+def accuracy(losses: TrainingLosses) -> dict[str, Tensor]:
+    """Share of right signs in the one-step prediction: of all bits, and of the bit that is right least often."""
+    right_C = losses.right_rows.flatten(0, -2).float().mean(0)
+    return {"bit_accuracy": right_C.mean(), "bit_accuracy_least": right_C.amin()}
+
+
+def by_noise_level(losses: TrainingLosses) -> dict[str, Tensor]:
+    """Velocity loss by time; NaN where a batch has no row of a level."""
+    rows, time = losses.vision_rows.detach().mean(-1), losses.time_rows
+    levels = pairwise(TIME_EDGES)
+    return {f"vision_at_t/{low}-{high}": rows[(low <= time) & (time < high)].mean() for low, high in levels}

@@ -1,0 +1,199 @@
+"""Recipe 'generator': what the engine asks of it (see `stages/recipe.py`), put together from this folder's parts.
+
+Shards hold pictures or, cheaper, bits that `bitdance tokenizer encode` wrote.
+"""
+
+import dataclasses
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from bitdance.checkpoint import save_model
+from bitdance.generate import generate_bits
+from bitdance.picture import grid, to_pil
+from bitdance.sizes import rule_of_model
+from lfq_tokenizer import LFQTokenizer
+from stages.config import DataConfig, TrainingConfig
+from stages.data.buckets import Buckets
+from stages.data.mixture import Mixture, Place, Source
+from stages.data.shards import ShardDataset, ShardIndex
+from stages.generator.documents import Documents, slot_generator
+from stages.generator.objective import GeneratorObjective, accuracy
+from stages.generator.start import start_model
+from stages.recipe import Micro, Opponent
+
+LISTED_SAMPLES = 20_000  # read at most, for the list of prompts in bitdance.json
+LISTED_SIZES = 64  # a model trained on more sizes makes every size
+JUDGED = 256  # held-out samples
+PLACES = ("tokenizer", "pretrained", "init", "text_extra")  # of this machine; a model that is given away does not name them
+
+
+class GeneratorRecipe:
+    """See `recipe.Recipe`."""
+
+    opponent: Opponent | None = None
+    flops = 0.0
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config, self.training = config, config.generator
+        self.sources = open_sources(config.data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.run.seed)
+            dtype = torch.bfloat16 if config.run.precision == "bfloat16-weights" else torch.float32
+            model = start_model(self.training, self._texts, dtype)
+        assert model.tokenizer is not None
+        self.tokenizer: LFQTokenizer = model.tokenizer.eval().requires_grad_(False)
+        for part in self.training.freeze:
+            getattr(model, part).requires_grad_(False)
+        if self.training.checkpoint_activations:
+            model.backbone.checkpoint_activations()
+            model.head.net.grad_checkpointing = True
+        self.module: nn.Module = GeneratorObjective(model, self.training)
+
+        mix = {int(resolution): share for resolution, share in config.data.mix.items()}
+        rule = dataclasses.replace(rule_of_model(model), trained=())
+        self.buckets = Buckets(rule, tuple(mix))
+        self.mixture = Mixture(self.sources, config.run.seed, mix, self.buckets, config.data.enlarge)
+        self.heldout = self._heldout(mix)
+        self.length, self.hash = len(self.mixture), self.mixture.hash
+        self.documents = Documents(
+            model.text_tokenizer,
+            model.special,
+            self.tokenizer,
+            model.head.config,
+            self.buckets,
+            self.training,
+            config.data.row_tokens,
+            # compiled kernels want few lengths
+            multiple_of=128 if torch.cuda.is_available() else 1,
+        )
+
+    def _heldout(self, mix: dict[int, float]) -> Mixture | None:
+        """Every resolution of the mix gets an equal part, as far as the held-out shards have it."""
+        if not self.config.data.heldout:
+            return None
+        sources = [Source(ShardDataset(ShardIndex.open(self.config.data.heldout)))]
+        return Mixture(sources, 0, dict.fromkeys(mix, 1.0), self.buckets, self.config.data.enlarge)
+
+    def _texts(self) -> list[str]:
+        texts = [caption for source in self.sources for i in range(len(source.data)) for caption in source.data.caption(i)[0]]
+        if self.training.text_extra:
+            texts += Path(self.training.text_extra).read_text(encoding="utf-8").splitlines()
+        return texts
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        model = _objective(self.module).model
+        named = {"backbone": model.backbone, "projector": model.projector, "head": model.head}
+        return {name: [p for p in part.parameters() if p.requires_grad] for name, part in named.items()}
+
+    def batch(self, slots: range, generator: torch.Generator) -> Micro:
+        skipped: Counter[str] = Counter()
+        drawn = []
+        for slot in slots:
+            place = self.mixture.at(slot)
+            source = self.sources[place.source].data
+            drawn.append(self.documents.drawn(source, place, slot_generator(self.config.run.seed, slot), skipped))
+        batch = self.documents.batch(drawn)
+        return Micro(
+            batch, [d.name for d in drawn], dict(skipped), batch.sequence.tokens, batch.sequence.ids_BL.numel()
+        )
+
+    @torch.no_grad()
+    def validate(self, module: nn.Module) -> dict[str, float]:
+        """Losses on up to 256 held-out samples with their first caption, without flips, under fixed draws."""
+        if self.heldout is None:
+            return {}
+        objective = _objective(module)
+        device = objective.model.backbone.device
+        places = [self.heldout.at(slot) for slot in range(min(JUDGED, len(self.heldout)))]
+        values: dict[str, list[torch.Tensor]] = {}
+        for resolution in sorted({place.resolution for place in places}):
+            members = [(slot, place) for slot, place in enumerate(places) if place.resolution == resolution]
+            for start in range(0, len(members), 32):
+                drawn = [
+                    self.documents.plain(self.heldout.sources[0].data, place, slot_generator(0, slot))
+                    for slot, place in members[start : start + 32]
+                ]
+                losses = objective.losses(self.documents.batch(drawn).to(device))
+                values.setdefault("vision", []).append(losses.vision_rows.flatten())
+                values.setdefault("text", []).append(losses.text_rows)
+                values.setdefault("bit_accuracy", []).append(accuracy(losses)["bit_accuracy"][None])
+                if resolution:
+                    values.setdefault(f"vision/{resolution}", []).append(losses.vision_rows.flatten())
+        return {name: float(torch.cat(parts).mean()) for name, parts in values.items()}
+
+    @torch.no_grad()
+    def sample(self, module: nn.Module) -> Image.Image:
+        """The run's fixed prompts with fixed seeds; its own generators, so that training is not disturbed."""
+        data = self.sources[0].data
+        prompts = list(self.training.sample_prompts) or [data.caption(i)[0][0] for i in range(min(8, len(data)))]
+        defaults = self._defaults()
+        model = _objective(module).whole()
+        s = self.tokenizer.downsampling
+        bits_BChw = generate_bits(
+            model,
+            prompts,
+            defaults["height"] // s,
+            defaults["width"] // s,
+            defaults["num_inference_steps"],
+            defaults["guidance_scale"],
+            [torch.Generator().manual_seed(i) for i in range(len(prompts))],
+        )
+        weight = next(self.tokenizer.parameters())
+        return grid(to_pil(self.tokenizer.decode(bits_BChw.to(weight), torch.Generator().manual_seed(0)).float().cpu()))
+
+    def _defaults(self) -> dict[str, Any]:
+        height, width = max(self._sizes, key=lambda size: (size[0] * size[1], size))
+        return {"height": height, "width": width, "num_inference_steps": 20, "guidance_scale": 3.0, **self.training.defaults}
+
+    @cached_property
+    def _sizes(self) -> list[tuple[int, int]]:
+        """Sizes in pixels that the first slots of the run come in."""
+        return sorted({self._size(self.mixture.at(slot)) for slot in range(min(1000, self.length))})
+
+    def _size(self, place: Place) -> tuple[int, int]:
+        shape = self.sources[place.source].data.shape(place.number)
+        if shape.bits:
+            return shape.height * self.tokenizer.downsampling, shape.width * self.tokenizer.downsampling
+        if place.resolution:
+            return self.buckets.size_for(place.resolution, shape.height, shape.width)
+        return shape.height, shape.width
+
+    @cached_property
+    def _prompts_known(self) -> list[str]:
+        """First caption of each distinct picture, where the shards say what a picture shows; else of the first samples."""
+        known: dict[Any, str] = {}
+        for source in self.sources:
+            for index in range(min(len(source.data), LISTED_SAMPLES)):
+                captions, attributes = source.data.caption(index)
+                known.setdefault((attributes.get("concept", captions[0]), attributes.get("style")), captions[0])
+        return list(known.values())
+
+    def save_model(self, module: nn.Module, folder: Path) -> None:
+        model = _objective(module).whole()
+        training = dataclasses.asdict(self.training)
+        model.extras = {
+            "defaults": self._defaults(),
+            "sizes": [list(size) for size in self._sizes] if len(self._sizes) <= LISTED_SIZES else [],
+            "prompts": self._prompts_known,
+            "card": {"recipe": "generator", "training": {k: v for k, v in training.items() if k not in PLACES}},
+        }
+        save_model(model, folder)
+
+
+def open_sources(data: DataConfig) -> list[Source]:
+    """The shards of a config, with their weights and without the samples that its conditions leave out."""
+    if data.train:
+        return [Source(ShardDataset(ShardIndex.open(data.train, data.keep)))]
+    return [Source(ShardDataset(ShardIndex.open(source.places, data.keep)), source.weight) for source in data.sources]
+
+
+def _objective(module: nn.Module) -> GeneratorObjective:
+    assert isinstance(module, GeneratorObjective)
+    return module
+

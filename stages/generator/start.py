@@ -1,0 +1,69 @@
+"""The model that a run starts from: an earlier stage, a pretrained LLM, or fresh weights."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitdance.backbone import Backbone
+from bitdance.checkpoint import load_model
+from bitdance.head import BinaryDiffusionHead, HeadConfig
+from bitdance.model import BitDanceModel
+from bitdance.projector import Projector
+from bitdance.prompt import add_image_tokens, build_text_tokenizer
+from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer.weights import read_json
+from stages.checkpoint import model_folder
+from stages.config import GeneratorTraining
+
+LARGEST_SIDE = 4096  # pixels; the published vocabularies name sides up to this
+
+
+def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]], dtype: torch.dtype) -> BitDanceModel:
+    """The whole model on the CPU, its trained parts in `dtype`, the tokenizer in float32. New weights are drawn from torch's
+    global source. `texts` gives what a fresh text tokenizer learns from.
+
+    ValueError names what is missing or does not fit.
+    """
+    t = training
+    if t.init:
+        model = load_model(model_folder(t.init), device="cpu", dtype=torch.float32).train()
+        for part in (model.backbone, model.projector, model.head):
+            part.to(dtype)
+        return model
+    if not t.tokenizer:
+        raise ValueError("generator.tokenizer is empty; name a folder with ae_config.json and ae.safetensors")
+    tokenizer = LFQTokenizer.from_pretrained(model_folder(t.tokenizer)).float()
+    if not t.pretrained and not t.backbone:
+        raise ValueError("give generator.pretrained (a folder with an LLM) or [generator.backbone] (a Qwen3 config)")
+    config = _backbone_config(t)
+    head = HeadConfig.from_dict({"ch_target": tokenizer.config.z_channels, "ch_cond": int(config["hidden_size"]), **t.head})
+    sides = t.resolution_tokens or LARGEST_SIDE // tokenizer.downsampling
+    if t.pretrained:
+        from transformers import AutoTokenizer
+
+        text_tokenizer = AutoTokenizer.from_pretrained(t.pretrained, local_files_only=True)
+        add_image_tokens(text_tokenizer, sides, head.parallel_num - 1)
+        backbone = Backbone.from_pretrained(t.pretrained, dtype)
+        if backbone.vocabulary_size < len(text_tokenizer):
+            backbone.grow_vocabulary(len(text_tokenizer))
+    else:
+        text_tokenizer = add_image_tokens(build_text_tokenizer(texts(), t.text_vocabulary), sides, head.parallel_num - 1)
+        backbone = Backbone.from_config({"model_type": "qwen3", **t.backbone, "vocab_size": len(text_tokenizer)}, dtype)
+    projector = Projector(head.ch_target, head.ch_cond).to(dtype)
+    return BitDanceModel(tokenizer, text_tokenizer, projector, backbone, BinaryDiffusionHead(head).to(dtype))
+
+
+def _backbone_config(training: GeneratorTraining) -> dict[str, Any]:
+    """Of the pretrained folder where there is one; what [generator.backbone] says beside it must then be so."""
+    if not training.pretrained:
+        return dict(training.backbone)
+    path = Path(training.pretrained) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"generator.pretrained: {path} does not exist; name a local folder in transformers' layout")
+    config: dict[str, Any] = read_json(path)
+    for name, value in training.backbone.items():
+        if config.get(name, value) != value:
+            raise ValueError(f"{path}: {name} = {config[name]!r}, but generator.backbone says {value!r}; is it the model meant?")
+    return config

@@ -1,0 +1,152 @@
+"""A module that learns: its optimiser, precision and partitioning, inside a DeepSpeed engine."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stages import partitions
+from stages.config import OptimizerConfig, TrainingConfig
+from stages.ema import AveragedAdamW
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Of step `step` (from 0) in a run of `steps`: linear warm-up, then constant or cosine."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    floor = config.final_fraction
+    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+class Learner:
+    """`parts` are the parameters of `module` by the names that `optimizer.scale` may use. `decay` is that of the average, or 0.
+
+    ValueError when a name is unknown, when nothing trains, or when precision or offload ask for what DeepSpeed cannot do.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parts: Mapping[str, list[nn.Parameter]],
+        optimizer: OptimizerConfig,
+        config: TrainingConfig,
+        decay: float = 0.0,
+    ) -> None:
+        import deepspeed
+
+        self.module, self.optimizer, self.steps = module, optimizer, config.run.steps
+        self.adam = AveragedAdamW(
+            _groups(module, parts, optimizer),
+            decay,
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.adam, config=_settings(optimizer, config))
+        if getattr(self.engine.optimizer, "swap_optimizer", False):
+            raise ValueError("deepspeed.settings moves optimiser states to NVMe, which checkpoints here do not reach; use 'cpu'")
+        for name, buffer in buffers.items():  # tables of positions and running means stay in float32
+            owner, _, last = name.rpartition(".")
+            module.get_submodule(owner)._buffers[last] = buffer.to(self.device)
+        self.norm: float | None = None  # of the gradient before clipping, in the last step that was measured
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    def begin(self, step: int) -> dict[str, float]:
+        """Set the learning rates of `step`, returned by name, and leave eval mode, in which judging may have left the module."""
+        rate = learning_rate(self.optimizer, step, self.steps)
+        for group in self.adam.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.engine.train()
+        return {"lr": rate, **{f"lr/{name}": rate * scale for name, scale in self.optimizer.scale.items()}}
+
+    def descend(self, loss: Tensor, measure: bool) -> None:
+        """Backward and, at the end of an accumulation, the optimiser's step."""
+        self.engine.backward(loss)
+        zero = self.engine.zero_optimization()
+        # ZeRO 0 does not report the norm, so it is computed here; other stages report it after the step.
+        if measure and not zero:
+            grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self.norm = float(torch.nn.utils.get_total_norm(grads)) if grads else None
+        self.engine.step()
+        if measure and zero:
+            self.norm = float(self.engine.get_global_grad_norm())
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """The plain module, whole and with averaged weights; afterwards all is as before, bit for bit.
+
+        All processes must take part. Parameters without an average (frozen, or never reached by a gradient) keep their values.
+        Under ZeRO 3 every process holds the whole module inside.
+        """
+        if not self.adam.decay:
+            with partitions.whole(self.engine) as module:
+                yield module
+            return
+        with partitions.writing(self.engine):
+            self.adam.exchange()
+        try:
+            with partitions.whole(self.engine) as module:
+                yield module
+        finally:
+            with partitions.writing(self.engine):
+                self.adam.exchange()
+
+
+def _groups(module: nn.Module, parts: Mapping[str, list[nn.Parameter]], optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """One group of the optimiser per part that has something to train."""
+    if unknown := sorted(set(optimizer.scale) - set(parts)):
+        raise ValueError(f"optimizer.scale names {unknown}; parts of this model are {', '.join(parts)}")
+    groups: list[dict[str, Any]] = [
+        {"params": trained, "scale": optimizer.scale.get(name, 1.0)}
+        for name, parameters in parts.items()
+        if (trained := [p for p in parameters if p.requires_grad])
+    ]
+    if not groups:
+        raise ValueError(f"nothing trains: all parts ({', '.join(parts)}) are frozen")
+    listed = [id(p) for group in groups for p in group["params"]]
+    assert sorted(listed) == sorted(id(p) for p in module.parameters() if p.requires_grad), "parts must hold all that trains"
+    return groups
+
+
+def _settings(optimizer: OptimizerConfig, config: TrainingConfig) -> dict[str, Any]:
+    """DeepSpeed's JSON config."""
+    d = config.deepspeed
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": config.run.batch_size,
+        "gradient_accumulation_steps": config.run.accumulation,
+        "gradient_clipping": optimizer.clip,
+        "zero_optimization": {"stage": d.zero_stage}
+        | ({"offload_optimizer": host} if d.offload_optimizer else {})
+        | ({"offload_param": host} if d.offload_parameters else {}),
+        # torch's AdamW everywhere: DeepSpeed's own would be compiled at the first start
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+    if config.run.precision == "bfloat16":
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if config.run.precision == "bfloat16-weights":
+        if not d.zero_stage:
+            raise ValueError(
+                "run.precision = 'bfloat16-weights' needs deepspeed.zero_stage 1, 2 or 3, which keep a float32 copy of the weights"
+            )
+        settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return _merged(settings, d.settings)
+
+
+def _merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    both = {k: _merged(base[k], v) for k, v in top.items() if isinstance(v, Mapping) and isinstance(base.get(k), Mapping)}
+    return {**base, **top, **both}

@@ -1,0 +1,188 @@
+"""Where a run stands: weights, moments and averages, saved by the processes that hold them, for any number of others.
+
+    resume/state.json                    what the run was: data, samples per step, processes, stage of ZeRO, precision
+    resume/NAME_00000.safetensors, …     one file per process, or one in all where every process holds the same (ZeRO 0)
+
+A file holds stretches of flattened tensors, KIND/PARAMETER; its header says where each begins and how long the whole parameter
+is. KIND is `weight` (float32 where ZeRO keeps such), `exp_avg`, `exp_avg_sq`, `average`, `step`, `frozen` or `buffer`. Whoever
+resumes reads the stretches that it updates, so the number of processes and the stage of ZeRO may change; with the same ones
+everything is as it was, bit for bit. Nothing here can execute code.
+"""
+
+import json
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lfq_tokenizer.weights import check_shapes, read_json, write_json, write_safetensors
+from stages import partitions, processes
+from stages.config import TrainingConfig
+from stages.learner import Learner
+from stages.partitions import Fragment
+from stages.recipe import Recipe
+
+STATES = ("exp_avg", "exp_avg_sq", "average")
+
+
+def description(recipe: Recipe, config: TrainingConfig) -> dict[str, Any]:
+    """What a run is, for its checkpoints."""
+    run, world = config.run, processes.world()
+    return {
+        "data": recipe.hash,
+        "samples_per_step": run.batch_size * run.accumulation * world,
+        "processes": world,
+        "zero_stage": config.deepspeed.zero_stage,
+        "precision": run.precision,
+    }
+
+
+def save(learners: dict[str, Learner], state: dict[str, Any], folder: Path) -> None:
+    """Write the part of this process into the checkpoint `folder`. All processes must take part."""
+    folder = folder / "resume"
+    folder.mkdir(exist_ok=True)
+    if processes.rank() == 0:
+        write_json(state, folder / "state.json")
+    for name, learner in learners.items():
+        _save(learner, folder / f"{name}_{processes.rank():05d}.safetensors")
+
+
+def load(learners: dict[str, Learner], state: dict[str, Any], folder: Path, accumulation: int) -> None:
+    """Restore what `save` wrote. ValueError when the samples would come in another order, or the model is another one."""
+    if not (folder / "resume" / "state.json").is_file():
+        raise ValueError(
+            f"{folder} was saved by an earlier version, whose resume state is not read any more; start again with --resume no, "
+            "from its model/ as generator.init or tokenizer.init"
+        )
+    saved = read_json(folder / "resume" / "state.json")
+    if saved["data"] != state["data"]:
+        raise ValueError(
+            f"{folder} was trained on other shards than data.train names now; restore them, or start again with --resume no"
+        )
+    if saved["samples_per_step"] != state["samples_per_step"]:
+        per_micro_step = state["samples_per_step"] // accumulation
+        fits, rest = divmod(saved["samples_per_step"], per_micro_step)
+        way = f"set run.accumulation = {fits}" if not rest else f"choose run.batch_size to divide {saved['samples_per_step']}"
+        raise ValueError(
+            f"{folder} took {saved['samples_per_step']} samples per step, this run takes {state['samples_per_step']} "
+            f"(batch_size × accumulation × processes); {way}, or start again with --resume no"
+        )
+    for name, learner in learners.items():
+        with ExitStack() as opened:
+            _load(learner, _Saved(folder / "resume", name, opened))
+
+
+def _save(learner: Learner, path: Path) -> None:
+    zero = learner.engine.zero_optimization_stage()
+    first = processes.rank() == 0
+    parameters = dict(learner.module.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, tuple[int, int]] = {}  # where a stretch begins, and the numbers of the whole parameter
+
+    def keep(kind: str, fragment: Fragment, tensor: Tensor) -> None:
+        key = f"{kind}/{fragment.name}"
+        tensors[key] = fragment.read(tensor)
+        places[key] = (fragment.start, partitions.size(parameters[fragment.name]))
+
+    for fragment in partitions.trained(learner.engine) if zero or first else []:
+        keep("weight", fragment, fragment.flat)
+        state = learner.adam.state.get(fragment.flat, {})
+        for kind in STATES:
+            if kind in state:
+                keep(kind, fragment, state[kind])
+        if "step" in state:
+            tensors[f"step/{fragment.name}"] = state["step"]
+    for fragment in partitions.frozen(learner.engine) if zero == 3 or first else []:
+        keep("frozen", fragment, fragment.flat)
+    if first:
+        tensors |= {f"buffer/{name}": tensor for name, tensor in _buffers(learner).items()}
+    if tensors:
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # stretches of one vector may not share its memory
+        write_safetensors(tensors, path, {"places": json.dumps(places)})
+
+
+def _load(learner: Learner, saved: "_Saved") -> None:
+    parameters = learner.module.named_parameters()
+    expected = {f"{'weight' if p.requires_grad else 'frozen'}/{name}": (partitions.size(p),) for name, p in parameters}
+    expected |= {f"buffer/{name}": tuple(tensor.shape) for name, tensor in _buffers(learner).items()}
+    check_shapes(expected, saved.shapes("weight", "frozen", "buffer"), saved.folder)
+    for name, buffer in _buffers(learner).items():
+        buffer.copy_(saved.plain(f"buffer/{name}"))
+    with partitions.writing(learner.engine):
+        by_flat: dict[Tensor, list[Fragment]] = defaultdict(list)
+        for fragment in partitions.trained(learner.engine):
+            by_flat[fragment.flat].append(fragment)
+            fragment.write(fragment.flat, saved.stretch("weight", fragment))
+        for flat, fragments in by_flat.items():
+            stepped = [fragment for fragment in fragments if f"step/{fragment.name}" in saved]
+            if stepped:
+                step = max(saved.plain(f"step/{fragment.name}") for fragment in stepped)
+                state = learner.adam.prepare(flat, step)
+                for fragment in stepped:
+                    for kind in STATES:
+                        # an average that was not kept so far begins with the weights
+                        if kind in state and f"{kind}/{fragment.name}" in saved:
+                            fragment.write(state[kind], saved.stretch(kind, fragment))
+        for fragment in partitions.frozen(learner.engine):
+            fragment.write(fragment.flat.detach(), saved.stretch("frozen", fragment))
+
+
+def _buffers(learner: Learner) -> dict[str, Tensor]:
+    """Those that belong to the module's state."""
+    names = learner.module.state_dict().keys()
+    return {name: buffer for name, buffer in learner.module.named_buffers() if name in names}
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    file: Any
+    start: int
+    stop: int
+
+
+class _Saved:
+    """The files of a learner, opened; tensors are read when they are asked for."""
+
+    def __init__(self, folder: Path, name: str, opened: ExitStack) -> None:
+        self.folder = folder
+        self._stretches: dict[str, list[_Stretch]] = defaultdict(list)
+        self._plain: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
+        for path in sorted(folder.glob(f"{name}_*.safetensors")):
+            file = opened.enter_context(safe_open(str(path), framework="pt"))
+            places = json.loads(file.metadata()["places"])
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                if key in places:
+                    start, self._sizes[key] = places[key]
+                    self._stretches[key].append(_Stretch(file, start, start + file.get_slice(key).get_shape()[0]))
+                else:
+                    self._plain[key] = file
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._stretches or key in self._plain
+
+    def shapes(self, *kinds: str) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {key: (size,) for key, size in self._sizes.items()}
+        found |= {key: tuple(file.get_slice(key).get_shape()) for key, file in self._plain.items()}
+        return {key: shape for key, shape in found.items() if key.partition("/")[0] in kinds}
+
+    def plain(self, key: str) -> Tensor:
+        return self._plain[key].get_tensor(key)
+
+    def stretch(self, kind: str, fragment: Fragment) -> Tensor:
+        """The fragment's numbers, put together from the files that hold some of them. ValueError when some are missing."""
+        key, wanted, parts = f"{kind}/{fragment.name}", fragment.start, []
+        end = fragment.start + fragment.count
+        for held in sorted(self._stretches[key], key=lambda held: held.start):
+            if held.start <= wanted < min(held.stop, end):
+                stop = min(held.stop, end)
+                parts.append(held.file.get_slice(key)[wanted - held.start : stop - held.start])
+                wanted = stop
+        if wanted < end:
+            raise ValueError(f"{self.folder} lacks a process's part of {key}; resume from an older step, or with --resume no")
+        return torch.cat(parts)
