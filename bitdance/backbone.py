@@ -203,7 +203,8 @@ class Backbone(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """In training, keep only each layer's input and compute the rest again in the backward pass."""
-        self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(self.lm, "activation_checkpointing_enable", self.lm.gradient_checkpointing_enable)  # its older name
+        enable({"use_reentrant": False})
 
     def new_cache(self) -> DynamicCache:
         """An empty key/value cache for `forward`."""

@@ -4,19 +4,18 @@
     RUN/step_00000500/              published by one rename, after every file is on disk and listed in manifest.json
     RUN/latest                      name of the newest one, replaced atomically afterwards
 
-The resume state inside is DeepSpeed's and is a pickle: private to the run, never a format to share (see SECURITY.md).
+The resume state inside (resume_state.py) is private to the run and never a format to share.
 """
 
 import hashlib
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch.distributed as dist
 
 from bitdance.checkpoint import resolve
 from lfq_tokenizer.weights import read_json, replace_folder, write_json
+from stages import processes
 
 INCOMPLETE = ".incomplete"
 
@@ -26,23 +25,24 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
-    """Publish a checkpoint. `write(folder)` is called on every process; only process 0 renames and prunes.
+    """Publish a checkpoint. `write(folder)` is called on every process, all see one disk; only process 0 renames and prunes.
 
     ValueError on every process, before anything is written, when the disk has not the room that the last checkpoint took.
     """
     _check_room(run)
     final = step_folder(run, step)
     working = final.with_name(final.name + INCOMPLETE)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    first = processes.rank() == 0
     if first:
         shutil.rmtree(working, ignore_errors=True)
         working.mkdir(parents=True)
-    _barrier()
+    processes.barrier()
     write(working)
-    _barrier()
+    processes.barrier()
+    files = sorted(p for p in working.rglob("*") if p.is_file())
+    digests = _digests(files)
     if first:
-        files = sorted(p for p in working.rglob("*") if p.is_file())
-        manifest = {str(p.relative_to(working)): {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+        manifest = {str(p.relative_to(working)): {"bytes": p.stat().st_size, "sha256": digests[p]} for p in files}
         write_json({"step": step, "files": manifest}, working / "manifest.json")
         for path in [*files, working / "manifest.json"]:
             _fsync(path)
@@ -53,7 +53,7 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
         # Later steps are of a run that was abandoned (--resume no, or from an older step); they are nobody's to delete here.
         for old in [p for p in complete(run) if p <= final][:-keep]:
             shutil.rmtree(old)
-    _barrier()
+    processes.barrier()
     return final
 
 
@@ -104,19 +104,25 @@ def model_folder(place: Path | str) -> Path:
 
 
 def verify(folder: Path) -> int:
-    """The step of a whole checkpoint. ValueError lists the first ten files that are missing or changed."""
+    """The step of a whole checkpoint. ValueError lists the first ten files that are missing or changed.
+
+    Where there are several processes all must take part, and all get the same answer.
+    """
     manifest_path = folder / "manifest.json"
     if folder.name.endswith(INCOMPLETE) or not manifest_path.is_file():
         raise ValueError(f"{folder} is not a finished checkpoint (no manifest.json); resume from an older step")
     manifest = read_json(manifest_path)
+    files = {folder / name: entry for name, entry in manifest["files"].items()}
+    sizes = {path: path.stat().st_size if path.is_file() else None for path in files}
+    digests = _digests([path for path, entry in files.items() if sizes[path] == entry["bytes"]])
     wrong = []
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
+    for path, entry in files.items():
+        name = path.relative_to(folder)
+        if sizes[path] is None:
             wrong.append(f"{name} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            wrong.append(f"{name} has {path.stat().st_size} bytes, expected {entry['bytes']}")
-        elif _sha256(path) != entry["sha256"]:
+        elif path not in digests:
+            wrong.append(f"{name} has {sizes[path]} bytes, expected {entry['bytes']}")
+        elif digests[path] != entry["sha256"]:
             wrong.append(f"{name} has another SHA-256 than the manifest")
     if wrong:
         raise ValueError(f"{folder} is damaged: " + "; ".join(wrong[:10]) + ". Resume from an older step.")
@@ -125,25 +131,25 @@ def verify(folder: Path) -> int:
 
 def _check_room(run: Path) -> None:
     """Process 0 looks; all processes get its answer, so that none waits for the others at a barrier."""
-    answer: list[str] = [""]
-    last = last_saved(run) if not dist.is_initialized() or dist.get_rank() == 0 else None
+    answer = ""
+    last = last_saved(run) if processes.rank() == 0 else None
     if last is not None:
         needed = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
         free = shutil.disk_usage(run).free
         if free < needed:
-            answer = [
+            answer = (
                 f"a checkpoint in {run} needs {needed:,} bytes and {free:,} are free; make room and resume from {last.name}, "
                 "or keep fewer checkpoints (run.keep)"
-            ]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(answer)
-    if answer[0]:
-        raise ValueError(answer[0])
+            )
+    answer = processes.from_first(answer)
+    if answer:
+        raise ValueError(answer)
 
 
-def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+def _digests(paths: Sequence[Path]) -> dict[Path, str]:
+    """SHA-256 of files; the processes share the reading, and all get every answer."""
+    mine = {path: _sha256(path) for path in paths[processes.rank() :: processes.world()]}
+    return {path: digest for part in processes.everyone(mine) for path, digest in part.items()}
 
 
 def _sha256(path: Path) -> str:

@@ -80,15 +80,15 @@ class Learner:
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             self.norm = float(torch.nn.utils.get_total_norm(grads)) if grads else None
         self.engine.step()
-        if measure and zero:
-            self.norm = float(self.engine.get_global_grad_norm())
+        if measure and zero and (norm := self.engine.get_global_grad_norm()) is not None:
+            self.norm = float(norm)
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
         """The plain module, whole and with averaged weights; afterwards all is as before, bit for bit.
 
-        All processes must take part. Parameters without an average (frozen, or never reached by a gradient) keep their values.
-        Under ZeRO 3 every process holds the whole module inside.
+        All processes must take part. Frozen parameters, which have no average, keep their values. Under ZeRO 3 every process
+        holds the whole module inside.
         """
         if not self.adam.decay:
             with partitions.whole(self.engine) as module:
@@ -141,7 +141,7 @@ def _settings(optimizer: OptimizerConfig, config: TrainingConfig) -> dict[str, A
     if config.run.precision == "bfloat16-weights":
         if not d.zero_stage:
             raise ValueError(
-                "run.precision = 'bfloat16-weights' needs deepspeed.zero_stage 1, 2 or 3, which keep a float32 copy of the weights"
+                "run.precision = 'bfloat16-weights' needs deepspeed.zero_stage 1, 2 or 3, which keep float32 weights beside them"
             )
         settings |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return _merged(settings, d.settings)

@@ -370,7 +370,7 @@ def test_a_folder_without_pictures_and_a_place_that_is_none_are_named(run: Run, 
     code, _, error = run("encode", tmp_path / "nowhere", tmp_path / "o", "--model", models["plain"])
     assert code == 2 and "nowhere" in error
     code, _, error = run("encode", "pipe:cat x", tmp_path / "o", "--model", models["plain"])
-    assert code == 2 and "no URL and no command" in error
+    assert code == 2 and "no such URL and no command" in error
     assert not (tmp_path / "o").exists()
 
 

@@ -1,9 +1,10 @@
-"""`bitdance data`: pack captioned pictures into shards, and look into shards.
+"""`bitdance data`: pack captioned pictures into shards, index shards, and look into them.
 
 bitdance data pack icons shards/train --styles 3d,flat --concepts 200
 bitdance data pack folder shards/mine my-pictures --size 64
 bitdance data pack tiles shards/photos my-photographs --size 64 --hold-out 0.2
 bitdance data inspect shards/train --json
+bitdance data index 'https://example.org/photos-{000..099}.tar' -o photos.jsonl
 """
 
 from __future__ import annotations
@@ -16,22 +17,25 @@ from typing import Any
 
 def add_data_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command `data` to the sub-parsers of `bitdance`; `run` answers it."""
-    parser = subparsers.add_parser("data", help="pack captioned pictures into shards; inspect shards")
+    parser = subparsers.add_parser("data", help="pack captioned pictures into shards; index and inspect shards")
     _add_actions(parser)
     parser.set_defaults(run=run)
     return parser
 
 
 def _add_actions(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="data_action", required=True, metavar="{pack,inspect}")
+    actions = parser.add_subparsers(dest="data_action", required=True, metavar="{pack,index,inspect}")
     sources = actions.add_parser("pack", help="write shards").add_subparsers(
         dest="data_source", required=True, metavar="{icons,folder,tiles}"
     )
     _add_icons(sources.add_parser("icons", help="icons of four open sets, with captions and background colours"))
     _add_folder(sources.add_parser("folder", help="a folder of pictures with .txt, JSONL or CSV captions"))
     _add_tiles(sources.add_parser("tiles", help="square tiles of large photographs, for a tokenizer"))
+    index = actions.add_parser("index", help="one file that lists all samples, so that large or remote shards open at once")
+    index.add_argument("shards", nargs="+", metavar="SHARDS", help="shard files, patterns, folders of shards, or URLs")
+    index.add_argument("-o", "--out", required=True, help="the index file to write, NAME.jsonl; best beside its shards")
     inspect = actions.add_parser("inspect", help="counts, captions and attributes of shards")
-    inspect.add_argument("shards", nargs="+", metavar="SHARDS", help="shard files, patterns, or folders of shards")
+    inspect.add_argument("shards", nargs="+", metavar="SHARDS", help="shard files, patterns, folders, URLs, or index files")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.add_argument("--examples", type=int, default=5, help="how many samples to show (default: 5)")
 
@@ -99,7 +103,7 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Answer a parsed `data` command; 0, or 2 with a message for what the user can mend."""
     try:
-        return _inspect(args) if args.data_action == "inspect" else _pack(args)
+        return {"pack": _pack, "index": _index, "inspect": _inspect}[args.data_action](args)
     except (ValueError, OSError, ImportError) as error:
         print(f"bitdance data: error: {error}", file=sys.stderr)
         return 2
@@ -160,6 +164,18 @@ def _tiles(args: argparse.Namespace) -> Any:
     return TileSource(args.folder, TileOptions(args.size, args.tiles, args.shrink, args.hold_out, args.split, args.seed))
 
 
+def _index(args: argparse.Namespace) -> int:
+    from stages.data.index_file import write_index
+
+    counts = write_index(args.shards, args.out, progress=True)
+    print(f"{args.out}: {counts['samples']} samples in {counts['shards']} shards")
+    if counts["unreadable"]:
+        print(f"header unreadable: {counts['unreadable']} samples, which training will skip")
+    for reason, count in counts["left_out"].items():
+        print(f"left out: {count} {reason}")
+    return 0
+
+
 def _inspect(args: argparse.Namespace) -> int:
     from stages.data.shards import ShardIndex
     from stages.data.summary import summarise
@@ -186,7 +202,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="bitdance data", description="pack captioned pictures into shards; inspect shards"
+        prog="bitdance data", description="pack captioned pictures into shards; index and inspect shards"
     )
     _add_actions(parser)
     return run(parser.parse_args(argv))

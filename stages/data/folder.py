@@ -17,9 +17,9 @@ from typing import Any
 
 from PIL import Image
 
+from stages.data.metadata import MEMBER_LIMITS
 from stages.data.picture import BrokenPicture, decode_picture
 from stages.data.sample import CaptionedPicture, Skipped
-from stages.data.shards import MEMBER_LIMITS
 
 ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 FITS = ("crop", "pad", "none")

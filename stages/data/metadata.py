@@ -14,7 +14,7 @@ PICTURE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 TEXT_ENDINGS = ("json", "txt")
 MEMBER_LIMITS = dict.fromkeys((*PICTURE_ENDINGS, "bits"), 64 * 2**20) | dict.fromkeys(TEXT_ENDINGS, 2**20)
 _PICTURE_HEAD = 2**16
-_LONGEST_SIDE = 2**20
+LONGEST_SIDE = 2**20
 
 Place = tuple[int, int]
 Read = Callable[[int, int], bytes]  # (offset, size) → bytes
@@ -79,9 +79,9 @@ def read_shape(members: Mapping[str, Place], attributes: Mapping[str, Any], read
         offset, size = members["bits"]
         _, height, width = bits_shape(read(offset, min(size, HEADER_BYTES)))
         return Shape(height, width, bits=True)
-    sides = attributes.get("height"), attributes.get("width")
-    if all(type(side) is int and 1 <= side <= _LONGEST_SIDE for side in sides):
-        return Shape(*sides)
+    height, width = _side(attributes.get("height")), _side(attributes.get("width"))
+    if height and width:
+        return Shape(height, width)
     ending = picture_ending(members)
     assert ending is not None, "a sample has a picture or bits"
     offset, size = members[ending]
@@ -94,3 +94,6 @@ def read_shape(members: Mapping[str, Place], attributes: Mapping[str, Any], read
         width, height = upright_size(read(offset, size))
     return Shape(height, width)
 
+
+def _side(value: Any) -> int:
+    return value if type(value) is int and 1 <= value <= LONGEST_SIDE else 0

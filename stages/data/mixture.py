@@ -88,7 +88,11 @@ class Mixture:
         found: dict[int, list[int]] = {}
         s = buckets.rule.downsampling
         for number in range(len(data)):
-            shape = data.shape(number)
+            try:
+                shape = data.shape(number)
+            except ValueError:
+                self.unused["size cannot be read"] += 1
+                continue
             if shape.bits:
                 resolutions = buckets.of_bits(shape.height * s, shape.width * s)
             else:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lfq_tokenizer.weights import replace_folder
+from stages.data.metadata import MEMBER_LIMITS
 from stages.data.sample import CaptionedPicture, PictureSource, Skipped
-from stages.data.shards import MEMBER_LIMITS
 
 MANIFEST = "pack.json"
 _KEY = re.compile(r"[A-Za-z0-9_-]+")

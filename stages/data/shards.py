@@ -1,26 +1,19 @@
-"""An index of webdataset shards: random access, and a data position that is one number.
+"""An index of webdataset shards, local or remote: random access to every sample.
 
-The members' offsets are listed once, from the tar headers alone; a sample is then read from its place in the file.
-Nothing is ever extracted or un-pickled, and only members with the endings below are read.
-
-`EpochOrder.batch` is a pure function of the seed and the step. **Saving the step number is saving the data position**:
-after a restart, at any number of loader workers, step n yields the samples that it would have yielded.
+The members' offsets are listed once, from the tar headers alone or from an index file; a sample is then read from its place
+in the file. Nothing is ever extracted or un-pickled, and only members with known endings are read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import hashlib
 import json
-import os
-import re
 import tarfile
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,32 +22,15 @@ from torch.utils.data import Dataset
 
 from stages.data.bits import unpack_bits
 from stages.data.conditions import Condition, first_failure
-from stages.data.metadata import (
-    MEMBER_LIMITS,
-    PICTURE_ENDINGS,
-    TEXT_ENDINGS,
-    BrokenCaption,
-    Place,
-    Read,
-    Shape,
-    picture_ending,
-    read_json,
-    read_shape,
-    read_text,
-)
+from stages.data.entries import Entries, Entry
+from stages.data.files import OpenFiles
+from stages.data.index_file import open_tables
+from stages.data.metadata import BrokenCaption, Read, Shape, picture_ending, read_json, read_shape, read_text
 from stages.data.picture import MAX_PIXELS, BrokenPicture, decode_picture
+from stages.data.places import Places, find_shards, name_of
+from stages.data.table import read_known, unusable
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
-_OPEN_FILES = 32
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Where a sample lies: its shard, and (offset, size) of each member by ending."""
-
-    shard: int
-    key: str
-    members: dict[str, Place]
+_HEADER = 2 * tarfile.BLOCKSIZE  # with the filling before it
 
 
 @dataclass(frozen=True)
@@ -69,185 +45,68 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """A tar file: its path or URL, and its size in bytes when it was indexed."""
+
+    address: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return name_of(self.address)
+
+
+@dataclass(frozen=True)
 class ShardIndex:
     """All usable samples of a list of shards.
 
-    `left_out` counts by reason what was not taken; `hash` is SHA-256 over the shards' names, sizes and member tables: a
-    run that resumes compares it.
+    `left_out` counts by reason what was not taken; `hash` is SHA-256 over the shards' names, sizes and member tables, and over
+    the conditions and what they keep: a run that resumes compares it.
     """
 
-    shards: tuple[Path, ...]
-    entries: tuple[Entry, ...]
+    shards: tuple[Shard, ...]
+    entries: Entries
     left_out: dict[str, int]
     hash: str
 
     @classmethod
-    def open(cls, places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], keep: Sequence[str] = ()) -> ShardIndex:
-        """Shard files, glob patterns, or folders of shards → index of the samples that meet all conditions of `keep`.
+    def open(cls, places: Places, keep: Sequence[str] = ()) -> ShardIndex:
+        """Shard files, patterns, folders, URLs or index files → index of the samples that meet all conditions of `keep`.
 
-        ValueError for a URL of any scheme, a compressed or foreign file, and where no sample is usable;
-        FileNotFoundError where a place matches nothing.
+        ValueError for a compressed or foreign file, a URL that is not allowed, and where no sample is left; FileNotFoundError
+        where a place matches nothing, other OSErrors where a file cannot be read.
         """
         conditions = [Condition.parse(text) for text in keep]
-        shards = _resolve(places)
-        digest = hashlib.sha256()
-        entries: list[Entry] = []
+        digest, kept = hashlib.sha256(), hashlib.sha256()
+        shards: list[Shard] = []
+        entries = Entries()
         left_out: Counter[str] = Counter()
-        for number, path in enumerate(shards):
-            groups = _read_headers(path, left_out)
-            digest.update(json.dumps([path.name, path.stat().st_size, list(groups.items())]).encode())
-            for key, members in groups.items():
-                if not any(ending in members for ending in (*PICTURE_ENDINGS, "bits")):
-                    left_out["sample without picture or bits"] += 1
-                elif not any(ending in members for ending in TEXT_ENDINGS):
-                    left_out["sample without caption"] += 1
-                else:
-                    entries.append(Entry(number, key, members))
+        with contextlib.closing(OpenFiles()) as files:
+            for table in open_tables(find_shards(places), files):
+                shard = Shard(table.address, table.size)
+                digest.update(json.dumps([shard.name, shard.size, list(table.groups.items())]).encode())
+                left_out.update(table.left_out)
+                if conditions:
+                    table = read_known(table, files)
+                for key, members in table.groups.items():
+                    known = table.known.get(key) if table.known else None
+                    reason = unusable(members) or (first_failure(conditions, known.facts) if conditions and known else "")
+                    if reason:
+                        left_out[reason] += 1
+                    else:
+                        entries.append(len(shards), key, members, known.shape if known else None)
+                        kept.update(json.dumps([len(shards), key]).encode())
+                shards.append(shard)
         if conditions:
-            entries = _meeting(conditions, shards, entries, left_out)
-            digest.update(json.dumps([sorted(condition.text for condition in conditions), [e.key for e in entries]]).encode())
+            digest.update(json.dumps([sorted(condition.text for condition in conditions), kept.hexdigest()]).encode())
         if not entries:
-            raise ValueError(f"no usable sample in {len(shards)} shards ({_counts(left_out)}); pack them again")
-        return cls(tuple(shards), tuple(entries), dict(sorted(left_out.items())), digest.hexdigest())
+            counts = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common()) or "they are empty"
+            remedy = "change data.keep or the shards" if conditions else "pack them again"
+            raise ValueError(f"no usable sample in {len(shards)} shards ({counts}); {remedy}")
+        return cls(tuple(shards), entries, dict(sorted(left_out.items())), digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.entries)
-
-
-def _resolve(places: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
-    found: dict[Path, None] = {}
-    for place in [places] if isinstance(places, (str, os.PathLike)) else places:
-        text = os.path.expanduser(os.fspath(place))
-        if _SCHEME.match(text):
-            raise ValueError(
-                f"shards {text!r}: only files of this machine are read, no URL and no command; download them first"
-            )
-        if os.path.isdir(text):
-            matches = sorted(glob.glob(os.path.join(glob.escape(text), "*.tar")))
-        else:
-            matches = [text] if os.path.isfile(text) else sorted(glob.glob(text))
-        if not matches:
-            raise FileNotFoundError(
-                f"no shard at {text!r}; give .tar files, a pattern such as 'shards/*.tar', or a folder of shards"
-            )
-        found.update(dict.fromkeys(Path(match) for match in matches))
-    if not found:
-        raise FileNotFoundError("no shards were named; give .tar files, a pattern, or a folder of shards")
-    return list(found)
-
-
-def _read_headers(path: Path, left_out: Counter[str]) -> dict[str, dict[str, Place]]:
-    """key → ending → (offset, size), from the headers of one shard."""
-    size = path.stat().st_size
-    groups: dict[str, dict[str, Place]] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if member.size < 0:
-                    # going on would read the same headers again and again
-                    raise tarfile.ReadError("negative member size")
-                reason, key, ending = _classify(member)
-                if not reason and member.offset_data + member.size > size:
-                    reason = "truncated member"
-                if not reason and ending in groups.get(key, {}):
-                    reason = "second member of the same name"
-                if reason:
-                    left_out[reason] += 1
-                else:
-                    groups.setdefault(key, {})[ending] = (member.offset_data, member.size)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
-        if not groups:
-            raise ValueError(
-                f"{path} is not an uncompressed tar file ({error}); unpack it, or pack it again"
-            ) from error
-        left_out["truncated shard"] += 1
-    return groups
-
-
-def _meeting(
-    conditions: Sequence[Condition], shards: Sequence[Path], entries: Sequence[Entry], left_out: Counter[str]
-) -> list[Entry]:
-    files = ShardFiles(shards)
-    kept = []
-    for entry in entries:
-        read = files.reader(entry.shard)
-        try:
-            attributes = read_json(entry.members, read)[1]
-            if any(condition.name in ("width", "height") for condition in conditions) and "bits" not in entry.members:
-                shape = read_shape(entry.members, attributes, read)
-                attributes = {"width": shape.width, "height": shape.height, **attributes}
-            reason = first_failure(conditions, attributes)
-        except ValueError:
-            reason = "sample without readable attributes"
-        if reason:
-            left_out[reason] += 1
-        else:
-            kept.append(entry)
-    files.close()
-    return kept
-
-
-def _classify(member: tarfile.TarInfo) -> tuple[str, str, str]:
-    """(reason to leave it out or "", key, ending). A key ends at the first dot of the file name, as in webdataset."""
-    if member.isdir():
-        return "folder member", "", ""
-    if not member.isreg() or member.issparse():
-        return "member that is no regular file", "", ""
-    folder, _, name = member.name.rpartition("/")
-    stem, _, ending = name.partition(".")
-    ending = ending.lower()
-    if ending not in MEMBER_LIMITS:
-        return "member with another ending", "", ""
-    if member.size > MEMBER_LIMITS[ending]:
-        return "member above the size limit", "", ""
-    return "", f"{folder}/{stem}" if folder else stem, ending
-
-
-def _counts(left_out: Counter[str]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in left_out.most_common()) or "they are empty"
-
-
-class ShardFiles:
-    """The open files of shards; every process opens its own."""
-
-    def __init__(self, shards: Sequence[Path]) -> None:
-        self.shards = shards
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._process = os.getpid()
-
-    def reader(self, shard: int) -> Read:
-        return functools.partial(self.read, shard)
-
-    def read(self, shard: int, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`. ValueError where the shard ends before."""
-        data = b""
-        while len(data) < size:
-            piece = os.pread(self._file(shard), size - len(data), offset + len(data))
-            if not piece:
-                raise ValueError(f"{self.shards[shard].name} ends within a member; it was changed after it was indexed")
-            data += piece
-        return data
-
-    def _file(self, shard: int) -> int:
-        if self._process != os.getpid():
-            # handles of the parent belong to the parent
-            self._files, self._process = OrderedDict(), os.getpid()
-        if shard not in self._files:
-            if len(self._files) == _OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self.shards[shard], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self._files.move_to_end(shard)
-        return self._files[shard]
-
-    def close(self) -> None:
-        """Close the files of this process; a later read opens them again."""
-        if self._process == os.getpid():
-            for handle in self._files.values():
-                os.close(handle)
-        self._files = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": OrderedDict(), "_process": -1}
 
 
 class ShardDataset(Dataset[Sample]):
@@ -260,7 +119,7 @@ class ShardDataset(Dataset[Sample]):
         self.index = index
         self.max_pixels = max_pixels
         self.broken: dict[str, str] = {}  # key → why, of the samples that `take` has skipped
-        self._files = ShardFiles(index.shards)
+        self._files = OpenFiles()
 
     def __len__(self) -> int:
         return len(self.index)
@@ -268,15 +127,16 @@ class ShardDataset(Dataset[Sample]):
     def __getitem__(self, number: int) -> Sample:
         entry = self.index.entries[number]
         with self._naming(entry):
-            captions, attributes = read_text(entry.members, self._files.reader(entry.shard))
+            read = self._together(entry)
+            captions, attributes = read_text(entry.members, read)
             ending = picture_ending(entry.members)
-            picture = decode_picture(self._read(entry, ending), self.max_pixels) if ending else None
-            bits_Chw = unpack_bits(self._read(entry, "bits")) if "bits" in entry.members else None
+            picture = decode_picture(read(*entry.members[ending]), self.max_pixels) if ending else None
+            bits_Chw = unpack_bits(read(*entry.members["bits"])) if "bits" in entry.members else None
         return Sample(entry.key, picture, bits_Chw, captions, attributes)
 
     def key(self, number: int) -> str:
         """The name of a sample; nothing is read."""
-        return self.index.entries[number].key
+        return self.index.entries.key(number)
 
     def shape(self, number: int) -> Shape:
         """Height and width of a sample, from headers alone: in tokens where it has bits, else in pixels.
@@ -284,7 +144,9 @@ class ShardDataset(Dataset[Sample]):
         Attributes `width` and `height` are believed. ValueError where the header cannot be read.
         """
         entry = self.index.entries[number]
-        read = self._files.reader(entry.shard)
+        if entry.shape is not None:
+            return entry.shape
+        read = self._reader(entry)
         with self._naming(entry):
             return read_shape(entry.members, read_json(entry.members, read)[1], read)
 
@@ -292,7 +154,8 @@ class ShardDataset(Dataset[Sample]):
         """Sample `number` or, where it cannot be read, the next one that can: what training asks for.
 
         Depends on the data alone, so a resumed run takes the same samples. Skipped ones are noted in `broken` and counted by
-        reason in `skipped`, each time; ValueError when more than 1 % of the samples (and more than 10) are broken.
+        reason in `skipped`, each time; ValueError when more than 1 % of the samples (and more than 10) are broken. A shard that
+        cannot be reached (`RemoteError`) or was changed (`ChangedShard`) is no broken sample: it is raised.
         """
         limit = max(10, len(self) // 100)
         for step in range(len(self)):
@@ -312,14 +175,26 @@ class ShardDataset(Dataset[Sample]):
     def caption(self, number: int) -> tuple[list[str], dict[str, Any]]:
         """Captions and attributes of a sample, without decoding its picture."""
         entry = self.index.entries[number]
-        return read_text(entry.members, self._files.reader(entry.shard))
+        return read_text(entry.members, self._reader(entry))
 
     def close(self) -> None:
         """Close the files of this process; a later read opens them again."""
         self._files.close()
 
-    def _read(self, entry: Entry, ending: str) -> bytes:
-        return self._files.read(entry.shard, *entry.members[ending])
+    def _together(self, entry: Entry) -> Read:
+        """One request for all members of a sample, where nothing but headers lies between them."""
+        read = self._reader(entry)
+        start = min(offset for offset, _ in entry.members.values())
+        end = max(offset + size for offset, size in entry.members.values())
+        between = end - start - sum(size for _, size in entry.members.values())
+        if between > _HEADER * (len(entry.members) - 1):
+            return read
+        data = read(start, end - start)
+        return lambda offset, size: data[offset - start : offset - start + size]
+
+    def _reader(self, entry: Entry) -> Read:
+        shard = self.index.shards[entry.shard]
+        return functools.partial(self._files.read, shard.address, shard.size)
 
     @contextlib.contextmanager
     def _naming(self, entry: Entry) -> Iterator[None]:
@@ -334,41 +209,3 @@ def _reason(error: ValueError) -> str:
     if isinstance(error, BrokenPicture):
         return f"picture {error.reason}"
     return "caption unreadable" if isinstance(error, BrokenCaption) else "bits unreadable"
-
-
-class EpochOrder:
-    """Which samples step n of rank r takes: a fresh permutation every epoch, disjoint between ranks.
-
-    The epochs' permutations stand in one endless row; a step takes the next `batch_size * world` of it, and a rank its
-    part of these. Within an epoch every sample therefore comes exactly once over all ranks; a batch may reach from one
-    epoch into the next. The same numbers of samples per step over more ranks give the same samples.
-    """
-
-    def __init__(self, length: int, seed: int, rank: int = 0, world: int = 1) -> None:
-        if length < 1 or seed < 0 or not 0 <= rank < world:
-            raise ValueError(f"length {length} and seed {seed} must be positive, and rank {rank} below world {world}")
-        self.length, self.seed, self.rank, self.world = length, seed, rank, world
-        self._permutations: OrderedDict[int, torch.Tensor] = OrderedDict()
-
-    def batch(self, step: int, batch_size: int) -> list[int]:
-        """Sample numbers of (micro-)step `step`, counted from 0: a pure function of the seed and the arguments."""
-        if step < 0 or batch_size < 1:
-            raise ValueError(f"step {step} must be at least 0 and batch_size {batch_size} at least 1")
-        first = (step * self.world + self.rank) * batch_size
-        return [
-            int(self._permutation(place // self.length)[place % self.length])
-            for place in range(first, first + batch_size)
-        ]
-
-    def epoch(self, step: int, batch_size: int) -> float:
-        """How often the data was seen before `step`."""
-        return step * self.world * batch_size / self.length
-
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        if epoch not in self._permutations:
-            if len(self._permutations) == 2:
-                self._permutations.popitem(last=False)
-            digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            self._permutations[epoch] = torch.randperm(self.length, generator=generator)
-        return self._permutations[epoch]

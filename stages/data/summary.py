@@ -27,8 +27,8 @@ def summarise(index: ShardIndex, examples: int = 5) -> dict[str, Any]:
     return {
         "samples": len(index),
         "captions": captions,
-        "shards": [path.name for path in index.shards],
-        "bytes": sum(path.stat().st_size for path in index.shards),
+        "shards": [shard.name for shard in index.shards],
+        "bytes": sum(shard.size for shard in index.shards),
         "hash": index.hash,
         "left_out": index.left_out,
         "attributes": {name: dict(counter.most_common(VALUES_SHOWN)) for name, counter in values.items()},

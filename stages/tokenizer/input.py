@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from stages.data.folder import ENDINGS, shard_key
+from stages.data.metadata import MEMBER_LIMITS
 from stages.data.picture import BrokenPicture, decode_picture
 from stages.data.sample import Skipped
-from stages.data.shards import MEMBER_LIMITS, Sample, ShardDataset, ShardIndex
+from stages.data.shards import Sample, ShardDataset, ShardIndex
 
 
 class TokenizerInput:

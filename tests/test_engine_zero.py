@@ -1,0 +1,253 @@
+"""The training loop under every stage of ZeRO: two processes equal one, resuming is exact, processes and stage may change.
+
+Two processes are started once and do all their runs; the runs of one process happen here.
+"""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from test_engine import ROOT, Line, LineRecipe, assert_same, config, environment, everything, metrics  # noqa: F401 (a fixture)
+from torch import Tensor, nn
+
+from stages import checkpoint
+from stages.config import DeepSpeedConfig, TrainingConfig
+from stages.engine import train
+from stages.recipe import Losses
+
+STAGES = (0, 1, 2, 3)
+CHANGES = ((2, 2), (0, 3), (3, 1))  # stage of ZeRO before and after
+
+
+class StoppingLine(Line):
+    """Without noise, which would belong to a batch. In forward pass number `at` of its life it sends `signal` to its process."""
+
+    def __init__(self, at: int = 0, number: int = signal.SIGTERM) -> None:
+        super().__init__(noise=0.0)
+        self.calls, self.at, self.signal = 0, at, number
+
+    def forward(self, batch: Tensor, generator: torch.Generator, step: int) -> Losses:
+        self.calls += self.training
+        if self.training and self.calls == self.at:
+            os.kill(os.getpid(), self.signal)
+        return super().forward(batch, generator, step)
+
+
+def recipe(at: int = 0, number: int = signal.SIGTERM, frozen: bool = False) -> LineRecipe:
+    made = LineRecipe()
+    made.module = StoppingLine(at, number)
+    made.module.idle.requires_grad_(not frozen)
+    return made
+
+
+def work(folder: Path, rank: int) -> None:
+    """All runs of two processes, two samples each in a micro-step."""
+    for zero in STAGES:
+        assert train(recipe(), config(folder / f"twenty_{zero}", zero, steps=20, batch_size=2)) == 0
+        for workers in (0, 2) if zero % 2 else (0,):
+            settings = {"batch_size": 2, "accumulation": 2, "workers": workers}
+            whole, parts = (config(folder / f"{name}_{zero}_{workers}", zero, **settings) for name in ("whole", "parts"))
+            assert train(recipe(frozen=True), whole) == 0
+            assert train(recipe(5 * rank, frozen=True), parts) == 143  # between the halves of step 3, in one process
+            assert train(recipe(frozen=True), parts) == 0
+    for before, after in CHANGES:
+        assert train(recipe(3), config(folder / f"two_{before}_{after}", before, batch_size=2)) == 143
+        assert train(recipe(), config(folder / f"one_{before}_{after}", after, batch_size=2)) == 0
+    train(recipe(6, signal.SIGKILL), config(folder / "killed", 2, batch_size=2, save_every=2))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of all runs that two processes take part in."""
+    folder, before = tmp_path_factory.mktemp("zero"), dict(os.environ)
+    for first, after in CHANGES:
+        assert train(recipe(3), config(folder / f"one_{first}_{after}", first)) == 143
+    os.environ.clear()
+    os.environ.update(before)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = "import sys, pathlib, test_engine_zero as t; t.work(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
+    started, outputs = [], []
+    for rank in (0, 1):
+        environment = before | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        outputs.append(folder / f"output_{rank}")
+        with outputs[-1].open("w") as output:
+            command = [sys.executable, "-c", code, str(folder), str(rank)]
+            started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+    try:
+        codes = [process.wait(240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert codes == [-signal.SIGKILL] * 2, "\n".join(path.read_text()[-3000:] for path in outputs)
+    yield folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process without ZeRO, with all samples in one batch."""
+    folder, before = tmp_path_factory.mktemp("alone"), dict(os.environ)
+    train(recipe(), config(folder / "twenty", steps=20))
+    train(recipe(), config(folder / "six"))
+    os.environ.clear()
+    os.environ.update(before)
+    return folder
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in metrics(run) if "loss" in row]
+
+
+def assembled(folder: Path) -> dict[str, Tensor]:
+    """KIND/PARAMETER → flattened, from the files of all processes."""
+    found: dict[str, dict[int, Tensor]] = {}
+    for path in sorted((folder / "resume").glob("learner_*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            places = __import__("json").loads(file.metadata()["places"])
+            for key, (start, _) in places.items():
+                found.setdefault(key, {})[start] = file.get_tensor(key)
+    return {key: torch.cat([parts[start] for start in sorted(parts)]) for key, parts in found.items()}
+
+
+def assert_close(first: Path, second: Path) -> None:
+    a, b = assembled(first), assembled(second)
+    assert a.keys() == b.keys() and any(key.startswith("average/") for key in a)
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-5, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_two_processes_equal_one_with_twice_the_batch(runs: Path, alone: Path, zero: int) -> None:
+    found, expected = losses(runs / f"twenty_{zero}"), losses(alone / "twenty")
+    assert len(found) == 20 and found == pytest.approx(expected, rel=1e-5)
+    assert_close(checkpoint.step_folder(runs / f"twenty_{zero}", 20), checkpoint.step_folder(alone / "twenty", 20))
+
+
+@pytest.mark.parametrize(("zero", "workers"), [(0, 0), (1, 0), (1, 2), (2, 0), (3, 0), (3, 2)])
+def test_two_processes_resume_exactly_and_loader_processes_change_nothing(runs: Path, zero: int, workers: int) -> None:
+    whole, parts = (runs / f"{name}_{zero}_{workers}" for name in ("whole", "parts"))
+    assert [checkpoint.verify(f) for f in checkpoint.complete(parts)] == [3, 6]
+    assert_same(checkpoint.step_folder(whole, 6), checkpoint.step_folder(parts, 6))
+    assert losses(whole) == losses(parts) and len(losses(parts)) == 6
+    if workers:
+        assert_same(checkpoint.step_folder(whole, 6), checkpoint.step_folder(runs / f"whole_{zero}_0", 6))
+
+
+@pytest.mark.parametrize(("before", "after"), CHANGES)
+def test_the_number_of_processes_and_the_stage_may_change(runs: Path, alone: Path, before: int, after: int) -> None:
+    expected = losses(alone / "six")
+    train(recipe(), config(runs / f"two_{before}_{after}", after))  # two processes were, one goes on
+    for name in ("one", "two"):
+        run = runs / f"{name}_{before}_{after}"
+        assert losses(run) == pytest.approx(expected, rel=1e-5) and len(expected) == 6
+        assert_close(checkpoint.step_folder(run, 6), checkpoint.step_folder(alone / "six", 6))
+
+
+def test_killed_processes_leave_a_checkpoint_that_goes_on(runs: Path, alone: Path) -> None:
+    assert checkpoint.verify(checkpoint.last_saved(runs / "killed")) == 4
+    assert train(recipe(), config(runs / "killed", 2)) == 0
+    assert_close(checkpoint.step_folder(runs / "killed", 6), checkpoint.step_folder(alone / "six", 6))
+
+
+# one process
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_bfloat16_weights_learn_and_resume_exactly_in_float32(tmp_path: Path, zero: int) -> None:
+    whole, parts = (config(tmp_path / name, zero, precision="bfloat16-weights", accumulation=2) for name in ("whole", "parts"))
+    made = recipe()
+    train(made, whole)
+    assert train(recipe(6), parts) == 143 and train(recipe(), parts) == 0
+    assert_same(*(checkpoint.step_folder(tmp_path / name, 6) for name in ("whole", "parts")))
+    state = assembled(checkpoint.step_folder(tmp_path / "whole", 6))
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert not torch.equal(state["weight/last.weight"], state["weight/last.weight"].bfloat16().float())
+    assert losses(tmp_path / "whole")[-1] < 0.8 * losses(tmp_path / "whole")[0]
+    assert made.module.last.weight.dtype == torch.bfloat16 and made.module.seen.dtype == torch.float32
+
+
+def test_bfloat16_weights_want_zero(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs deepspeed.zero_stage 1, 2 or 3"):
+        train(recipe(), config(tmp_path, precision="bfloat16-weights"))
+
+
+@pytest.mark.parametrize(
+    "deepspeed",
+    [
+        DeepSpeedConfig(1, offload_optimizer=True),
+        DeepSpeedConfig(2, offload_optimizer=True),
+        DeepSpeedConfig(3, offload_optimizer=True, offload_parameters=True),
+        DeepSpeedConfig(3, settings={"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 10}}),
+    ],
+)
+def test_offload_and_settings_change_no_number(tmp_path: Path, alone: Path, deepspeed: DeepSpeedConfig) -> None:
+    settings = dataclasses.replace(config(tmp_path), deepspeed=deepspeed)
+    assert train(recipe(3), settings) == 143 and train(recipe(), settings) == 0
+    assert losses(tmp_path) == pytest.approx(losses(alone / "six"), rel=1e-5)
+    assert_close(checkpoint.step_folder(tmp_path, 6), checkpoint.step_folder(alone / "six", 6))
+
+
+def with_scale(settings: TrainingConfig, **scale: float) -> TrainingConfig:
+    return dataclasses.replace(settings, optimizer=dataclasses.replace(settings.optimizer, scale=scale))
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_parts_learn_at_their_own_rate(tmp_path: Path, zero: int) -> None:
+    train(recipe(), with_scale(config(tmp_path, zero, steps=1), last=0.25))
+    state, start = assembled(checkpoint.step_folder(tmp_path, 1)), dict(Line().named_parameters())
+    # the first step of Adam moves by its rate wherever there is a gradient; weight decay is proportional to the rate
+    for part, rate in (("first", 0.05), ("last", 0.0125)):
+        weight = start[f"{part}.weight"].detach().flatten()
+        moved = (state[f"weight/{part}.weight"] - weight * (1 - 0.01 * rate)).abs()
+        torch.testing.assert_close(moved, torch.full_like(moved, rate), rtol=1e-3, atol=0)
+    (row,) = [row for row in metrics(tmp_path) if "loss" in row]
+    assert (row["lr"], row["lr/last"]) == (0.05, 0.0125) and "lr/first" not in row
+
+
+def test_an_unknown_part_is_refused_with_a_list(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"optimizer.scale names \['haed'\]; parts of this model are first, last"):
+        train(recipe(), with_scale(config(tmp_path), haed=0.1))
+
+
+@pytest.mark.parametrize("zero", STAGES)
+def test_frozen_parts_stay_and_are_saved(tmp_path: Path, zero: int) -> None:
+    made = recipe()
+    made.module.first.requires_grad_(False)
+    start = {name: p.detach().clone() for name, p in made.module.named_parameters()}
+    train(made, config(tmp_path, zero, steps=2))
+    folder = checkpoint.step_folder(tmp_path, 2)
+    state, given = assembled(folder), everything(folder)
+    for name in ("first.weight", "first.bias"):
+        assert torch.equal(state[f"frozen/{name}"], start[name].flatten()) and f"average/{name}" not in state
+        assert torch.equal(given[f"model/line.safetensors/{name}"], start[name])
+    assert not torch.equal(state["weight/last.weight"], start["last.weight"].flatten())
+    with pytest.raises(ValueError, match=r"does not fit its config: missing weight/first.weight"):
+        train(recipe(), config(tmp_path, zero))  # nothing is frozen any more
+
+
+def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
+    made = recipe()
+    made.module.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing trains: all parts \(first, last\) are frozen"):
+        train(made, config(tmp_path))
+
+
+def test_another_model_or_a_lost_file_is_named_on_resume(tmp_path: Path) -> None:
+    train(recipe(), config(tmp_path, steps=1))
+    made: Any = recipe()
+    made.module.last = nn.Linear(5, 2)
+    with pytest.raises(ValueError, match=r"missing weight/last.bias \[2\]"):
+        train(made, config(tmp_path))
