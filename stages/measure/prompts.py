@@ -5,7 +5,9 @@
 *Picture right*: among all renderings (picture × background, taught and held out), the one nearest to the generated picture in
 the latent space of the tokenizer's encoder (before the sign, Euclidean) shows the picture that the caption asks for. *Top 5*:
 the right picture is among the five nearest pictures, each counted once. *Background right*: of the palette, the colour nearest
-to the median of the generated picture's border is the one that the caption asks for.
+to the median of the generated picture's border is the one that the caption asks for. *PSNR*: mean, of the generated picture
+against the very rendering that the caption asks for; what the tokenizer alone loses bounds it. Pictures are generated in the
+size of the shards.
 """
 
 import argparse
@@ -43,7 +45,7 @@ class Gallery:
         assert pipe.model.tokenizer is not None
         self.encoder = pipe.model.tokenizer.encoder
         self.renderings: list[Rendering] = []
-        latents = []
+        latents, pixels = [], []
         for data in datasets:
             for start in range(0, len(data), BATCH):
                 samples = [data[i] for i in range(start, min(start + BATCH, len(data)))]
@@ -51,7 +53,19 @@ class Gallery:
                     a = sample.attributes
                     self.renderings.append(Rendering(sample.captions, (a["concept"], a["style"]), a["background"]))
                 latents.append(self.latents([s.picture for s in samples]))
-        self._latents_RF = torch.cat(latents)
+                pixels.append((as_images([s.picture for s in samples]) * 127.5 + 127.5).round().to(torch.uint8))
+        self._latents_RF, self._pixels_R3HW = torch.cat(latents), torch.cat(pixels)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the renderings."""
+        height, width = self._pixels_R3HW.shape[2:]
+        return height, width
+
+    def psnr(self, picture: Image.Image, rendering: int) -> float:
+        """In dB, against one rendering."""
+        difference = (as_images([picture])[0] + 1) * 127.5 - self._pixels_R3HW[rendering]
+        return float(10 * torch.log10(255**2 / difference.square().mean().clamp(min=1e-3)))
 
     @torch.no_grad()
     def latents(self, pictures: Sequence[Any]) -> Tensor:
@@ -77,11 +91,12 @@ def judge(
 ) -> tuple[dict[str, float], list[Image.Image]]:
     """Generate `captions[i]`, which asks for rendering `wanted[i]`; shares of right answers and the pictures."""
     pictures: list[Image.Image] = []
-    right, top5, background, exact = 0, 0, 0, 0
+    right, top5, background, exact, psnr = 0, 0, 0, 0, 0.0
+    height, width = gallery.size
     for start in range(0, len(captions), BATCH):
         batch = list(captions[start : start + BATCH])
         seeds = [seed + start + i for i in range(len(batch))]
-        images = pipe(batch, seed=seeds, **settings).images
+        images = pipe(batch, height=height, width=width, seed=seeds, **settings).images
         assert isinstance(images, list)
         pictures += images
         for image, order, index in zip(images, gallery.nearest(images), wanted[start:], strict=False):
@@ -90,11 +105,12 @@ def judge(
             right += ranked[0] == target.picture
             top5 += target.picture in ranked[:5]
             background += background_of(image) == target.background
+            psnr += gallery.psnr(image, index)
             found = gallery.renderings[order[0]]
             exact += (found.picture, found.background) == (target.picture, target.background)
     n = len(captions)
     shares = {"picture": right / n, "picture_top5": top5 / n, "background": background / n, "rendering": exact / n}
-    return {"prompts": n, **shares}, pictures
+    return {"prompts": n, **shares, "psnr": psnr / n}, pictures
 
 
 def measure(
@@ -148,6 +164,6 @@ def main(argv: list[str]) -> int:
         print(f"{figures['pictures']} pictures in {figures['renderings']} renderings")
         for name in ("taught", "heldout_pairs"):
             row = figures[name]
-            shares = "  ".join(f"{k} {100 * v:.1f} %" for k, v in row.items() if k != "prompts")
-            print(f"{name:14} {row['prompts']:4} prompts  {shares}")
+            shares = "  ".join(f"{k} {100 * v:.1f} %" for k, v in row.items() if k not in ("prompts", "psnr"))
+            print(f"{name:14} {row['prompts']:4} prompts  {shares}  psnr {row['psnr']:.2f} dB")
     return 0

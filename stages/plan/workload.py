@@ -1,0 +1,93 @@
+"""What the processes of a run compute in a step, from the config alone: pictures by resolution, tokens, the fullest micro-step.
+
+Pictures are taken to be square and prompts to be equally long; where the config has no mix they have the size of its samples.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from math import gcd, isqrt
+
+import torch
+
+from bitdance.prompt import SpecialTokens
+from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from stages.config import TrainingConfig
+from stages.data.mixture import spread
+from stages.plan.flops import Document
+from stages.plan.shape import Shape
+
+TEMPLATE = 8  # tokens around a prompt in the chat template of Qwen
+UNCONDITIONAL = 3
+KERNEL_ROWS = 128  # rows are rounded up to this for compiled attention on a GPU
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`documents` by resolution (side in pixels of a square), their `shares` of the pictures, and their row's `limit` of tokens.
+
+    `prompt` is the number of tokens of a prompt with its template; `fullest` the resolutions of the micro-step, among those that
+    the mix deals out, which holds most tokens.
+    """
+
+    documents: dict[int, Document]
+    shares: dict[int, float]
+    prompt: int
+    limit: int
+    pattern: tuple[int, ...]
+
+    @classmethod
+    def of(cls, config: TrainingConfig, shape: Shape, caption: int) -> "Workload":
+        """`caption`: tokens of a caption. ValueError for a resolution that the patches do not divide."""
+        downsampling, P = shape.tokenizer.downsampling, shape.head.parallel_num
+        mix = {int(resolution): share for resolution, share in config.data.mix.items() if share > 0}
+        mix = mix or {_default(config, downsampling): 1.0}
+        total = sum(mix.values())
+        shares = {resolution: share / total for resolution, share in sorted(mix.items())}
+        prompt = TEMPLATE + min(caption, config.generator.max_text_tokens)
+        dropped = config.generator.dropout
+        text = (1 - dropped) * prompt + dropped * UNCONDITIONAL
+        documents = {}
+        for resolution in shares:
+            unit = downsampling * isqrt(P)
+            if resolution % unit:
+                raise ValueError(f"data.mix names {resolution} pixels, no multiple of {unit} ({downsampling} pixels a token, {P} a block)")
+            side = resolution // downsampling
+            documents[resolution] = Document(text, side, side, P)
+        resolutions = list(shares)
+        pattern = tuple(resolutions[k] for k in spread(list(shares.values())))
+        return cls(documents, shares, prompt, config.data.row_tokens, pattern)
+
+    @property
+    def tokens(self) -> float:
+        """Of an average picture with its prompt."""
+        return sum(share * self.documents[resolution].length for resolution, share in self.shares.items())
+
+    def fullest(self, batch_size: int) -> tuple[int, ...]:
+        """Resolutions of the micro-step of `batch_size` samples in a row that has most tokens."""
+        length = len(self.pattern)
+        windows = (
+            [self.pattern[(k * batch_size + i) % length] for i in range(batch_size)] for k in range(length // gcd(length, batch_size))
+        )
+        return tuple(sorted(max(windows, key=lambda window: sum(self.documents[r].length for r in window))))
+
+    def batch(self, resolutions: tuple[int, ...], special: SpecialTokens, bits: int, multiple_of: int) -> TrainingBatch:
+        """Pictures of these resolutions with full prompts, laid out as training does."""
+        pieces = {
+            r: [TextPiece([0] * self.prompt, predict=True), ImagePiece(torch.ones(bits, d.h, d.w))] for r, d in self.documents.items()
+        }
+        P = next(iter(self.documents.values())).P
+        packed = {"token_budget": self.limit, "multiple_of": multiple_of} if self.limit else {}
+        return build_batch([pieces[r] for r in resolutions], isqrt(P), special, **packed)
+
+
+def shown(resolutions: tuple[int, ...]) -> str:
+    """"3 × 256, 7 × 512"."""
+    return ", ".join(f"{number} × {resolution}" for resolution, number in sorted(Counter(resolutions).items()))
+
+
+def _default(config: TrainingConfig, downsampling: int) -> int:
+    """Side of the pictures where no mix names one: that of the samples drawn in training, else 256."""
+    size = config.generator.defaults
+    height, width = size.get("height", 256), size.get("width", 256)
+    unit = downsampling * isqrt(int(config.generator.head.get("parallel_num", 1)))
+    return max(unit, round((height * width) ** 0.5 / unit) * unit)
