@@ -41,8 +41,13 @@ def _attention(
 
     Registered without a mask function, so transformers builds no mask of its own and hands ours through. Without a
     mask SDPA groups the query heads itself (native GQA) and `is_causal`, given per call, says whether the new
-    positions are causal.
+    positions are causal. ValueError where the layers on the way have lost `is_causal` or turned the mask into another.
     """
+    if "is_causal" not in kwargs or (isinstance(attention_mask, Tensor) and attention_mask.dtype != torch.bool):
+        raise ValueError(
+            f"{type(module).__name__} did not get the mask as Backbone gives it: this family rewrites masks, or the language "
+            'model was called by itself, which needs lm.set_attn_implementation("sdpa") first'
+        )
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     flex = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
@@ -62,13 +67,23 @@ def _compiled_flex() -> Any:
 
 
 class Backbone(nn.Module):
-    """Holds `.lm`, an `AutoModelForCausalLM` of transformers, and calls it with our masks."""
+    """Holds `.lm`, an `AutoModelForCausalLM` of transformers, and calls it with our masks.
+
+    Tested families: Qwen3, Qwen2, Llama, Mistral, SmolLM3, OLMo 2, Phi-3, Gemma, Granite, GLM-4. Any other decoder with rotary
+    positions and full attention is taken if it shows what `forward` needs; mixtures of experts train without their balancing
+    loss. Sliding windows, linear attention, scaled or capped logits and learned positions are refused.
+    """
 
     def __init__(self, lm: PreTrainedModel) -> None:
         """Wrap a loaded language model. ValueError if its family cannot carry the block-causal mask."""
         super().__init__()
         _check_family(lm.config)
-        lm.set_attn_implementation(_ATTENTION)
+        with _quiet():
+            lm.set_attn_implementation(_ATTENTION)
+        if lm.config._attn_implementation != _ATTENTION:
+            raise _refused(lm.config, "it computes attention by itself, so no mask of ours would reach it")
+        if not hasattr(lm.base_model, "rotary_emb"):
+            raise _refused(lm.config, "its positions are not rotary, so pictures would have to fit the length it was trained with")
         lm.config._name_or_path = ""  # a saved config must not name a folder of this machine
         self.lm = lm
 
@@ -285,6 +300,18 @@ def _check_family(config: PreTrainedConfig) -> None:
             f"backbone layers of kind {sorted(kinds - {'full_attention'})} cannot carry the block-causal mask; "
             "use a model whose layers all have full attention (for Qwen3: use_sliding_window false)"
         )
+    if window := getattr(config, "sliding_window", None):
+        reason = f"attention ends after {window} tokens; set sliding_window to null in its config.json if no sequence is longer"
+        raise _refused(config, reason)
+    for name in ("logit_scale", "logits_scaling", "final_logit_softcapping"):
+        if getattr(config, name, None) not in (None, 1):
+            raise _refused(config, f"it changes its text scores after the output head ({name} = {getattr(config, name)})")
+    if config.is_encoder_decoder:
+        raise _refused(config, "it is an encoder with a decoder")
+
+
+def _refused(config: PreTrainedConfig, reason: str) -> ValueError:
+    return ValueError(f"a backbone of family {config.model_type!r} cannot serve: {reason}")
 
 
 def _check_files(folder: Path) -> None:

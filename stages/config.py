@@ -19,7 +19,6 @@ from typing import Any
 
 from lfq_tokenizer import TokenizerConfig
 
-
 PRECISIONS = ("float32", "bfloat16", "bfloat16-weights")
 
 
@@ -47,10 +46,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise ValueError(f"run.precision = {self.precision!r}; allowed are {', '.join(map(repr, PRECISIONS))}")
-        least = dict.fromkeys(
-            ("steps", "batch_size", "accumulation", "log_every", "validate_every", "sample_every", "save_every", "keep", "prefetch"), 1
-        )
-        for name, smallest in {**least, "workers": 0}.items():
+        counts = ("steps", "batch_size", "accumulation", "log_every", "validate_every", "sample_every", "save_every", "keep")
+        for name, smallest in {**dict.fromkeys((*counts, "prefetch"), 1), "workers": 0}.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"run.{name} = {getattr(self, name)}; it must be at least {smallest}")
         if not 0 <= self.ema < 1:
@@ -174,8 +171,8 @@ class GeneratorTraining:
 
     `tokenizer` is a run of recipe 'tokenizer', a checkpoint of one, or a folder with ae_config.json and ae.safetensors.
     The backbone comes from `pretrained` (a local folder in transformers' layout) or from `backbone` (fields of a Qwen3 config)
-    with a text tokenizer trained on the captions. With `init` the model of an earlier stage goes on; what the config says beside it
-    about tokenizer, backbone and head must then fit that model.
+    with a text tokenizer trained on the captions. With `init` the model of an earlier stage goes on; what the config says beside
+    it about tokenizer, backbone and head must then fit that model.
     """
 
     stage: str = ""  # "pretrain", "continue", "finetune", …: written into the model's card
@@ -224,9 +221,10 @@ class TrainingConfig:
             raise ValueError(f"recipe = {self.recipe!r}; allowed are 'tokenizer' and 'generator'")
         if not self.run.out:
             raise ValueError("run.out is empty; name the folder of this run, for example run.out = \"runs/mine\"")
-        if bool(self.data.train) == bool(self.data.sources):
-            example = 'data.train = ["shards/*.tar"]'
-            raise ValueError(f"give either data.train or data.sources; {'both are given' if self.data.train else f'for example {example}'}")
+        if self.data.train and self.data.sources:
+            raise ValueError("data.train and data.sources are both given; name the shards in one of them")
+        if not self.data.train and not self.data.sources:
+            raise ValueError('data.train is empty; name the shards, for example data.train = ["shards/*.tar"]')
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainingConfig:

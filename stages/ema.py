@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+EXCHANGED = 2**24  # numbers that are swapped at a time, so that hardly any memory is needed
+
 
 class AveragedAdamW(torch.optim.AdamW):
     """`average ← d·average + (1 − d)·weight` after every step of a weight; d = min(`decay`, (1 + n) / (10 + n)) in its step n.
@@ -36,9 +38,10 @@ class AveragedAdamW(torch.optim.AdamW):
         """Swap every weight with its average, in place. A second call restores both, bit for bit."""
         for weight, state in self.state.items():
             if "average" in state:
-                kept = weight.detach().clone()
-                weight.copy_(state["average"])
-                state["average"].copy_(kept)
+                for w, a in zip(weight.split(EXCHANGED), state["average"].split(EXCHANGED), strict=True):
+                    kept = w.clone()
+                    w.copy_(a)
+                    a.copy_(kept)
 
     def prepare(self, weight: Tensor, step: Tensor) -> dict[str, Tensor]:
         """The state of a weight that has been trained for `step` steps, for the caller to fill in."""

@@ -100,7 +100,7 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
                 tracker.scalars(done, values)
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             if judge or draw:
-                with learner.averaged() as module:
+                with watch.aside(), learner.averaged() as module:
                     if judge:
                         tracker.scalars(done, {f"heldout/{k}": v for k, v in recipe.validate(module).items()})
                     if draw and first:
@@ -109,7 +109,8 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
             stopped = stop.agreed(device)
             code = 128 + stopped if stopped else 0
             if keep or code:
-                checkpoint.save(folder, done, write, run.keep)
+                with watch.aside():
+                    checkpoint.save(folder, done, write, run.keep)
             if code:
                 break
     finally:

@@ -1,6 +1,6 @@
 """The processes of a run: starting them, and what they tell each other. Without a launcher there is one, and nothing to tell.
 
-Several are started by torchrun, deepspeed or SLURM with the same command; each holds one GPU, or a share of the CPU.
+Several are started by torchrun or deepspeed with the same command; each holds one GPU, or a share of the CPU.
 """
 
 import os
@@ -20,6 +20,8 @@ def start() -> None:
             port = probe.getsockname()[1]
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
@@ -50,18 +52,21 @@ def mean_over_processes(tensor: Tensor) -> Tensor:
     """The mean of each number over all processes, without gradient; the tensor itself where there is one process."""
     if world() == 1:
         return tensor
-    total = tensor.detach().clone()
-    dist.all_reduce(total)
-    return total / world()
+    return _reduced(tensor, dist.ReduceOp.SUM) / world()
 
 
 def most_over_processes(tensor: Tensor) -> Tensor:
     """The greatest of each number over all processes."""
     if world() == 1:
         return tensor
-    most = tensor.detach().clone()
-    dist.all_reduce(most, op=dist.ReduceOp.MAX)
-    return most
+    return _reduced(tensor, dist.ReduceOp.MAX)
+
+
+def _reduced(tensor: Tensor, operation: Any) -> Tensor:
+    """On the tensor's device, though NCCL reduces on the GPU alone."""
+    shared = tensor.detach().to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
+    dist.all_reduce(shared, op=operation)
+    return shared.to(tensor.device)
 
 
 def everyone(value: Any) -> list[Any]:

@@ -102,7 +102,8 @@ def _save(learner: Learner, path: Path) -> None:
     if first:
         tensors |= {f"buffer/{name}": tensor for name, tensor in _buffers(learner).items()}
     if tensors:
-        tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # stretches of one vector may not share its memory
+        # copies, since stretches of one vector may not share its memory
+        tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
         write_safetensors(tensors, path, {"places": json.dumps(places)})
 
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 
@@ -42,6 +43,13 @@ class Watch:
         self.skipped.update(micro.skipped)
         return micro
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside takes no time of the steps."""
+        begun = time.monotonic()
+        yield
+        self._clock += time.monotonic() - begun
+
     def note(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             self._noted[name].append(value.detach())
@@ -49,15 +57,14 @@ class Watch:
     def row(self, step: int) -> dict[str, float]:
         """Of the steps up to `step`. All processes must take part.
 
-        Noted values are means over the micro-steps of the step and over the processes that had one. `data_wait` (share of the
-        time) and `memory` (GB at its peak) are of the process that has most; `skipped` counts from this start of the run.
+        Noted values are means over the micro-steps of the step and over the processes that had one; NaN is none. `data_wait` (a
+        share of the time) and `memory` (GB at its peak) are of the process that has most; `skipped` counts from this start on.
         """
-        mine = {name: torch.stack([v.float() for v in values]).mean() for name, values in self._noted.items()}
+        means = {name: float(torch.stack([v.float() for v in values]).nanmean()) for name, values in self._noted.items()}
+        means = {name: value for name, value in means.items() if not math.isnan(value)}
         seconds = time.monotonic() - self._clock
         counts = {"tokens": self._tokens, "positions": self._positions, **{f"skipped/{k}": n for k, n in self.skipped.items()}}
-        everyone = processes.everyone(
-            ({k: float(v) for k, v in mine.items()}, counts, self._waited / seconds, _memory(self.device))
-        )
+        everyone = processes.everyone((means, counts, self._waited / seconds, _memory(self.device)))
         noted, counted, waits, memories = zip(*everyone, strict=True)
         names = dict.fromkeys(name for values in noted for name in values)
         row = {name: fmean(values[name] for values in noted if name in values) for name in names}

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,6 +213,22 @@ def test_metrics_are_json_whatever_the_value(tmp_path: Path) -> None:
     assert (tmp_path / "samples" / "grid_00000003.png").is_file()
 
 
+def test_wandb_gets_what_the_other_files_get(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="run.wandb = 'colours', but wandb is missing: pip install wandb"):
+        Tracker(tmp_path, wandb="colours")
+    calls: list[Any] = []
+    session = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish"))
+    package = SimpleNamespace(init=lambda **settings: calls.append(settings) or session, Image=lambda path: Path(path).name)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    tracker = Tracker(tmp_path, wandb="colours", config={"steps": 3})
+    tracker.scalars(3, {"loss": 0.5})
+    tracker.picture(3, "grid", Image.new("RGB", (2, 2)))
+    tracker.finish()
+    assert calls[0]["project"] == "colours" and calls[0]["config"] == {"steps": 3}
+    assert calls[1:] == [(3, {"loss": 0.5}), (3, {"grid": "grid_00000003.png"}), "finish"]
+
+
 def test_only_the_first_process_writes(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "run", enabled=False)
     tracker.scalars(1, {"loss": 1.0})
@@ -317,7 +334,8 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_built(tmp_path: Path
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_a_row_of_metrics_tells_of_its_own_step(tmp_path: Path, zero_stage: int) -> None:
-    train(LineRecipe(), config(tmp_path, zero_stage, steps=3, validate_every=2, log_every=2))
+    judged = LineRecipe()
+    train(judged, config(tmp_path, zero_stage, steps=3, validate_every=2, log_every=2))
     rows = metrics(tmp_path)
     assert [(row["step"], "loss" in row) for row in rows] == [(2, True), (2, False), (3, True), (3, False)]
     assert rows[1].keys() == {"step", "heldout/weight", "heldout/loss"}
@@ -339,6 +357,10 @@ def test_a_row_of_metrics_tells_of_its_own_step(tmp_path: Path, zero_stage: int)
             assert row["absolute"] == pytest.approx(scalars["absolute"].item(), rel=1e-5)
             assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)
             assert row["lr"] == pytest.approx(learning_rate(settings, step, 3), rel=1e-5)
+            assert row["epoch"] == pytest.approx(4 * (step + 1) / SAMPLES)
+            assert row["packing"] == 0.75 and row["tokens_per_s"] == pytest.approx(3 * row["images_per_s"], rel=1e-4)
+            assert row["skipped"] == row["skipped/too small"] == sum(0 in seen for seen in judged.seen[: step + 1]) > 0
+            assert 0 < row["mfu"] < 1 and 0 <= row["data_wait"] < 1 and 0.01 < row["memory"] < 1000
     assert json.loads((tmp_path / "config.json").read_text())["run"]["steps"] == 3
 
 

@@ -6,6 +6,7 @@ Two processes are started once and do all their runs; the runs of one process ha
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from stages import checkpoint
 from stages.config import DeepSpeedConfig, TrainingConfig
 from stages.engine import train
-from stages.recipe import Losses
+from stages.recipe import Losses, Opponent
 
 STAGES = (0, 1, 2, 3)
 CHANGES = ((2, 2), (0, 3), (3, 1))  # stage of ZeRO before and after
@@ -78,15 +79,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     code = "import sys, pathlib, test_engine_zero as t; t.work(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
     started, outputs = [], []
     for rank in (0, 1):
-        environment = before | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        variables = before | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}
+        variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
         outputs.append(folder / f"output_{rank}")
         with outputs[-1].open("w") as output:
             command = [sys.executable, "-c", code, str(folder), str(rank)]
-            started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+            started.append(subprocess.Popen(command, env=variables, stdout=output, stderr=output))
     try:
-        codes = [process.wait(240) for process in started]
+        codes = [process.wait(280) for process in started]
     finally:
         for process in started:
             process.kill()
@@ -242,9 +243,33 @@ def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
         train(made, config(tmp_path))
 
 
-def test_another_model_or_a_lost_file_is_named_on_resume(tmp_path: Path) -> None:
+def test_an_opponent_is_refused_under_zero_3(tmp_path: Path) -> None:
+    made: Any = recipe()
+    made.opponent = Opponent(Line(), config(tmp_path).optimizer, 0)
+    with pytest.raises(ValueError, match="deepspeed.zero_stage = 3 does not train an opponent; use 0, 1 or 2"):
+        train(made, config(tmp_path, 3))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_with_the_way_on(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, lambda folder: (folder / "ema.safetensors").touch(), 1)
+    with pytest.raises(ValueError, match="saved by an earlier version.* start again with --resume no, from its model/"):
+        train(recipe(), config(tmp_path))
+
+
+def test_another_model_is_named_on_resume(tmp_path: Path) -> None:
     train(recipe(), config(tmp_path, steps=1))
     made: Any = recipe()
     made.module.last = nn.Linear(5, 2)
     with pytest.raises(ValueError, match=r"missing weight/last.bias \[2\]"):
         train(made, config(tmp_path))
+
+
+def test_a_lost_part_of_a_parameter_is_named(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step_00000003"
+    checkpoint.save(tmp_path, 3, lambda target: shutil.copytree(runs / "parts_3" / folder.name, target, dirs_exist_ok=True), 1)
+    (folder / "resume" / "learner_00001.safetensors").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["resume/learner_00001.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"lacks a process's part of weight/first.weight; resume from an older step"):
+        train(recipe(frozen=True), config(tmp_path, 0))

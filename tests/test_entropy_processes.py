@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lfq_tokenizer.entropy import group_entropy
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
+from stages.processes import everyone, from_first, mean_over_processes, most_over_processes
 
 CASES = [(groups, pool) for groups in (1, 2, 8) for pool in (True, False)]
 
@@ -38,6 +39,9 @@ def work(rank: int, folder: str) -> None:
         dist.all_reduce(part["gradient"])  # what data-parallel training does
         part["gradient"] /= 2
         found |= {f"{groups}/{pool}/{name}": value for name, value in part.items()}
+    counted = torch.tensor([float(rank), 3.0], requires_grad=True)
+    found["mean"] = mean_over_processes(counted)
+    found["most"] = most_over_processes(counted)
     write_safetensors(found, Path(folder) / f"{rank}.safetensors")
     dist.destroy_process_group()
 
@@ -63,3 +67,14 @@ def test_the_halves_alone_would_give_something_else():
     whole = figures(latents(), 2, True)
     halves = [figures(part, 2, True) for part in latents().split(2)]
     assert abs(float(sum(h["of_mean"] for h in halves) / 2 - whole["of_mean"])) > 1e-2
+
+
+def test_counts_are_averaged_over_processes(by_rank):
+    for found in by_rank:
+        assert found["mean"].tolist() == [0.5, 3.0] and found["most"].tolist() == [1.0, 3.0]
+
+
+def test_one_process_hears_itself():
+    tensor = torch.tensor([2.0])
+    assert mean_over_processes(tensor) is tensor and most_over_processes(tensor) is tensor
+    assert everyone("a") == ["a"] and from_first("b") == "b"

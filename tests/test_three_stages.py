@@ -23,6 +23,7 @@ from stages.data.cli import main as data
 ROOT = Path(__file__).parent.parent
 DEBUG = ROOT / "configs" / "debug"
 STAGES = ("pretrain", "continue", "finetune")
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LIMIT = 300  # seconds for all three stages, export and generation
 
 
@@ -58,13 +59,10 @@ def trained(place: Path) -> dict[str, Any]:
     """The three stages, two processes each, an export and two pictures; how long that took."""
     started = time.monotonic()
     for stage in STAGES:
-        command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages", str(DEBUG / f"{stage}.toml")]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            environment.pop(name, None)
-        done = subprocess.run(
-            [sys.executable, *command, *settings(place, stage, place / stage)], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages"]
+        command = [*launcher, str(DEBUG / f"{stage}.toml"), *settings(place, stage, place / stage)]
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHED} | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
     assert stages.cli.export([str(place / "finetune"), str(place / "model")]) == 0
     pictures = ["generate", "a red circle", "--model", str(place / "model"), "--steps", "2", "--device", "cpu", "-o"]
@@ -135,17 +133,6 @@ def test_a_stage_that_does_not_fit_the_one_before_is_refused(
     assert not (tmp_path / "run").exists() or not complete(tmp_path / "run")
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from leaves(item, f"{name}/{key}")
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from leaves(item, f"{name}/{i}")
-    elif isinstance(value, torch.Tensor | int | float | str):
-        yield name, value
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_resuming_a_stage_changes_nothing(place: Path, trained: Any, tmp_path: Path, stage: str, workers: int) -> None:
@@ -156,13 +143,7 @@ def test_resuming_a_stage_changes_nothing(place: Path, trained: Any, tmp_path: P
             changes += ["--set", change]
         assert stages.cli.train([str(DEBUG / f"{stage}.toml"), *changes]) == 0
     whole, parts = newest(tmp_path / "whole"), newest(tmp_path / "parts")
-    states = sorted(path.relative_to(whole) for path in whole.rglob("*.pt"))
-    assert states
-    for path in states:
-        one, other = (dict(leaves(torch.load(folder / path, weights_only=False))) for folder in (whole, parts))  # written here
-        assert one.keys() == other.keys()
-        for name, value in one.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[name])) if isinstance(value, torch.Tensor) else True, name
+    assert (whole / "resume" / "learner_00000.safetensors").is_file()
     for path in sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors")):
         one, other = (read_safetensors(folder / path) for folder in (whole, parts))
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one), path

@@ -81,8 +81,8 @@ class Mixture:
             _Stream(i, r, numbers[i][r], EpochOrder(len(numbers[i][r]), _stream_seed(seed, i, r))) for i, r in self.shares
         ]
         self._pattern = spread(list(self.shares.values()))
-        counts = np.eye(len(self._streams), dtype=np.int64)[self._pattern]
-        self._before = np.concatenate([np.zeros_like(counts[:1]), counts.cumsum(0)])
+        turns = np.eye(len(self._streams), dtype=np.int64)[self._pattern]
+        self._before = np.concatenate([np.zeros_like(turns[:1]), turns.cumsum(0)])  # of each stream, ahead of each slot
 
     def _by_resolution(self, data: ShardDataset, buckets: Buckets, enlarge: float) -> dict[int, np.ndarray]:
         found: dict[int, list[int]] = {}

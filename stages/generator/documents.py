@@ -63,7 +63,8 @@ class GeneratorBatch:
             pixels_B3HW = torch.stack([self.pixels[k] for k in members])
             weight = next(tokenizer.parameters())
             bits_BChw = tokenizer.encode((pixels_B3HW.to(weight.dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last))
-            plan = PatchPlan(*bits_BChw.shape[2:], p)
+            h, w = bits_BChw.shape[2:]
+            plan = PatchPlan(h, w, p)
             for k, bits_NC in zip(members, plan.order(bits_BChw), strict=True):
                 self.sequence.image_bits_NC[self.sequence.image_N == k] = bits_NC.float()
         return self.sequence
@@ -114,7 +115,7 @@ class Documents:
             ids = unconditional_ids(self.text_tokenizer)
         bits_Chw, pixels_3HW = self._picture(sample, resolution)
         draws = ImageDraws.draw(bits_Chw[0].numel(), self.head, flip_max, generator)
-        pieces = [TextPiece(ids, predict=bool(caption)), ImagePiece(bits_Chw, draws=draws)]
+        pieces: list[TextPiece | ImagePiece] = [TextPiece(ids, predict=bool(caption)), ImagePiece(bits_Chw, draws=draws)]
         return Drawn(sample.key, pieces, pixels_3HW)
 
     def _picture(self, sample: Sample, resolution: int) -> tuple[Tensor, Tensor | None]:

@@ -88,7 +88,7 @@ class GeneratorRecipe:
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         model = _objective(self.module).model
-        named = {"backbone": model.backbone, "projector": model.projector, "head": model.head}
+        named: dict[str, nn.Module] = {"backbone": model.backbone, "projector": model.projector, "head": model.head}
         return {name: [p for p in part.parameters() if p.requires_grad] for name, part in named.items()}
 
     def batch(self, slots: range, generator: torch.Generator) -> Micro:

@@ -52,8 +52,9 @@ class Gallery:
                 for sample in samples:
                     a = sample.attributes
                     self.renderings.append(Rendering(sample.captions, (a["concept"], a["style"]), a["background"]))
-                latents.append(self.latents([s.picture for s in samples]))
-                pixels.append((as_images([s.picture for s in samples]) * 127.5 + 127.5).round().to(torch.uint8))
+                pictures: list[Any] = [sample.picture for sample in samples]
+                latents.append(self.latents(pictures))
+                pixels.append(((as_images(pictures) + 1) * 127.5).round().to(torch.uint8))
         self._latents_RF, self._pixels_R3HW = torch.cat(latents), torch.cat(pixels)
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -47,12 +48,16 @@ class States:
         return self.weights + self.gradients + self.optimizer + self.average
 
 
+def weight_bytes(precision: str) -> int:
+    return 2 if precision == "bfloat16-weights" else 4
+
+
 def states(
     trained: int, frozen: int, largest: int, precision: str, average: bool, deepspeed: DeepSpeedConfig, processes: int
 ) -> States:
     """`trained` and `frozen` parameters, of which the `largest` tensor has so many numbers, under `processes` processes."""
     stage, zero = deepspeed.zero_stage, deepspeed.settings.get("zero_optimization", {})
-    width = 2 if precision == "bfloat16-weights" else 4
+    width = weight_bytes(precision)
     part = trained / processes if stage else float(trained)  # of the optimiser's states
     weights = width * (trained + frozen) / (processes if stage == 3 else 1)
     gradients = 4 * (trained if stage < 2 else trained / processes)
@@ -129,6 +134,7 @@ def _micro_step(
     shape: Shape, training: GeneratorTraining, precision: str, batch: TrainingBatch, dense: bool, layers: int
 ) -> Activations:
     fake = FakeTensorMode()
+    on_device = _fake_batch(batch, shape, fake)
     with fake:
         model = shape.model(training, torch.bfloat16 if precision == "bfloat16-weights" else torch.float32, layers)
         if not dense:
@@ -136,9 +142,10 @@ def _micro_step(
         for parameter in model.parameters():
             if parameter.requires_grad:  # gradients are states
                 parameter.register_post_accumulate_grad_hook(_drop)
-        on_device = _fake_batch(batch, shape, fake)
         lower = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()
-        with Live([*model.parameters(), *model.buffers()]) as live:
+        # what place a token has in its grid is data too; a table of zeros takes as much room
+        no_table = patch("bitdance.model.sincos_2d", lambda row, col, dim, dtype: torch.zeros(*row.shape, dim, dtype=dtype))
+        with no_table, Live([*model.parameters(), *model.buffers()]) as live:
             with lower:
                 loss = model(on_device, text_weight=training.text_weight).total
             kept = live.now
@@ -165,13 +172,14 @@ def _fake_batch(batch: TrainingBatch, shape: Shape, fake: FakeTensorMode) -> Tra
     N, head = batch.image_bits_NC.shape[0], shape.head
     assert bool(batch.generated_N.all())
     blocks = N // head.parallel_num
-    draws = ImageDraws(
-        torch.empty(N, head.ch_target, dtype=torch.bool),
-        torch.empty(head.diff_batch_mul, blocks),
-        torch.empty(head.diff_batch_mul, blocks, head.parallel_num, head.ch_target),
-    )
     made = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
-    return TrainingBatch(**made | {"generated_N": torch.arange(N)}, draws=draws)
+    with fake:
+        draws = ImageDraws(
+            torch.empty(N, head.ch_target, dtype=torch.bool),
+            torch.empty(head.diff_batch_mul, blocks),
+            torch.empty(head.diff_batch_mul, blocks, head.parallel_num, head.ch_target),
+        )
+        return TrainingBatch(**made | {"generated_N": torch.arange(N)}, draws=draws)
 
 
 def _tensors(batch: TrainingBatch) -> list[Tensor]:

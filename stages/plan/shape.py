@@ -1,6 +1,7 @@
 """The model that a config describes, without its weights: from the files that are there, else from what the config says."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Shape:
         if folder := _folder(training.tokenizer):
             tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
         else:
-            absent.append(f"generator.tokenizer = {training.tokenizer!r} (its shape is taken from [tokenizer.model])")
+            absent.append(f"generator.tokenizer = {training.tokenizer!r}, whose shape [tokenizer.model] gives,")
         backbone, words = dict(training.backbone), training.text_vocabulary
         if training.pretrained:
             path = Path(training.pretrained) / LM_CONFIG
@@ -87,8 +88,8 @@ class Shape:
         add_image_tokens(text_tokenizer, self.sides, self.head.parallel_num - 1)
         tokenizer = LFQTokenizer(self.tokenizer).eval().requires_grad_(False)
         backbone = Backbone.from_config(config, dtype)
-        projector = Projector(self.head.ch_target, self.head.ch_cond).to(dtype)
-        head = BinaryDiffusionHead(self.head).to(dtype)
+        with _default(dtype):  # a fake tensor cannot be converted in place
+            projector, head = Projector(self.head.ch_target, self.head.ch_cond), BinaryDiffusionHead(self.head)
         model = BitDanceModel(tokenizer, text_tokenizer, projector, backbone, head).train()
         for part in training.freeze:
             getattr(model, part).requires_grad_(False)
@@ -126,6 +127,16 @@ def count(model: BitDanceModel) -> dict[str, Count]:
 def _count(parameters: list[torch.nn.Parameter]) -> Count:
     sizes = [p.numel() for p in parameters]
     return Count(sum(sizes), sum(p.numel() for p in parameters if p.requires_grad), max(sizes))
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _folder(place: str) -> Path | None:

@@ -25,8 +25,8 @@ KERNEL_ROWS = 128  # rows are rounded up to this for compiled attention on a GPU
 class Workload:
     """`documents` by resolution (side in pixels of a square), their `shares` of the pictures, and their row's `limit` of tokens.
 
-    `prompt` is the number of tokens of a prompt with its template; `fullest` the resolutions of the micro-step, among those that
-    the mix deals out, which holds most tokens.
+    `prompt` is the number of tokens of a prompt, `template` of them around the caption. `pattern` is the order in which the mix
+    deals out resolutions.
     """
 
     documents: dict[int, Document]
@@ -34,6 +34,7 @@ class Workload:
     prompt: int
     limit: int
     pattern: tuple[int, ...]
+    template: int = TEMPLATE
 
     @classmethod
     def of(cls, config: TrainingConfig, shape: Shape, caption: int) -> "Workload":
@@ -50,9 +51,12 @@ class Workload:
         for resolution in shares:
             unit = downsampling * isqrt(P)
             if resolution % unit:
-                raise ValueError(f"data.mix names {resolution} pixels, no multiple of {unit} ({downsampling} pixels a token, {P} a block)")
+                said = f" ({', '.join(shape.absent)} is not here)" if shape.absent else ""
+                raise ValueError(
+                    f"data.mix names {resolution} pixels, no multiple of {unit}: {downsampling} pixels a token, {P} tokens a block{said}"
+                )
             side = resolution // downsampling
-            documents[resolution] = Document(text, side, side, P)
+            documents[resolution] = Document(text, side, side, P)  # on average
         resolutions = list(shares)
         pattern = tuple(resolutions[k] for k in spread(list(shares.values())))
         return cls(documents, shares, prompt, config.data.row_tokens, pattern)

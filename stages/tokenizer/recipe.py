@@ -124,7 +124,7 @@ class TokenizerRecipe:
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         tokenizer = _tokenizer(self.module)
-        named = {"encoder": tokenizer.encoder, "decoder": tokenizer.decoder}
+        named: dict[str, nn.Module] = {"encoder": tokenizer.encoder, "decoder": tokenizer.decoder}
         return {name: [p for p in part.parameters() if p.requires_grad] for name, part in named.items()}
 
     def batch(self, slots: range, generator: torch.Generator) -> Micro:

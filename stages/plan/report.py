@@ -1,0 +1,79 @@
+"""The plan as text for people."""
+
+from collections.abc import Iterator
+
+from stages.plan.fit import GIB, RESERVE, Column
+from stages.plan.plan import Plan
+
+WIDTH = 14
+
+
+def text(plan: Plan) -> str:
+    return "\n".join([*_parameters(plan), "", *_work(plan), "", *_processes(plan), "", *_advice(plan), "", *_assumed(plan)])
+
+
+def _parameters(plan: Plan) -> Iterator[str]:
+    yield f"{plan.stage}: parameters{'':14}{'all':>18}{'trained':>18}"
+    for name, part in plan.parameters.items():
+        yield f"  {name:34}{part.all:>16,}{part.trained or 'frozen':>18{',' if part.trained else ''}}"
+    totals = [sum(getattr(part, kind) for part in plan.parameters.values()) for kind in ("all", "trained")]
+    yield f"  {'together':34}{totals[0]:>16,}{totals[1]:>18,}"
+
+
+def _work(plan: Plan) -> Iterator[str]:
+    yield f"pictures of {'share':>9}{'image tokens':>16}{'blocks':>9}{'tokens':>10}{'FLOPs':>11}"
+    for p in plan.pictures:
+        size = f"{p.resolution}²"
+        yield f"  {size:9}{p.share:>10.1%}{p.image_tokens:>16,}{p.blocks:>9,}{p.tokens:>10,.0f}{p.flops.useful:>11.3g}"
+    yield (
+        f"a step: {plan.samples:,} pictures, {plan.tokens_per_step:,.0f} tokens, {plan.flops_per_step:.3g} FLOPs"
+        + (f" and {plan.recomputed_per_step:.3g} of recomputation" if plan.recomputed_per_step else "")
+    )
+    shares = ", ".join(f"{name} {value / plan.flops_per_step:.1%}" for name, value in plan.flops.items() if value)
+    yield f"  of which {shares}"
+    yield (
+        f"the run: {plan.steps:,} steps, {plan.steps * plan.samples / 1e6:,.4g} M pictures, "
+        f"{plan.steps * plan.tokens_per_step / 1e9:,.4g} G tokens, {plan.steps * plan.flops_per_step:.3g} FLOPs"
+    )
+    if "samples" in plan.data:
+        left_out = ", ".join(f"{number:,} {reason}" for reason, number in plan.data["left_out"].items()) or "nothing"
+        yield f"the data: {plan.data['samples']:,} samples, left out: {left_out}; {plan.data['hash'][:16]}"
+
+
+def _processes(plan: Plan) -> Iterator[str]:
+    def row(name: str, values: list[str]) -> str:
+        return f"{name:36}" + "".join(f"{value:>{WIDTH}}" for value in values)
+
+    def gib(name: str, values: list[float]) -> str:
+        return row(name, [f"{value / GIB:,.1f}" if value else "–" for value in values])
+
+    columns = plan.columns
+    yield row("GPUs", [str(c.processes) for c in columns])
+    yield row("batch size × accumulation", [f"{c.batch_size} × {c.accumulation}" for c in columns])
+    yield row("rows × positions at most", [f"{c.rows[0]} × {c.rows[1]:,}" for c in columns])
+    yield row(f"hours at an MFU of {plan.machine.mfu:.0%}", [f"{c.hours:,.3g}" if c.hours < 100 else f"{c.hours:,.0f}" for c in columns])
+    yield row("days", [f"{c.hours / 24:,.1f}" for c in columns])
+    yield f"GiB of a GPU, {plan.precision}:"
+    for name in columns[0].memory:
+        if any(c.memory[name] for c in columns):
+            yield gib(f"  {name}", [c.memory[name] for c in columns])
+    yield gib("peak of training", [c.training for c in columns])
+    yield gib("peak of judging", [c.judging for c in columns])
+    if any(c.host for c in columns):
+        yield gib("the machine's memory, a process", [c.host for c in columns])
+    verdict = f"fits {plan.machine.memory:g} GiB less {RESERVE:.0%}"
+    yield row(verdict, ["yes" if c.fits else "NO" for c in columns])
+
+
+def _advice(plan: Plan) -> Iterator[str]:
+    for c in plan.columns:
+        yield f"{c.processes} GPUs: {_said(c)}"
+
+
+def _said(c: Column) -> str:
+    return "; ".join([*(["fits"] if c.fits else []), *c.advice, f"fullest micro-step {c.fullest}"])
+
+
+def _assumed(plan: Plan) -> Iterator[str]:
+    yield "assumed: " + "; ".join(plan.assumed)
+    yield f"peak of a GPU {plan.machine.tflops:g} TFLOP/s; a fused attention kernel; fused kernels of Liger would need less"
