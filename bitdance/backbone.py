@@ -83,7 +83,7 @@ class Backbone(nn.Module):
         if lm.config._attn_implementation != _ATTENTION:
             raise _refused(lm.config, "it computes attention by itself, so no mask of ours would reach it")
         if not hasattr(lm.base_model, "rotary_emb"):
-            raise _refused(lm.config, "its positions are not rotary, so pictures would have to fit the length it was trained with")
+            raise _refused(lm.config, "its positions are not rotary and end at the length it was trained with")
         lm.config._name_or_path = ""  # a saved config must not name a folder of this machine
         self.lm = lm
 

@@ -5,7 +5,6 @@
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -37,23 +36,28 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("config", help="a TOML file; see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the config")
     parser.add_argument("--resume", default="auto", help="auto (newest checkpoint of the run), no, or a checkpoint folder")
-    parser.add_argument("--dry-run", action="store_true", help="build everything, print the plan, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing; needs no weights and no GPU")
+    plan = parser.add_argument_group("with --dry-run")
+    plan.add_argument("--processes", default="1", help="numbers of GPUs, for example 64,8,512: the config's batch is meant for the first")
+    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB")
+    plan.add_argument("--peak-tflops", type=float, default=989, help="of a GPU, dense bfloat16 (H100: 989, A100: 312)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: 0.4)")
+    plan.add_argument("--caption-tokens", type=int, default=128, help="of an average caption (default: 128)")
+    plan.add_argument("--json", action="store_true", help="the plan as JSON")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # some launchers add it
     arguments = parser.parse_args(argv)
 
-    from stages.config import as_dict, load_config
+    from stages.config import load_config
 
     config = load_config(arguments.config, arguments.set)
+    if arguments.dry_run:
+        from stages.plan.command import show
+
+        return show(config, arguments)
     from stages.engine import train as run
     from stages.recipe import build_recipe
 
     recipe = build_recipe(config)
-    if arguments.dry_run:
-        networks = dict(recipe.module.named_children()) | ({"opponent": recipe.opponent.module} if recipe.opponent else {})
-        parts = {name: sum(p.numel() for p in m.parameters()) for name, m in networks.items()}
-        plan = {"parameters": parts, "samples": recipe.length, "data": recipe.hash, "config": as_dict(config)}
-        print(json.dumps(plan, indent=2, default=str))
-        return 0
     return run(recipe, config, arguments.resume)
 
 

@@ -4,6 +4,7 @@ Two processes are started once and do all their runs; the runs of one process ha
 """
 
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -163,6 +164,15 @@ def test_killed_processes_leave_a_checkpoint_that_goes_on(runs: Path, alone: Pat
 # one process
 
 
+@pytest.fixture
+def quick_collection() -> Iterator[None]:
+    """DeepSpeed collects garbage many times while it builds its bfloat16 optimiser; what exists already need not be looked at."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collection")
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_bfloat16_weights_learn_and_resume_exactly_in_float32(tmp_path: Path, zero: int) -> None:
     whole, parts = (config(tmp_path / name, zero, precision="bfloat16-weights", accumulation=2) for name in ("whole", "parts"))
@@ -265,11 +275,10 @@ def test_another_model_is_named_on_resume(tmp_path: Path) -> None:
 
 
 def test_a_lost_part_of_a_parameter_is_named(runs: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "step_00000003"
-    checkpoint.save(tmp_path, 3, lambda target: shutil.copytree(runs / "parts_3" / folder.name, target, dirs_exist_ok=True), 1)
-    (folder / "resume" / "learner_00001.safetensors").unlink()
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["files"]["resume/learner_00001.safetensors"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    def write(target: Path) -> None:
+        without = shutil.ignore_patterns("learner_00001.safetensors", "manifest.json")
+        shutil.copytree(runs / "parts_3" / "step_00000003", target, ignore=without, dirs_exist_ok=True)
+
+    checkpoint.save(tmp_path, 3, write, 1)
     with pytest.raises(ValueError, match=r"lacks a process's part of weight/first.weight; resume from an older step"):
-        train(recipe(frozen=True), config(tmp_path, 0))
+        train(recipe(frozen=True), config(tmp_path))

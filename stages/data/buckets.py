@@ -6,6 +6,7 @@ A resolution R stands for all sizes of about R × R pixels. Sizes are (height, w
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from PIL import Image
 
@@ -23,7 +24,7 @@ class Buckets:
 
     def __post_init__(self) -> None:
         for resolution in self.resolutions:
-            if not sizes_at(self.rule, resolution):
+            if not _sizes(self.rule, resolution):
                 raise ValueError(
                     f"data.mix names {resolution} pixels, but no size of that area has sides that are multiples of "
                     f"{self.rule.unit} with a <|res_i|> token; choose another resolution"
@@ -31,7 +32,7 @@ class Buckets:
 
     def size_for(self, resolution: int, height: int, width: int) -> Size:
         """The size of `resolution` whose aspect ratio is nearest to that of a picture."""
-        return nearest_aspect(sizes_at(self.rule, resolution), height, width)
+        return nearest_aspect(_sizes(self.rule, resolution), height, width)
 
     def reach(self, height: int, width: int, enlarge: float) -> tuple[int, ...]:
         """Resolutions that a picture can be brought to by shrinking, or by enlarging at most by the factor `enlarge`."""
@@ -45,6 +46,11 @@ class Buckets:
         side = math.sqrt(height * width)
         nearest = min(self.resolutions, key=lambda r: abs(math.log(r / side)))
         return (nearest,) if max(nearest / side, side / nearest) <= NEAR else ()
+
+
+@lru_cache(maxsize=64)
+def _sizes(rule: SizeRule, resolution: int) -> tuple[Size, ...]:
+    return tuple(sizes_at(rule, resolution))  # asked for every picture
 
 
 def nearest_aspect(sizes: Sequence[Size], height: int, width: int) -> Size:

@@ -69,7 +69,7 @@ class Subject:
 
     @cached_property
     def judging(self) -> dict[str, float]:
-        """What a sample grid needs, and validation under ZeRO 3, where every process then holds the whole model."""
+        """What a sample grid needs; under ZeRO 3 every process holds the whole model to validate, to sample and to save."""
         config, s = self.config, self.shape.tokenizer.downsampling
         grid = len(config.generator.sample_prompts) or PICTURES
         largest = max(self.workload.documents)
@@ -78,7 +78,7 @@ class Subject:
         width = memory.weight_bytes(config.run.precision)
         total = sum(part.all for name, part in self.counts.items() if name != "tokenizer")
         return {
-            "whole model for judging": float(width * total) if config.deepspeed.zero_stage == 3 else 0.0,
+            "whole model, to judge and save": float(width * total) if config.deepspeed.zero_stage == 3 else 0.0,
             "keys and values of a sample grid": float(memory.cache_bytes(self.shape, 2 * grid, tokens, width)),
             "decoding of a sample grid": memory.tokenizer_peak(self.shape, grid, H, W, decode=True),
         }
@@ -132,36 +132,38 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
         advice.append(f"{samples:,} samples of a step do not divide among {processes} processes; nearest is {made:,}")
     if (size, accumulation) != (run.batch_size, run.accumulation):
         advice.append(f"run.batch_size = {size}, run.accumulation = {accumulation}")
-    if training > room:
-        advice += _remedies(subject, processes, size, always, training, room)
-    if looking > room:
-        advice.append("judging does not fit: fewer or smaller pictures in the sample grid, or more GPUs")
+    if max(training, looking) > room:
+        advice.append(_remedies(subject, processes, size, training - always, looking - always, always, room))
     fits = max(training, looking) <= room
     shape = (processes, size, accumulation, made, hours, shown(fullest), rows)
     return Column(*shape, lines, training, looking, states.host, fits, tuple(advice))
 
 
-def _remedies(subject: Subject, processes: int, size: int, always: float, needed: float, room: float) -> list[str]:
-    """What helps, the cheapest first."""
+def _remedies(
+    subject: Subject, processes: int, size: int, passes: float, looking: float, always: float, room: float
+) -> str:
+    """What helps, the cheapest first. `passes` and `looking`: what training and judging need beside what is `always` there."""
     config, found = subject.config, []
     deepspeed = config.deepspeed
-    if not config.generator.checkpoint_activations:
-        found.append("generator.checkpoint_activations = true")
-    if always < room and size > 1:
-        smaller = max(1, int(size * (room - always) / (needed - always)))
-        found.append(f"run.batch_size = {smaller}")
-    if deepspeed.zero_stage < 3 and processes > 1:
-        found.append("deepspeed.zero_stage = 3")
-    if not deepspeed.offload_optimizer and deepspeed.zero_stage:
+    if always + passes > room:
+        if not config.generator.checkpoint_activations:
+            found.append("generator.checkpoint_activations = true")
+        if always < room and size > 1:
+            found.append(f"run.batch_size = {max(1, int(size * (room - always) / passes))}")
+        if deepspeed.zero_stage < 3 and processes > 1:
+            found.append("deepspeed.zero_stage = 3")
+    else:
+        found.append("fewer or smaller pictures in the sample grid")
+    kept, needed = subject.states(processes).kept, always + max(passes, looking)
+    if deepspeed.zero_stage and not deepspeed.offload_optimizer:
         moved = replace(config, deepspeed=replace(deepspeed, offload_optimizer=True))
-        saved = subject.states(processes).kept - subject.states(processes, moved).kept
-        found.append(f"deepspeed.offload_optimizer = true (saves {saved / GIB:.0f} GiB)")
-    if deepspeed.zero_stage:
-        spare = needed - subject.states(processes).kept
-        more = processes
-        while more < MOST_PROCESSES and subject.states(more).kept + spare > room:
-            more *= 2
-        if more > processes and subject.states(more).kept + spare <= room:
-            found.append(f"{more} GPUs")
-    return ["does not fit; try " + " or ".join(found)] if found else ["does not fit; take GPUs with more memory"]
-
+        saved = kept - subject.states(processes, moved).kept
+        if needed - saved <= room:
+            found.append(f"deepspeed.offload_optimizer = true (saves {saved / GIB:.0f} GiB)")
+    more = processes
+    while more < MOST_PROCESSES and needed - kept + subject.states(more).kept > room:
+        more *= 2
+    if deepspeed.zero_stage and more < MOST_PROCESSES:
+        found.append(f"{more} GPUs")
+    what = "training" if always + passes > room else "judging and saving"
+    return f"{what} does not fit; try {' or '.join([*found, 'GPUs with more memory'])}"

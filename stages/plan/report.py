@@ -58,7 +58,7 @@ def _processes(plan: Plan) -> Iterator[str]:
         if any(c.memory[name] for c in columns):
             yield gib(f"  {name}", [c.memory[name] for c in columns])
     yield gib("peak of training", [c.training for c in columns])
-    yield gib("peak of judging", [c.judging for c in columns])
+    yield gib("peak of judging and saving", [c.judging for c in columns])
     if any(c.host for c in columns):
         yield gib("the machine's memory, a process", [c.host for c in columns])
     verdict = f"fits {plan.machine.memory:g} GiB less {RESERVE:.0%}"

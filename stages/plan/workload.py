@@ -11,7 +11,7 @@ import torch
 
 from bitdance.prompt import SpecialTokens
 from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
-from stages.config import TrainingConfig
+from stages.config import SourceConfig, TrainingConfig
 from stages.data.mixture import spread
 from stages.plan.flops import Document
 from stages.plan.shape import Shape
@@ -57,8 +57,10 @@ class Workload:
                 )
             side = resolution // downsampling
             documents[resolution] = Document(text, side, side, P)  # on average
-        resolutions = list(shares)
-        pattern = tuple(resolutions[k] for k in spread(list(shares.values())))
+        # streams in the order of `Mixture`, as if every source had every resolution
+        streams = [(r, share * source.weight) for r, share in mix.items() for source in config.data.sources or (SourceConfig(("",)),)]
+        weight = sum(share for _, share in streams)
+        pattern = tuple(streams[k][0] for k in spread([share / weight for _, share in streams]))
         return cls(documents, shares, prompt, config.data.row_tokens, pattern)
 
     @property
