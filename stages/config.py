@@ -188,7 +188,7 @@ class GeneratorTraining:
     attention: str = "auto"  # "dense", "flex"; auto: flex on CUDA, dense elsewhere
     kernels: str = "auto"  # "none"; auto: fused kernels of Liger on CUDA where it is installed
     max_text_tokens: int = 256
-    resolution_tokens: int = 0  # <|res_i|> for sides up to this; 0: 4096 / downsampling
+    resolution_tokens: int = 0  # <|res_i|> for sides up to this; 0: 4096 / downsampling, or as many as `init` has
     dropout: float = 0.1  # prompts replaced by the unconditional one
     flip_max: float = 0.1
     text_weight: float = 0.01

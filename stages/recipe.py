@@ -43,6 +43,8 @@ class Recipe(Protocol):
     The samples of a run stand in one endless row. `batch(slots, generator)` makes the part `slots` of it: a pure function of its
     arguments, called in loader processes. What is random about one sample should depend on its slot, so that it does not
     change with the number of processes; the generator serves what is random about a batch.
+
+    `validate` is called on every process, `sample` and `save_model` on the first alone; all of them with whole, averaged weights.
     """
 
     module: nn.Module

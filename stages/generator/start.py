@@ -29,6 +29,8 @@ def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]],
     t = training
     if t.init:
         model = load_model(model_folder(t.init), device="cpu", dtype=torch.float32).train()
+        if t.resolution_tokens > len(model.special.res_ids):
+            model = _with_sides(model, t.resolution_tokens)
         for part in (model.backbone, model.projector, model.head):
             part.to(dtype)
         return model
@@ -53,6 +55,16 @@ def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]],
         backbone = Backbone.from_config({"model_type": "qwen3", **t.backbone, "vocab_size": len(text_tokenizer)}, dtype)
     projector = Projector(head.ch_target, head.ch_cond).to(dtype)
     return BitDanceModel(tokenizer, text_tokenizer, projector, backbone, BinaryDiffusionHead(head).to(dtype))
+
+
+def _with_sides(model: BitDanceModel, sides: int) -> BitDanceModel:
+    """The model with <|res_i|> tokens for sides up to `sides`, the new ones fresh."""
+    text_tokenizer = add_image_tokens(model.text_tokenizer, sides, model.block_size - 1)
+    if model.backbone.vocabulary_size < len(text_tokenizer):
+        model.backbone.grow_vocabulary(len(text_tokenizer))
+    grown = BitDanceModel(model.tokenizer, text_tokenizer, model.projector, model.backbone, model.head).train()
+    grown.extras = model.extras
+    return grown
 
 
 def _backbone_config(training: GeneratorTraining) -> dict[str, Any]:

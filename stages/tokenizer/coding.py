@@ -97,13 +97,13 @@ class EncodedInput:
             yield CaptionedPicture(safe_key(sample.key), sample.picture, sample.captions, attributes, encoded=bits, ending="bits")
 
     def describe(self) -> dict[str, Any]:
-        encoder = {"sha256": _weights_hash(self.tokenizer.encoder), "dtype": str(next(self.tokenizer.parameters()).dtype)}
+        encoder = {"sha256": weights_hash(self.tokenizer.encoder), "dtype": str(next(self.tokenizer.parameters()).dtype)}
         config = self.tokenizer.config.to_published()
         return {"name": "encoded", "sha256": self._digest.hexdigest(), "tokenizer": config, "encoder": encoder}
 
 
-def _weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names and values: the bits follow from the encoder alone, whatever decoder is trained later."""
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 over names and values. Of an encoder: the bits follow from it alone, whatever decoder is trained later."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
