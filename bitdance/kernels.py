@@ -1,8 +1,8 @@
 """Fused kernels for the language model: used where they are installed and can run, never required.
 
-Liger (package `liger-kernel`, written for 0.8) computes an RMSNorm, and the product inside a SwiGLU, in one Triton kernel each, with
-the numbers of transformers' modules up to rounding. Its rotary kernel is left out: transformers calls rotation through a global
-function of the family's file, so taking it would change every other model of the process, also one on the CPU.
+Liger (package `liger-kernel`, written for 0.8) computes an RMSNorm, and the product inside a SwiGLU, in one Triton kernel each,
+with the numbers of transformers' modules up to rounding. Its rotary kernel is left out: transformers calls rotation through a
+global function of the family's file, so taking it would change every other model of the process, also one on the CPU.
 
 The package flash-attn has no place here. Its kernels know causal and sliding masks, not the block-causal one, so training goes
 through flex_attention. What is left without a mask, decoding and the head's attention over the P tokens of a block, runs on SDPA,
@@ -23,8 +23,8 @@ def use_fused_kernels(lm: nn.Module, device: torch.device | str | None = None) -
     Nothing happens without Liger, off CUDA, or for a family whose modules differ. `device` is where `lm` will run, by default
     where its weights are; afterwards it runs there only. Weights, their names and files stay as they are.
     """
-    device = next(lm.parameters()).device if device is None else torch.device(device)
-    if device.type != "cuda" or not torch.cuda.is_available() or lm.config.model_type not in FAMILIES:
+    target = next(lm.parameters()).device if device is None else torch.device(device)
+    if target.type != "cuda" or not torch.cuda.is_available() or lm.config.model_type not in FAMILIES:
         return []
     try:
         from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP
@@ -56,4 +56,4 @@ def _replace(lm: nn.Module, rms_norm: Any, swiglu: Any) -> list[str]:
 
 
 def _plain_swiglu(mlp: nn.Module) -> bool:
-    return all(hasattr(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")) and mlp.config.hidden_act in ("silu", "swish")
+    return hasattr(mlp, "gate_proj") and mlp.config.hidden_act in ("silu", "swish")

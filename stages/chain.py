@@ -3,7 +3,6 @@
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,14 @@ def encoder_hash(tokenizer: LFQTokenizer, dtype: torch.dtype | None = None) -> s
 
 
 def check_chain(model: BitDanceModel, training: GeneratorTraining, tokenizer: LFQTokenizer | None = None) -> HeadConfig:
-    """The model of `generator.init` against what the config says beside it; `tokenizer` is the one that `generator.tokenizer` names.
+    """The model of `generator.init` against what the config says beside it; `tokenizer` is that of `generator.tokenizer`.
 
     Returns the head's config for this stage: the model's, with the training values (times, noise draws) that the config gives.
     ValueError where patch, bits per token, tokenizer, head or backbone are others.
     """
+    head = stage_head(model.head.config, training)
+    check_backbone(model.backbone.lm.config.to_dict(), training)
     came = f"generator.init = {training.init!r}"
-    head = _head(model.head.config, training, came)
     if tokenizer is not None:
         assert model.tokenizer is not None
         bits, wanted = model.head.config.ch_target, tokenizer.config.z_channels
@@ -48,19 +48,12 @@ def check_chain(model: BitDanceModel, training: GeneratorTraining, tokenizer: LF
                 f"{came} predicts {bits} bits per token, generator.tokenizer = {training.tokenizer!r} makes {wanted}; name the "
                 "tokenizer of the stage before, or leave generator.tokenizer empty"
             )
-        ours, theirs = encoder_hash(model.tokenizer.float()), encoder_hash(tokenizer.float())
+        ours, theirs = (encoder_hash(t, torch.float32) for t in (model.tokenizer, tokenizer))
         if ours != theirs:
             raise ValueError(
                 f"{came} was trained on the bits of another encoder ({ours[:SHOWN]}…) than that of generator.tokenizer = "
-                f"{training.tokenizer!r} ({theirs[:SHOWN]}…); name the tokenizer of the stage before, or leave generator.tokenizer empty"
-            )
-    known = model.backbone.lm.config.to_dict()
-    for name, value in training.backbone.items():
-        found = _field(known, name)
-        if name != "vocab_size" and found is not None and found != value:
-            raise ValueError(
-                f"{came} has a backbone with {name} = {found!r}, generator.backbone says {value!r}; correct the config, or start "
-                "again from the stage that the backbone belongs to"
+                f"{training.tokenizer!r} ({theirs[:SHOWN]}…); name the tokenizer of the stage before, or leave "
+                "generator.tokenizer empty"
             )
     return head
 
@@ -106,20 +99,32 @@ def next_card(
     return {"stages": [*json.loads(json.dumps(before)), own]}
 
 
-def _head(known: HeadConfig, training: GeneratorTraining, came: str) -> HeadConfig:
-    wanted = {**known.to_dict(), **training.head}
+def stage_head(known: HeadConfig, training: GeneratorTraining) -> HeadConfig:
+    """`known`, the head's config of the stage before, with the training values of this stage. ValueError for another shape."""
+    came, wanted = f"generator.init = {training.init!r}", {**known.to_dict(), **training.head}
     if wanted["parallel_num"] != known.parallel_num:
         raise ValueError(
-            f"{came} predicts {known.parallel_num} tokens per step, generator.head.parallel_num says {wanted['parallel_num']}; a model "
-            "grows to larger patches with `bitdance distill`"
+            f"{came} predicts {known.parallel_num} tokens per step, generator.head.parallel_num says {wanted['parallel_num']}; "
+            "a model grows to larger patches with `bitdance distill`"
         )
     for name in HEAD_SHAPE:
         if wanted[name] != getattr(known, name):
             raise ValueError(
-                f"{came} has a head with {name} = {getattr(known, name)!r}, generator.head says {wanted[name]!r}; correct the config: a "
-                "stage goes on with the head of the stage before"
+                f"{came} has a head with {name} = {getattr(known, name)!r}, generator.head says {wanted[name]!r}; "
+                "correct the config: a stage goes on with the head of the stage before"
             )
-    return replace(known, **{name: value for name, value in HeadConfig.from_dict(wanted).to_dict().items() if name not in HEAD_SHAPE})
+    return HeadConfig.from_dict(wanted)
+
+
+def check_backbone(known: Mapping[str, Any], training: GeneratorTraining) -> None:
+    """The transformers config of the stage before against [generator.backbone]. The vocabulary may have grown."""
+    for name, value in training.backbone.items():
+        found = _field(known, name)
+        if name != "vocab_size" and found is not None and found != value:
+            raise ValueError(
+                f"generator.init = {training.init!r} has a backbone with {name} = {found!r}, generator.backbone says {value!r}; "
+                "correct the config, or start from a stage with this backbone"
+            )
 
 
 def _field(config: Mapping[str, Any], name: str) -> Any:

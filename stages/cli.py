@@ -38,7 +38,7 @@ def _train(argv: list[str]) -> int:
     parser.add_argument("--resume", default="auto", help="auto (newest checkpoint of the run), no, or a checkpoint folder")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing; needs no weights and no GPU")
     plan = parser.add_argument_group("with --dry-run")
-    plan.add_argument("--processes", default="1", help="numbers of GPUs, for example 64,8,512: the config's batch is meant for the first")
+    plan.add_argument("--processes", default="1", help="numbers of GPUs: 64,8,512; the config's batch is meant for the first")
     plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB")
     plan.add_argument("--peak-tflops", type=float, default=989, help="of a GPU, dense bfloat16 (H100: 989, A100: 312)")
     plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: 0.4)")

@@ -5,6 +5,7 @@ micro-step n is a function of (seed, n, process), so the step number alone resto
 """
 
 import signal
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -58,11 +59,11 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
     if first:
         write_json(as_dict(config), folder / "config.json")
 
-    def write(target: Path) -> None:
+    def write(step: int, target: Path) -> None:
         resume_state.save(learners, state, target)
         with learner.averaged() as module:
             if first:
-                recipe.save_model(module, target / "model")
+                recipe.save_model(module, target / "model", step)
             processes.barrier()
 
     stop = _Stop()
@@ -110,7 +111,7 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
             code = 128 + stopped if stopped else 0
             if keep or code:
                 with watch.aside():
-                    checkpoint.save(folder, done, write, run.keep)
+                    checkpoint.save(folder, done, partial(write, done), run.keep)
             if code:
                 break
     finally:

@@ -61,7 +61,7 @@ class Recipe(Protocol):
 
     def sample(self, module: nn.Module) -> Image.Image: ...
 
-    def save_model(self, module: nn.Module, folder: Path) -> None: ...
+    def save_model(self, module: nn.Module, folder: Path, step: int) -> None: ...  # after so many steps
 
 
 Losses = tuple[Tensor, dict[str, Tensor], Tensor | None]  # loss, scalars, what the opponent judges

@@ -99,7 +99,7 @@ class LineRecipe:
         module.eval()
         return Image.new("RGB", (4, 4))
 
-    def save_model(self, module: nn.Module, folder: Path) -> None:
+    def save_model(self, module: nn.Module, folder: Path, step: int) -> None:
         folder.mkdir()
         write_safetensors(module.state_dict(), folder / "line.safetensors")
 

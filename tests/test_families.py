@@ -30,7 +30,7 @@ TINY: dict[str, Any] = {
 TESTED: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 8},
     "qwen2": {},
-    "llama": {},
+    "llama": {"tie_word_embeddings": True},
     "mistral": {"sliding_window": None},
     "smollm3": {},  # every fourth layer without positions; here both have them
     "olmo2": {},  # norms behind attention and MLP
@@ -96,9 +96,8 @@ def test_the_block_causal_mask_is_obeyed_and_cached_blocks_give_the_same(family:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_grown_vocabulary_keeps_the_old_scores_and_survives_the_disk(family: str, tied: bool, tmp_path: Path) -> None:
-    ours = backbone(family, tie_word_embeddings=tied)
+def test_a_grown_vocabulary_keeps_the_old_scores_and_survives_the_disk(family: str, tmp_path: Path) -> None:
+    ours = backbone(family)
     ids = torch.randint(V, (1, 9), generator=seeded(3))
     before = ours.logits(ours(ours.embed(ids)))
     ours.grow_vocabulary(V + 7)
@@ -126,7 +125,7 @@ def test_a_model_of_the_family_learns_and_generates(family: str) -> None:
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()
-        seen.append(float(losses.total))
+        seen.append(losses.total.item())
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert seen[-1] < 0.9 * seen[0]
     bits_BChw = generate_bits(model.eval(), ["a red cube", "a ball"], 4, 4, 2, 2.0, [seeded(1), seeded(2)])

@@ -233,6 +233,9 @@ def test_frozen_parts_and_checkpointed_activations(place: Path) -> None:
 def test_bits_of_another_tokenizer_are_refused(place: Path, tmp_path: Path) -> None:
     tokenizer = LFQTokenizer(TokenizerConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=4)).eval()
     encode_input(tokenizer, TokenizerInput([str(place / "exact")]), tmp_path / "bits", PackOptions(5000, 0.01, False))
+    with pytest.raises(ValueError, match="these bits come from another encoder"):
+        GeneratorRecipe(config(place, train=(str(tmp_path / "bits"),)))
+    (tmp_path / "bits" / "pack.json").unlink()  # shards of other tools say nothing of their encoder
     recipe = GeneratorRecipe(config(place, train=(str(tmp_path / "bits"),)))
     with pytest.raises(ValueError, match="holds 4 bits per token, the tokenizer makes 8"):
         recipe.batch(range(2), step_generator(0, 0, 0))
@@ -240,7 +243,23 @@ def test_bits_of_another_tokenizer_are_refused(place: Path, tmp_path: Path) -> N
 
 def test_a_saved_model_knows_its_sizes(place: Path, tmp_path: Path) -> None:
     recipe = GeneratorRecipe(config(place))
-    recipe.save_model(recipe.module, tmp_path / "model")
+    recipe.save_model(recipe.module, tmp_path / "model", 5)
     extras = json.loads((tmp_path / "model" / "bitdance.json").read_text())
     assert extras["sizes"] == [[16, 16], [24, 24]]
     assert (extras["defaults"]["height"], extras["defaults"]["width"]) == (24, 24)
+    (stage,) = extras["card"]["stages"]
+    assert (stage["steps"], stage["images"], stage["mix"]) == (5, 20, {"16": 2, "24": 1})
+
+
+def test_the_operations_of_a_token_agree_with_those_that_torch_counts(place: Path) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    recipe = GeneratorRecipe(config(place, dropout=0.0, row_tokens=400))
+    counted = tokens = 0
+    for slot in range(0, 24, 4):
+        micro = recipe.batch(range(slot, slot + 4), step_generator(0, 0, 0))
+        counter = FlopCounterMode(display=False)
+        with counter:
+            recipe.module(micro.batch, step_generator(0, 0, 0), 0)[0].backward()
+        counted, tokens = counted + counter.get_total_flops(), tokens + micro.tokens
+    assert recipe.flops == pytest.approx(counted / tokens, rel=0.1)  # a few rows are padded; captions differ

@@ -1,4 +1,4 @@
-"""Which sample stands in a slot: shares are kept, nothing comes twice in an epoch, and the slot number is all there is to know."""
+"""Which sample stands in a slot: shares hold, nothing comes twice in an epoch, and the slot number is all there is to know."""
 
 from collections import Counter
 from types import SimpleNamespace

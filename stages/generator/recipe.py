@@ -15,9 +15,13 @@ from torch import nn
 
 from bitdance.checkpoint import save_model
 from bitdance.generate import generate_bits
+from bitdance.model import BitDanceModel
 from bitdance.picture import grid, to_pil
+from bitdance.prompt import conditional_ids, unconditional_ids
 from bitdance.sizes import rule_of_model
 from lfq_tokenizer import LFQTokenizer
+from stages import processes
+from stages.chain import check_bits, next_card
 from stages.config import DataConfig, TrainingConfig
 from stages.data.buckets import Buckets
 from stages.data.mixture import Mixture, Place, Source
@@ -25,11 +29,13 @@ from stages.data.shards import ShardDataset, ShardIndex
 from stages.generator.documents import Documents, slot_generator
 from stages.generator.objective import GeneratorObjective, accuracy
 from stages.generator.start import start_model
+from stages.plan.flops import token_flops
 from stages.recipe import Micro, Opponent
 
 LISTED_SAMPLES = 20_000  # read at most, for the list of prompts in bitdance.json
 LISTED_SIZES = 64  # a model trained on more sizes makes every size
 JUDGED = 256  # held-out samples
+PROBED = 64  # slots that stand for all, where a mean is asked for
 PLACES = ("tokenizer", "pretrained", "init", "text_extra")  # of this machine; a model that is given away does not name them
 
 
@@ -37,7 +43,6 @@ class GeneratorRecipe:
     """See `recipe.Recipe`."""
 
     opponent: Opponent | None = None
-    flops = 0.0
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config, self.training = config, config.generator
@@ -48,6 +53,9 @@ class GeneratorRecipe:
             model = start_model(self.training, self._texts, dtype)
         assert model.tokenizer is not None
         self.tokenizer: LFQTokenizer = model.tokenizer.eval().requires_grad_(False)
+        self._before = getattr(model, "extras", {})
+        for source in self.sources:
+            check_bits([shard.address for shard in source.data.index.shards], self.tokenizer)
         for part in self.training.freeze:
             getattr(model, part).requires_grad_(False)
         if self.training.checkpoint_activations:
@@ -72,6 +80,7 @@ class GeneratorRecipe:
             # compiled kernels want few lengths
             multiple_of=128 if torch.cuda.is_available() else 1,
         )
+        self.flops = self._token_flops(model)
 
     def _heldout(self, mix: dict[int, float]) -> Mixture | None:
         """Every resolution of the mix gets an equal part, as far as the held-out shards have it."""
@@ -85,6 +94,19 @@ class GeneratorRecipe:
         if self.training.text_extra:
             texts += Path(self.training.text_extra).read_text(encoding="utf-8").splitlines()
         return texts
+
+    def _token_flops(self, model: BitDanceModel) -> float:
+        """From the sizes and captions of the first slots."""
+        places = [self.mixture.at(slot) for slot in range(min(PROBED, self.length))]
+        sizes = Counter(self._size(place) for place in places)
+        s = self.tokenizer.downsampling
+        grids = {(height // s, width // s): count / len(places) for (height, width), count in sizes.items()}
+        captions = [self.sources[place.source].data.caption(place.number)[0][0] for place in places]
+        words = [len(conditional_ids(model.text_tokenizer, caption, self.training.max_text_tokens)) for caption in captions]
+        dropped = self.training.dropout * len(unconditional_ids(model.text_tokenizer))
+        text = (1 - self.training.dropout) * sum(words) / len(words) + dropped
+        shapes = [self.sources[place.source].data.shape(place.number) for place in places]
+        return token_flops(model, grids, text, pixels=not all(shape.bits for shape in shapes))
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         model = _objective(self.module).model
@@ -174,14 +196,16 @@ class GeneratorRecipe:
                 known.setdefault((attributes.get("concept", captions[0]), attributes.get("style")), captions[0])
         return list(known.values())
 
-    def save_model(self, module: nn.Module, folder: Path) -> None:
+    def save_model(self, module: nn.Module, folder: Path, step: int) -> None:
         model = _objective(module).whole()
-        training = dataclasses.asdict(self.training)
+        run, training = self.config.run, dataclasses.asdict(self.training)
+        images = step * run.batch_size * run.accumulation * processes.world()
+        stages = next_card(self._before, self.training.stage, self.config, step, images)
         model.extras = {
             "defaults": self._defaults(),
             "sizes": [list(size) for size in self._sizes] if len(self._sizes) <= LISTED_SIZES else [],
             "prompts": self._prompts_known,
-            "card": {"recipe": "generator", "training": {k: v for k, v in training.items() if k not in PLACES}},
+            "card": {"recipe": "generator", **stages, "training": {k: v for k, v in training.items() if k not in PLACES}},
         }
         save_model(model, folder)
 

@@ -14,6 +14,7 @@ from bitdance.projector import Projector
 from bitdance.prompt import add_image_tokens, build_text_tokenizer
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.weights import read_json
+from stages.chain import check_chain
 from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining
 
@@ -29,6 +30,8 @@ def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]],
     t = training
     if t.init:
         model = load_model(model_folder(t.init), device="cpu", dtype=torch.float32).train()
+        named = LFQTokenizer.from_pretrained(model_folder(t.tokenizer)).float() if t.tokenizer else None
+        model.head.config = check_chain(model, t, named)
         if t.resolution_tokens > len(model.special.res_ids):
             model = _with_sides(model, t.resolution_tokens)
         for part in (model.backbone, model.projector, model.head):

@@ -173,7 +173,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not a.json:
             way = f"ZeRO {case.zero_stage}, {case.precision}{', checkpointing' if case.checkpoint else ''}"
             parts = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in plan.items() if value and name != "together")
-            print(f"{way:44} planned {plan['together'] / 2**20:7,.0f} MiB, measured {real / 2**20:7,.0f}: {rows[-1]['ratio']:.3f} ({parts})")
+            both = f"planned {plan['together'] / 2**20:7,.0f} MiB, measured {real / 2**20:7,.0f}"
+            print(f"{way:44} {both}: {rows[-1]['ratio']:.3f} ({parts})", flush=True)
     kept = all(abs(row["ratio"] - 1) <= PROMISE for row in rows)
     print(json.dumps(rows) if a.json else f"promise: within {PROMISE:.0%}: {'kept' if kept else 'BROKEN'}")
     return 0 if kept else 1

@@ -35,14 +35,12 @@ def _tokenizer(config: TrainingConfig) -> tuple[dict[str, Any], str]:
 
     recipe = build_recipe(config)
     networks = dict(recipe.module.named_children()) | ({"opponent": recipe.opponent.module} if recipe.opponent else {})
-    parts = {
-        name: {"all": _numbers(module, trained=False), "trained": _numbers(module, trained=True)} for name, module in networks.items()
-    }
+    parts = {name: {"all": _numbers(module), "trained": _numbers(module, trained=True)} for name, module in networks.items()}
     lines = [f"tokenizer: parameters{'':15}{'all':>18}{'trained':>18}"]
     lines += [f"  {name:34}{part['all']:>16,}{part['trained']:>18,}" for name, part in parts.items()]
     lines.append(f"the data: {recipe.length:,} samples; {recipe.hash[:16]}")
     return {"parameters": parts, "samples": recipe.length, "data": recipe.hash}, "\n".join(lines)
 
 
-def _numbers(module: Any, trained: bool) -> int:
+def _numbers(module: Any, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)

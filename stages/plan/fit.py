@@ -51,7 +51,8 @@ class Subject:
         own = [part for name, part in self.counts.items() if name != "tokenizer"]
         trained, total = sum(part.trained for part in own), sum(part.all for part in own)
         largest = max(part.largest for part in own)
-        return memory.states(trained, total - trained, largest, config.run.precision, config.run.ema > 0, config.deepspeed, processes)
+        run = config.run
+        return memory.states(trained, total - trained, largest, run.precision, run.ema > 0, config.deepspeed, processes)
 
     @cached_property
     def _known(self) -> dict[tuple[int, ...], tuple[tuple[int, int], memory.Activations]]:
@@ -91,8 +92,10 @@ class Subject:
 
 
 def divide(samples: int, processes: int, wanted: int) -> tuple[int, int]:
-    """(batch size, accumulation) that make up so many samples of a step, as far as they divide: the wanted batch size, or the next
-    smaller one that leaves nothing over."""
+    """(batch size, accumulation) that make up so many samples of a step, as far as they divide.
+
+    The wanted batch size, or the next smaller one that leaves nothing over.
+    """
     each = max(1, round(samples / processes))
     size = next(size for size in range(min(wanted, each), 0, -1) if each % size == 0)
     return size, each // size

@@ -1,4 +1,4 @@
-"""Floating point operations of training, in closed form: a product of (m,k) and (k,n) is 2·m·k·n; what is elementwise does not count.
+"""Floating point operations of training, in closed form: a product of (m,k) and (k,n) is 2·m·k·n; elementwise work is left out.
 
 The forward pass of a part counts once, its backward pass twice where the part trains (gradients of weights and of inputs), once
 where gradients only pass through it, and not at all where nothing before it trains. Tests compare with torch's own counter.

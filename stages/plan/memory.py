@@ -80,7 +80,7 @@ def states(
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that one micro-step needs beside states: `kept` from the forward pass for the backward pass, at most `most` at one time."""
+    """Bytes that one micro-step needs beside the states: `kept` for the backward pass, at most `most` at one time."""
 
     kept: float
     most: float

@@ -1,4 +1,4 @@
-"""The plan of a run of recipe 'generator': what trains, on how much, for how long, and whether it fits; without weights or data."""
+"""The plan of a run of recipe 'generator', without weights or data: what trains, on how much, for how long, does it fit."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any

@@ -44,23 +44,25 @@ def _processes(plan: Plan) -> Iterator[str]:
     def row(name: str, values: list[str]) -> str:
         return f"{name:36}" + "".join(f"{value:>{WIDTH}}" for value in values)
 
-    def gib(name: str, values: list[float]) -> str:
-        return row(name, [f"{value / GIB:,.1f}" if value else "–" for value in values])
-
     columns = plan.columns
+    unit, size = ("GiB", GIB) if max(c.training for c in columns) > GIB else ("MiB", 2**20)
+
+    def bytes_of(name: str, values: list[float]) -> str:
+        return row(name, [f"{value / size:,.1f}" if value else "–" for value in values])
+
     yield row("GPUs", [str(c.processes) for c in columns])
     yield row("batch size × accumulation", [f"{c.batch_size} × {c.accumulation}" for c in columns])
     yield row("rows × positions at most", [f"{c.rows[0]} × {c.rows[1]:,}" for c in columns])
-    yield row(f"hours at an MFU of {plan.machine.mfu:.0%}", [f"{c.hours:,.3g}" if c.hours < 100 else f"{c.hours:,.0f}" for c in columns])
+    yield row(f"hours at an MFU of {plan.machine.mfu:.0%}", [f"{c.hours:,.1f}" for c in columns])
     yield row("days", [f"{c.hours / 24:,.1f}" for c in columns])
-    yield f"GiB of a GPU, {plan.precision}:"
+    yield f"{unit} of a GPU, {plan.precision}:"
     for name in columns[0].memory:
         if any(c.memory[name] for c in columns):
-            yield gib(f"  {name}", [c.memory[name] for c in columns])
-    yield gib("peak of training", [c.training for c in columns])
-    yield gib("peak of judging and saving", [c.judging for c in columns])
+            yield bytes_of(f"  {name}", [c.memory[name] for c in columns])
+    yield bytes_of("peak of training", [c.training for c in columns])
+    yield bytes_of("peak of judging and saving", [c.judging for c in columns])
     if any(c.host for c in columns):
-        yield gib("the machine's memory, a process", [c.host for c in columns])
+        yield bytes_of("the machine's memory, a process", [c.host for c in columns])
     verdict = f"fits {plan.machine.memory:g} GiB less {RESERVE:.0%}"
     yield row(verdict, ["yes" if c.fits else "NO" for c in columns])
 

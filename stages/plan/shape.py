@@ -17,6 +17,7 @@ from bitdance.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
 from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG, read_config
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.weights import read_json
+from stages.chain import check_backbone, stage_head
 from stages.checkpoint import model_folder
 from stages.config import PARTS, GeneratorTraining, TrainingConfig
 from stages.generator.start import LARGEST_SIDE
@@ -36,7 +37,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: TrainingConfig) -> "Shape":
-        """ValueError where neither a folder nor the config says what is needed."""
+        """ValueError where neither a folder nor the config says what is needed, and where they contradict each other."""
         training = config.generator
         if training.init and (folder := _folder(training.init)):
             return cls._of_folder(folder, training)
@@ -58,7 +59,7 @@ class Shape:
                 absent.append(f"generator.pretrained = {training.pretrained!r}")
         if "hidden_size" not in backbone:
             said = f"{', '.join(absent)} is not here and " if absent else ""
-            raise ValueError(f"{said}[generator.backbone] has no hidden_size; describe the backbone there (fields of a Qwen3 config)")
+            raise ValueError(f"{said}[generator.backbone] has no hidden_size; give the fields of a Qwen3 config there")
         bits, hidden = tokenizer.z_channels, int(backbone["hidden_size"])
         head = HeadConfig.from_dict({"ch_target": bits, "ch_cond": hidden, **training.head})
         sides = training.resolution_tokens or LARGEST_SIDE // tokenizer.downsampling
@@ -71,7 +72,8 @@ class Shape:
     def _of_folder(cls, folder: Path, training: GeneratorTraining) -> "Shape":
         backbone: dict[str, Any] = read_json(folder / LM_CONFIG)
         tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
-        head = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict)
+        check_backbone(backbone, training)
+        head = stage_head(read_config(folder / HEAD_CONFIG, HeadConfig.from_dict), training)
         sides = training.resolution_tokens or LARGEST_SIDE // tokenizer.downsampling
         return cls(backbone, int(backbone["vocab_size"]), sides, head, tokenizer)
 

@@ -4,6 +4,7 @@ Pictures are taken to be square and prompts to be equally long; where the config
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, isqrt
 
@@ -11,7 +12,7 @@ import torch
 
 from bitdance.prompt import SpecialTokens
 from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
-from stages.config import SourceConfig, TrainingConfig
+from stages.config import TrainingConfig
 from stages.data.mixture import spread
 from stages.plan.flops import Document
 from stages.plan.shape import Shape
@@ -52,15 +53,15 @@ class Workload:
             unit = downsampling * isqrt(P)
             if resolution % unit:
                 said = f" ({', '.join(shape.absent)} is not here)" if shape.absent else ""
-                raise ValueError(
-                    f"data.mix names {resolution} pixels, no multiple of {unit}: {downsampling} pixels a token, {P} tokens a block{said}"
-                )
+                why = f"{downsampling} pixels a token, {P} tokens a block{said}"
+                raise ValueError(f"data.mix names {resolution} pixels, no multiple of {unit}: {why}")
             side = resolution // downsampling
             documents[resolution] = Document(text, side, side, P)  # on average
         # streams in the order of `Mixture`, as if every source had every resolution
-        streams = [(r, share * source.weight) for r, share in mix.items() for source in config.data.sources or (SourceConfig(("",)),)]
-        weight = sum(share for _, share in streams)
-        pattern = tuple(streams[k][0] for k in spread([share / weight for _, share in streams]))
+        weights = [source.weight for source in config.data.sources] or [1.0]
+        streams = [(r, share * weight) for r, share in mix.items() for weight in weights]
+        everything = sum(share for _, share in streams)
+        pattern = tuple(streams[k][0] for k in spread([share / everything for _, share in streams]))
         return cls(documents, shares, prompt, config.data.row_tokens, pattern)
 
     @property
@@ -71,15 +72,15 @@ class Workload:
     def fullest(self, batch_size: int) -> tuple[int, ...]:
         """Resolutions of the micro-step of `batch_size` samples in a row that has most tokens."""
         length = len(self.pattern)
-        windows = (
-            [self.pattern[(k * batch_size + i) % length] for i in range(batch_size)] for k in range(length // gcd(length, batch_size))
-        )
+        starts = range(0, length * batch_size // gcd(length, batch_size), batch_size)
+        windows = ([self.pattern[(start + i) % length] for i in range(batch_size)] for start in starts)
         return tuple(sorted(max(windows, key=lambda window: sum(self.documents[r].length for r in window))))
 
     def batch(self, resolutions: tuple[int, ...], special: SpecialTokens, bits: int, multiple_of: int) -> TrainingBatch:
         """Pictures of these resolutions with full prompts, laid out as training does."""
-        pieces = {
-            r: [TextPiece([0] * self.prompt, predict=True), ImagePiece(torch.ones(bits, d.h, d.w))] for r, d in self.documents.items()
+        text = TextPiece([0] * self.prompt, predict=True)
+        pieces: dict[int, Sequence[TextPiece | ImagePiece]] = {
+            r: [text, ImagePiece(torch.ones(bits, d.h, d.w))] for r, d in self.documents.items()
         }
         P = next(iter(self.documents.values())).P
         packed = {"token_budget": self.limit, "multiple_of": multiple_of} if self.limit else {}

@@ -152,7 +152,7 @@ class TokenizerRecipe:
     def sample(self, module: nn.Module) -> Image.Image:
         return side_by_side(_tokenizer(module), self._judged(24, module))
 
-    def save_model(self, module: nn.Module, folder: Path) -> None:
+    def save_model(self, module: nn.Module, folder: Path, step: int) -> None:
         _tokenizer(module).save_pretrained(folder)
 
     def _judged(self, count: int, module: nn.Module) -> Tensor:

@@ -1,0 +1,127 @@
+"""Fused kernels come in only where they can run; everywhere else nothing at all changes."""
+
+import ast
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_model import HIDDEN, tiny_backbone
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from bitdance import kernels
+from bitdance.backbone import Backbone
+from bitdance.kernels import use_fused_kernels
+
+ROOT = Path(__file__).parent.parent
+STAND_IN = """
+class LigerRMSNorm:
+    def __init__(self, *_, **__): raise AssertionError("a kernel for CUDA was used elsewhere")
+LigerSwiGLUMLP = LigerRMSNorm
+"""
+
+
+def hidden(backbone: Backbone) -> Tensor:
+    return backbone(torch.randn(1, 9, HIDDEN, generator=torch.Generator().manual_seed(0)).to(backbone.device))
+
+
+@torch.no_grad()
+def nothing_changes(device: str | None) -> None:
+    backbone = tiny_backbone()
+    before, modules = hidden(backbone), [*backbone.modules()]
+    assert use_fused_kernels(backbone.lm, device) == []
+    assert all(a is b for a, b in zip(backbone.modules(), modules, strict=True))
+    assert torch.equal(hidden(backbone), before)
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "cuda"])
+def test_without_liger_nothing_changes(device: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    nothing_changes(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # where there is a GPU, Liger alone is what lacks
+    nothing_changes(device)
+
+
+@pytest.mark.parametrize("device", [None, "cpu", "cuda"])
+def test_with_liger_and_without_cuda_nothing_changes(device: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "liger_kernel").mkdir()
+    (tmp_path / "liger_kernel" / "__init__.py").touch()
+    (tmp_path / "liger_kernel" / "transformers.py").write_text(STAND_IN)
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    nothing_changes(device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(AssertionError, match="used elsewhere"):  # the stand-in is what would have been used
+        use_fused_kernels(tiny_backbone().lm, "cuda")
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+class PlainNorm(nn.Module):
+    """Liger's arguments, torch's arithmetic."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, in_place: bool = True) -> None:
+        super().__init__()
+        assert not in_place
+        self.weight, self.eps = nn.Parameter(torch.ones(hidden_size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+class PlainSwiGLU(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_modules_are_replaced_in_this_model_alone_and_keep_weights_and_names() -> None:
+    """With stand-ins of Liger's signature, since its kernels need a GPU."""
+    plain, other = tiny_backbone(), tiny_backbone()
+    fused = copy.deepcopy(plain)
+    names, weights = list(fused.state_dict()), {id(p) for p in fused.parameters()}
+    assert kernels._replace(fused.lm, PlainNorm, PlainSwiGLU) == ["RMSNorm", "SwiGLU"]
+    assert list(fused.state_dict()) == names and {id(p) for p in fused.parameters()} == weights
+    kinds = [type(module) for module in fused.modules()]
+    assert kinds.count(PlainNorm) == 9 and kinds.count(PlainSwiGLU) == 2  # two layers: 4 norms each, and the last one
+    assert not any(isinstance(module, PlainNorm | PlainSwiGLU) for module in other.modules())
+    assert not any(module.training for module in fused.modules())
+    torch.testing.assert_close(hidden(fused), hidden(plain), rtol=0, atol=1e-6)
+    assert not any(p.is_meta for p in fused.parameters())
+
+
+def test_a_family_with_other_norms_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "_replace", lambda *_: pytest.fail("replaced"))
+    backbone = tiny_backbone()
+    backbone.lm.config.model_type = "gemma"
+    assert use_fused_kernels(backbone.lm, "cuda") == []
+
+
+def test_importing_the_library_imports_no_kernels() -> None:
+    for path in sorted((ROOT / "bitdance").glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:  # only what runs at import
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
+            assert not {name.split(".")[0] for name in names} & {"liger_kernel", "flash_attn"}, path.name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a CUDA device")
+def test_on_a_gpu_hidden_states_and_gradients_stay() -> None:
+    pytest.importorskip("liger_kernel", reason="pip install liger-kernel")
+    plain, fused = (tiny_backbone().cuda() for _ in range(2))
+    assert use_fused_kernels(fused.lm) == ["RMSNorm", "SwiGLU"]
+    torch.testing.assert_close(hidden(fused), hidden(plain), rtol=0, atol=1e-4)
+    for backbone in (plain, fused):
+        hidden(backbone).square().mean().backward()
+    for one, other in zip(plain.lm.base_model.layers.parameters(), fused.lm.base_model.layers.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-5)
