@@ -64,8 +64,9 @@ def states(
     # ZeRO 1 and 2 keep float32 weights of their part in any case, ZeRO 3 only beside others
     master = 4 * part if stage in (1, 2) or (stage == 3 and width == 2) else 0.0
     optimizer, averaged = 8 * part + master, 4 * part if average else 0.0
-    bucket = min(int(zero.get("reduce_bucket_size", 5e8)), trained)
-    buckets = float(width * bucket) if stage == 3 else float(width * bucket * (processes > 1)) if stage else 0.0
+    # gradients as they come, and under ZeRO 3 this process's part of them on its way to the float32 sum
+    bucket = min(int(zero.get("reduce_bucket_size", 5e8)), trained) if stage >= 2 or (stage and processes > 1) else 0
+    buckets = float(width * bucket) + (bucket * (2 + 4 if width == 2 else 4) / processes if stage == 3 else 0.0)
     live = max(largest, min(trained + frozen, int(zero.get("stage3_max_live_parameters", 1e9))))
     gathered = float(width * live) if stage == 3 and (processes > 1 or deepspeed.offload_parameters) else 0.0
     step = 4 * min(part, float(zero.get("sub_group_size", 1e9)) if stage == 3 else part) if stage else 0.0
