@@ -147,3 +147,16 @@ def test_a_resolution_without_samples_is_refused_with_the_counts() -> None:
 def test_samples_that_are_not_used_are_counted_by_reason() -> None:
     mixture = Mixture([source((64, 64), (20, 20), None)], 1, {64: 1}, BUCKETS)
     assert mixture.unused == {"picture too small": 1, "size cannot be read": 1}
+
+
+def test_held_out_samples_need_not_have_every_resolution() -> None:
+    mixture = Mixture([source((64, 64), (64, 100))], 1, {64: 1, 128: 1}, BUCKETS, optional=True)
+    assert mixture.shares == {(0, 64): 1.0}
+    with pytest.raises(ValueError, match="no sample has that size"):
+        Mixture([source((20, 20))], 1, {64: 1, 128: 1}, BUCKETS, optional=True)
+
+
+def test_a_resolution_with_share_0_is_known_and_not_used() -> None:
+    """So a later stage can leave out what an earlier one had."""
+    mixture = Mixture([source(*SQUARES)], 1, {64: 0, 96: 1, 128: 1}, BUCKETS)
+    assert Counter(mixture.at(slot).resolution for slot in range(100)) == {96: 50, 128: 50}

@@ -47,7 +47,8 @@ class Mixture:
     """`at(slot)` → `Place`. `shares` is what each (source, resolution) gets of the slots.
 
     `mix` gives resolutions their shares; empty, every sample keeps its own size. Ready-made bits count to the resolution of
-    their size, a picture to every one that it can be brought to. ValueError when a resolution finds no sample.
+    their size, a picture to every one that it can be brought to. ValueError when a resolution of the mix finds no sample, or,
+    if they are `optional`, when none of them does.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Mixture:
         mix: Mapping[int, float] | None = None,
         buckets: Buckets | None = None,
         enlarge: float = 1.0,
+        optional: bool = False,
     ) -> None:
         self.sources = sources
         self.unused: Counter[str] = Counter()
@@ -67,7 +69,7 @@ class Mixture:
         shares: dict[tuple[int, int], float] = {}
         for resolution, share in mix.items():
             having = [i for i, found in enumerate(numbers) if len(found.get(resolution, ()))]
-            if share and not having:
+            if share and not having and not (optional and any(len(found) for found in numbers)):
                 counts = {r: sum(len(found.get(r, ())) for found in numbers) for r in mix}
                 raise ValueError(
                     f"data.mix gives {resolution} pixels a share, but no sample has that size; samples by resolution: {counts}, "

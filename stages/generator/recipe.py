@@ -15,6 +15,7 @@ from torch import nn
 
 from bitdance.checkpoint import save_model
 from bitdance.generate import generate_bits
+from bitdance.kernels import use_fused_kernels
 from bitdance.model import BitDanceModel
 from bitdance.picture import grid, to_pil
 from bitdance.prompt import conditional_ids, unconditional_ids
@@ -61,6 +62,8 @@ class GeneratorRecipe:
         if self.training.checkpoint_activations:
             model.backbone.checkpoint_activations()
             model.head.net.grad_checkpointing = True
+        if self.training.kernels == "auto":
+            use_fused_kernels(model.backbone.lm, "cuda" if torch.cuda.is_available() else "cpu")
         self.module: nn.Module = GeneratorObjective(model, self.training)
 
         mix = {int(resolution): share for resolution, share in config.data.mix.items()}
@@ -87,7 +90,8 @@ class GeneratorRecipe:
         if not self.config.data.heldout:
             return None
         sources = [Source(ShardDataset(ShardIndex.open(self.config.data.heldout)))]
-        return Mixture(sources, 0, dict.fromkeys(mix, 1.0), self.buckets, self.config.data.enlarge)
+        equal = {resolution: 1.0 for resolution, share in mix.items() if share}
+        return Mixture(sources, 0, equal, self.buckets, self.config.data.enlarge, optional=True)
 
     def _texts(self) -> list[str]:
         texts = [caption for source in self.sources for i in range(len(source.data)) for caption in source.data.caption(i)[0]]
