@@ -26,7 +26,17 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=["lfq_tokenizer", "bitdance", "bitdance.cli", "stages", "stages.data", "stages.generator", "stages.measure", "stages.tokenizer"],
+    packages=[
+        "lfq_tokenizer",
+        "bitdance",
+        "bitdance.cli",
+        "stages",
+        "stages.data",
+        "stages.generator",
+        "stages.measure",
+        "stages.plan",
+        "stages.tokenizer",
+    ],
     package_data={"bitdance": ["pretrained/demo/*"]},
     install_requires=[
         "torch>=2.13,<2.14",

@@ -108,3 +108,11 @@ def test_public_functions_are_typed() -> None:
 
 def test_the_licence_is_apache() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+
+
+def test_every_package_is_installed() -> None:
+    """setup.py lists packages by hand; a folder that is forgotten there is missing from every wheel."""
+    listed = re.search(r"packages=\[(.*?)\]", (ROOT / "setup.py").read_text(encoding="utf-8"), re.DOTALL)
+    assert listed is not None
+    folders = {shown(path.parent).replace("/", ".") for path in SOURCES if path.name == "__init__.py"}
+    assert folders == set(re.findall(r'"([\w.]+)"', listed[1]))
