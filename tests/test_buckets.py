@@ -24,7 +24,13 @@ def test_a_resolution_holds_sizes_of_about_its_area() -> None:
 
 @pytest.mark.parametrize(
     ("height", "width", "size"),
-    [(1000, 1000, (512, 512)), (3000, 4000, (448, 576)), (900, 1600, (384, 704)), (1600, 900, (704, 384)), (100, 3000, (320, 896))],
+    [
+        (1000, 1000, (512, 512)),
+        (3000, 4000, (448, 576)),
+        (900, 1600, (384, 704)),
+        (1600, 900, (704, 384)),
+        (100, 3000, (320, 896)),
+    ],
 )
 def test_the_nearest_aspect_ratio_is_taken(height: int, width: int, size: tuple[int, int]) -> None:
     found = Buckets(RULE, (512,)).size_for(512, height, width)

@@ -114,7 +114,8 @@ def test_encoded_shards_hold_the_bits_of_the_pictures_and_their_captions(place: 
 def test_four_steps_of_the_generator_equal_two_and_two(place: Path) -> None:
     whole, parts = (step_folder(place / name, 4) for name in ("whole", "parts"))
     files = sorted(p.relative_to(whole) for p in whole.rglob("*.safetensors"))
-    assert {"resume/learner_00000.safetensors", "model/model.safetensors", "model/vision_head.safetensors"} <= {f.as_posix() for f in files}
+    expected = {"resume/learner_00000.safetensors", "model/model.safetensors", "model/vision_head.safetensors"}
+    assert expected <= {f.as_posix() for f in files}
     for file in files:
         first, second = read_safetensors(whole / file), read_safetensors(parts / file)
         assert list(first) == list(second) and all(torch.equal(first[name], second[name]) for name in first)
