@@ -34,8 +34,13 @@ def test_it_says_what_it_knows_and_names_no_place_of_the_machine_that_made_it():
     text = (DEMO / "bitdance.json").read_text(encoding="utf-8")
     extras = json.loads(text)
     assert len(extras["prompts"]) == len(set(extras["prompts"])) == 300
-    assert extras["sizes"] == [[64, 64]] and set(extras["card"]["backgrounds"]) == set(PALETTE)
+    assert extras["sizes"] == [[64, 64], [96, 96]] and set(extras["card"]["backgrounds"]) == set(PALETTE)
     assert not any(place in text for place in ("/home", "/root", "/tmp", "/work", "runs/"))
+
+
+def test_it_remembers_the_stages_that_made_it():
+    stages = json.loads((DEMO / "bitdance.json").read_text(encoding="utf-8"))["card"]["stages"]
+    assert [stage["name"] for stage in stages] == ["pretrain", "continue", "finetune"]
 
 
 def test_it_can_be_distilled_to_64_tokens_per_step(pipe):
@@ -44,11 +49,14 @@ def test_it_can_be_distilled_to_64_tokens_per_step(pipe):
     assert p == 4 and (height // s) % 8 == 0 and (width // s) % 8 == 0
 
 
-def test_backgrounds_are_those_of_the_prompts_and_pictures_those_of_their_seeds(pipe):
+@pytest.mark.parametrize("side", [64, 96])
+def test_backgrounds_are_those_of_the_prompts_and_pictures_those_of_their_seeds(pipe, side):
     prompts = [f"a fox, 3D style, on {'an' if name[0] == 'o' else 'a'} {name} background" for name in PALETTE]
-    out = pipe(prompts, seed=3)
+    size = {"height": side, "width": side}
+    out = pipe(prompts, seed=3, **size)
+    assert all(image.size == (side, side) for image in out.images)
     assert [background_of(image) for image in out.images] == list(PALETTE)
-    alone = pipe(prompts[5], seed=8)  # picture 5 of the batch had seed 3 + 5
+    alone = pipe(prompts[5], seed=8, **size)  # picture 5 of the batch had seed 3 + 5
     assert torch.equal(alone.bits[0], out.bits[5])
 
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ORDER = ["lfq_tokenizer", "bitdance", "stages", "distill"]
 PRESENT = [name for name in ORDER if (ROOT / name).is_dir()]
-HEAVY = ("deepspeed", "webdataset", "flash_attn", "gradio")
+HEAVY = ("deepspeed", "webdataset", "flash_attn", "liger_kernel", "gradio")
 # On a busy or slow machine the same code takes longer; CI may say by how much.
 SLOWNESS = float(os.environ.get("BITDANCE_TEST_SLOWNESS", "1"))
 
