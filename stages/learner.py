@@ -51,7 +51,8 @@ class Learner:
             fused=True,
         )
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.adam, config=_settings(optimizer, config))
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.adam, config=_settings(optimizer, config, trained))
         if getattr(self.engine.optimizer, "swap_optimizer", False):
             raise ValueError("deepspeed.settings moves optimiser states to NVMe, which checkpoints here do not reach; use 'cpu'")
         for name, buffer in buffers.items():  # tables of positions and running means stay in float32
@@ -120,15 +121,16 @@ def _groups(module: nn.Module, parts: Mapping[str, list[nn.Parameter]], optimize
     return groups
 
 
-def _settings(optimizer: OptimizerConfig, config: TrainingConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON config."""
+def _settings(optimizer: OptimizerConfig, config: TrainingConfig, trained: int) -> dict[str, Any]:
+    """DeepSpeed's JSON config for `trained` parameters."""
     d = config.deepspeed
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.run.batch_size,
         "gradient_accumulation_steps": config.run.accumulation,
         "gradient_clipping": optimizer.clip,
-        "zero_optimization": {"stage": d.zero_stage}
+        # gradients travel in buckets of 5e8 numbers, which DeepSpeed allocates for the smallest model too
+        "zero_optimization": {"stage": d.zero_stage, "reduce_bucket_size": min(500_000_000, trained)}
         | ({"offload_optimizer": host} if d.offload_optimizer else {})
         | ({"offload_param": host} if d.offload_parameters else {}),
         # torch's AdamW everywhere: DeepSpeed's own would be compiled at the first start

@@ -1,7 +1,7 @@
 """A change that should not alter numbers leaves the loss as it was: 100 steps of the debug generator against recorded values.
 
-Recorded with torch 2.13.0 on an x86-64 CPU: `python tests/test_golden_loss.py` prints them anew, after a change that is meant to
-alter numbers.
+Recorded with torch 2.13.0 on an x86-64 CPU with AVX-512; with AVX2, and without either, the last of them is off by 6e-5. After a
+change that is meant to alter numbers, `python tests/test_golden_loss.py` prints them anew.
 """
 
 import json
@@ -70,8 +70,8 @@ def test_the_loss_of_100_steps_is_the_recorded_one(tmp_path: Path) -> None:
     found = losses(tmp_path)
     assert tuple(found) == STEPS
     for step, (vision, text) in found.items():
-        assert vision == pytest.approx(VISION[step], rel=1e-4), step
-        assert text == pytest.approx(TEXT[step], rel=1e-4), step
+        assert vision == pytest.approx(VISION[step], rel=3e-4), step
+        assert text == pytest.approx(TEXT[step], rel=3e-4), step
     assert found[100][0] < 0.5 * found[1][0]  # and it learns
 
 

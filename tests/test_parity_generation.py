@@ -57,7 +57,8 @@ def synthetic(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
 
 def test_time_embedding_matches_published():
     _, t = case("timestep_embedding")
-    torch.testing.assert_close(TimeEmbedding.frequencies(t["in.t"]), t["out.out"], rtol=0, atol=1e-5)
+    # float32 angles reach 1000, where neighbours lie 6e-5 apart; makers' exponentials differ in the last digit
+    torch.testing.assert_close(TimeEmbedding.frequencies(t["in.t"]), t["out.out"], rtol=0, atol=7e-5)
 
 
 @pytest.mark.parametrize("name", HEAD_NET[:3])
