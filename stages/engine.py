@@ -102,8 +102,8 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
                 bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
             if judge or draw:
                 with watch.aside(), learner.averaged() as module:
-                    if judge:
-                        tracker.scalars(done, {f"heldout/{k}": v for k, v in recipe.validate(module).items()})
+                    if judge and (found := recipe.validate(module)):
+                        tracker.scalars(done, {f"heldout/{name}": value for name, value in found.items()})
                     if draw and first:
                         tracker.picture(done, "grid", recipe.sample(module))
                     processes.barrier()

@@ -32,6 +32,7 @@ from stages.generator.objective import GeneratorObjective, accuracy
 from stages.generator.start import start_model
 from stages.plan.flops import token_flops
 from stages.recipe import Micro, Opponent
+from stages.tokenizer.coding import decode_pictures
 
 LISTED_SAMPLES = 20_000  # read at most, for the list of prompts in bitdance.json
 LISTED_SIZES = 64  # a model trained on more sizes makes every size
@@ -170,8 +171,8 @@ class GeneratorRecipe:
             defaults["guidance_scale"],
             [torch.Generator().manual_seed(i) for i in range(len(prompts))],
         )
-        weight = next(self.tokenizer.parameters())
-        return grid(to_pil(self.tokenizer.decode(bits_BChw.to(weight), torch.Generator().manual_seed(0)).float().cpu()))
+        # one by one: at 1024² pixels a picture takes 4 GiB
+        return grid([to_pil(decode_pictures(self.tokenizer, bits_Chw[None]))[0] for bits_Chw in bits_BChw])
 
     def _defaults(self) -> dict[str, Any]:
         height, width = max(self._sizes, key=lambda size: (size[0] * size[1], size))

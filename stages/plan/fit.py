@@ -81,7 +81,7 @@ class Subject:
         return {
             "whole model, to judge and save": float(width * total) if config.deepspeed.zero_stage == 3 else 0.0,
             "keys and values of a sample grid": float(memory.cache_bytes(self.shape, 2 * grid, tokens, width)),
-            "decoding of a sample grid": memory.tokenizer_peak(self.shape, grid, H, W, decode=True),
+            "decoding of a sample grid": memory.tokenizer_peak(self.shape, 1, H, W, decode=True),
         }
 
     def encoding(self, resolutions: tuple[int, ...]) -> float:
