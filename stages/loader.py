@@ -3,6 +3,7 @@
 A micro-step is a pure function of (seed, number, process), so the place in the data is the step number alone.
 """
 
+import signal
 from collections.abc import Iterator
 
 import torch
@@ -41,10 +42,12 @@ def micro_steps(recipe: Recipe, run: RunConfig, start: int, rank: int = 0, world
         batch_size=None,
         num_workers=min(run.workers, len(numbers)),
         prefetch_factor=run.prefetch if run.workers and numbers else None,
-        # one thread each: the cores belong to training
-        worker_init_fn=_single_thread,
+        worker_init_fn=_begin_worker,
     )
 
 
-def _single_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
+    """One thread: the cores belong to training. Signals: the training process alone decides when to stop, and ends its loaders."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,9 +1,12 @@
-"""The endless row of samples: a fresh permutation every epoch, one after the other."""
+"""The endless row of samples: a fresh permutation every epoch, one after the other.
+
+The permutation is a Feistel network over the sample numbers, so no list is ever shuffled or kept: a data set of a billion samples
+costs as little memory in every loader process as one of ten.
+"""
 
 import hashlib
-from collections import OrderedDict
 
-import torch
+ROUNDS = 6  # of the network; four are already indistinguishable from chance to whoever does not know the key
 
 
 class EpochOrder:
@@ -16,17 +19,21 @@ class EpochOrder:
         if length < 1 or seed < 0:
             raise ValueError(f"length {length} and seed {seed} must be positive")
         self.length, self.seed = length, seed
-        self._permutations: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._half = max(1, ((length - 1).bit_length() + 1) // 2)  # bits of each half; both together hold any sample number
 
     def at(self, place: int) -> int:
         """The sample at `place`, counted from 0."""
-        return int(self._permutation(place // self.length)[place % self.length])
+        epoch, number = divmod(place, self.length)
+        while True:  # numbers beyond the last sample are sent through again, at most a few times
+            number = self._exchanged(number, epoch)
+            if number < self.length:
+                return number
 
-    def _permutation(self, epoch: int) -> torch.Tensor:
-        if epoch not in self._permutations:
-            if len(self._permutations) == 2:
-                self._permutations.popitem(last=False)
-            digest = hashlib.sha256(f"{self.seed} {epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            self._permutations[epoch] = torch.randperm(self.length, generator=generator)
-        return self._permutations[epoch]
+    def _exchanged(self, number: int, epoch: int) -> int:
+        """A permutation of all numbers of 2·half bits: each round changes one half by a hash of the other, which can be undone."""
+        mask = (1 << self._half) - 1
+        left, right = number >> self._half, number & mask
+        for turn in range(ROUNDS):
+            digest = hashlib.blake2b(f"{self.seed} {epoch} {turn} {right}".encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "big") & mask)
+        return left << self._half | right
