@@ -47,7 +47,7 @@ def micro_steps(recipe: Recipe, run: RunConfig, start: int, rank: int = 0, world
 
 
 def _begin_worker(worker: int) -> None:
-    """One thread: the cores belong to training. Signals: the training process alone decides when to stop, and ends its loaders."""
+    """One thread: the cores belong to training. Of signals, the training process alone decides; it ends its loaders."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -30,7 +30,7 @@ class EpochOrder:
                 return number
 
     def _exchanged(self, number: int, epoch: int) -> int:
-        """A permutation of all numbers of 2·half bits: each round changes one half by a hash of the other, which can be undone."""
+        """A permutation of all numbers of 2·half bits: each round changes one half by a hash of the other: it can be undone."""
         mask = (1 << self._half) - 1
         left, right = number >> self._half, number & mask
         for turn in range(ROUNDS):
