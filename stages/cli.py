@@ -14,7 +14,7 @@ def _guarded(prog: str, body: Callable[[list[str]], int], argv: Sequence[str] | 
     """Run `body`; what a user did wrong becomes one line and exit code 2."""
     try:
         return body(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
 
