@@ -27,6 +27,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=[
+        "distill",
         "lfq_tokenizer",
         "bitdance",
         "bitdance.cli",
@@ -60,6 +61,7 @@ setup(
         "console_scripts": ["bitdance = bitdance.cli:main"],
         "bitdance.commands": [
             "data = stages.cli:data",
+            "distill = distill.cli:main",
             "train = stages.cli:train",
             "tokenizer = stages.cli:tokenizer",
             "export = stages.cli:export",

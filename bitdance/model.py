@@ -34,7 +34,8 @@ class TrainingLosses:
 
     `vision_rows` (rows, P) and `text_rows` (T,) are the same losses before the mean. Rows are the predicted blocks in
     the order of the batch, and all of them once more for each further repeat of the head's `diff_batch_mul`. Of each
-    row: `time_rows` (rows,), its time, and `right_rows` (rows, P, C), bool: bits whose one-step prediction has the right sign.
+    row: `time_rows` (rows,), its time, `predicted_rows` (rows, P, C), the head's one-step prediction of its bits, and
+    `right_rows` (rows, P, C), bool: where that has the right sign.
     """
 
     total: Tensor
@@ -43,6 +44,7 @@ class TrainingLosses:
     vision_rows: Tensor
     text_rows: Tensor
     time_rows: Tensor
+    predicted_rows: Tensor
     right_rows: Tensor
 
 
@@ -137,7 +139,8 @@ class BitDanceModel(nn.Module):
 
         P, C = self.block_size, self.projector.bits
         vision_rows, vision = hidden_FD.new_zeros(0, P, dtype=torch.float32), nothing
-        time_rows, right_rows = vision_rows.new_zeros(0), torch.zeros(0, P, C, dtype=torch.bool, device=hidden_FD.device)
+        time_rows, predicted = vision_rows.new_zeros(0), vision_rows.new_zeros(0, P, C)
+        right_rows = predicted > 0
         if batch.predict_index_K.numel():
             generated = batch.generated_N
             cond_GD = hidden_FD[batch.predict_index_K] + sincos_2d(
@@ -154,7 +157,7 @@ class BitDanceModel(nn.Module):
             repeats = len(predicted) // len(bits_RPC)
             right_rows = (predicted.detach() > 0) == (bits_RPC > 0).repeat(repeats, 1, 1)
         total = vision + text_weight * text
-        return TrainingLosses(total, vision, text, vision_rows, text_rows, time_rows, right_rows)
+        return TrainingLosses(total, vision, text, vision_rows, text_rows, time_rows, predicted, right_rows)
 
     def hidden(
         self,

@@ -18,6 +18,7 @@ from stages.tokenizer.coding import weights_hash
 
 # of the head, what decides about its weights; everything else (times, noise draws) a stage may change
 HEAD_SHAPE = ("ch_target", "ch_cond", "ch_latent", "depth_latent", "depth_adanln", "use_swiglu", "parallel_num")
+ORIGIN = ("teacher",)  # what a card says of where a model came from; later stages keep it
 SHOWN = 12  # characters of a hash
 
 
@@ -31,15 +32,18 @@ def encoder_hash(tokenizer: LFQTokenizer, dtype: torch.dtype | None = None) -> s
     return weights_hash(tokenizer.encoder if dtype is None else copy.deepcopy(tokenizer.encoder).to(dtype))
 
 
-def check_chain(model: BitDanceModel, training: GeneratorTraining, tokenizer: LFQTokenizer | None = None) -> HeadConfig:
-    """The model of `generator.init` against what the config says beside it; `tokenizer` is that of `generator.tokenizer`.
+def check_chain(
+    model: BitDanceModel, training: GeneratorTraining, tokenizer: LFQTokenizer | None = None, came: str = ""
+) -> HeadConfig:
+    """The model of `generator.init` (or what else `came` says) against what the config says beside it; `tokenizer` is that of
+    `generator.tokenizer`.
 
     Returns the head's config for this stage: the model's, with the training values (times, noise draws) that the config gives.
     ValueError where patch, bits per token, tokenizer, head or backbone are others.
     """
-    head = stage_head(model.head.config, training)
-    check_backbone(model.backbone.lm.config.to_dict(), training)
-    came = f"generator.init = {training.init!r}"
+    came = came or _init(training)
+    head = stage_head(model.head.config, training, came)
+    check_backbone(model.backbone.lm.config.to_dict(), training, came)
     if tokenizer is not None:
         assert model.tokenizer is not None
         bits, wanted = model.head.config.ch_target, tokenizer.config.z_channels
@@ -82,11 +86,13 @@ def check_bits(shards: Sequence[str], tokenizer: LFQTokenizer) -> None:
 
 def next_card(
     previous: Mapping[str, Any], stage: str, config: TrainingConfig, steps: int, images: int
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, Any]:
     """`{"stages": […]}` for the model's card: the stages of the model that this run started from (`previous`: its `extras`), and
-    this one after so many steps and images. It names no place of this machine.
+    this one after so many steps and images; beside it what that card says of the model's origin. It names no place of this
+    machine.
     """
-    before = previous.get("card", {}).get("stages", [])
+    card = previous.get("card", {})
+    kept = {name: card[name] for name in ORIGIN if name in card}
     optimizer = config.optimizer
     own = {
         "name": stage or "train",
@@ -96,12 +102,12 @@ def next_card(
         "lr": optimizer.lr,
         "schedule": optimizer.schedule,
     }
-    return {"stages": [*json.loads(json.dumps(before)), own]}
+    return json.loads(json.dumps({**kept, "stages": [*card.get("stages", []), own]}))
 
 
-def stage_head(known: HeadConfig, training: GeneratorTraining) -> HeadConfig:
+def stage_head(known: HeadConfig, training: GeneratorTraining, came: str = "") -> HeadConfig:
     """`known`, the head's config of the stage before, with the training values of this stage. ValueError for another shape."""
-    came, wanted = f"generator.init = {training.init!r}", {**known.to_dict(), **training.head}
+    came, wanted = came or _init(training), {**known.to_dict(), **training.head}
     if wanted["parallel_num"] != known.parallel_num:
         raise ValueError(
             f"{came} predicts {known.parallel_num} tokens per step, generator.head.parallel_num says {wanted['parallel_num']}; "
@@ -116,15 +122,19 @@ def stage_head(known: HeadConfig, training: GeneratorTraining) -> HeadConfig:
     return HeadConfig.from_dict(wanted)
 
 
-def check_backbone(known: Mapping[str, Any], training: GeneratorTraining) -> None:
+def check_backbone(known: Mapping[str, Any], training: GeneratorTraining, came: str = "") -> None:
     """The transformers config of the stage before against [generator.backbone]. The vocabulary may have grown."""
     for name, value in training.backbone.items():
         found = _field(known, name)
         if name != "vocab_size" and found is not None and found != value:
             raise ValueError(
-                f"generator.init = {training.init!r} has a backbone with {name} = {found!r}, generator.backbone says {value!r}; "
+                f"{came or _init(training)} has a backbone with {name} = {found!r}, generator.backbone says {value!r}; "
                 "correct the config, or start from a stage with this backbone"
             )
+
+
+def _init(training: GeneratorTraining) -> str:
+    return f"generator.init = {training.init!r}"
 
 
 def _field(config: Mapping[str, Any], name: str) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
-def _guarded(prog: str, body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
+def guarded(prog: str, body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
     """Run `body`; what a user did wrong becomes one line and exit code 2."""
     try:
         return body(list(sys.argv[1:] if argv is None else argv))
@@ -23,29 +23,16 @@ def data(argv: Sequence[str] | None = None) -> int:
     """`bitdance data …`: captioned pictures → shards."""
     from stages.data.cli import main
 
-    return _guarded("bitdance data", main, argv)
+    return guarded("bitdance data", main, argv)
 
 
 def train(argv: Sequence[str] | None = None) -> int:
     """`bitdance train CONFIG`: one process; `torchrun -m stages CONFIG` runs several."""
-    return _guarded("bitdance train", _train, argv)
+    return guarded("bitdance train", _train, argv)
 
 
 def _train(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bitdance train", description="Train the model that a config describes.")
-    parser.add_argument("config", help="a TOML file; see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the config")
-    parser.add_argument("--resume", default="auto", help="auto (newest checkpoint of the run), no, or a checkpoint folder")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing; needs no weights and no GPU")
-    plan = parser.add_argument_group("with --dry-run")
-    plan.add_argument("--processes", default="1", help="numbers of GPUs: 64,8,512; the config's batch is meant for the first")
-    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB")
-    plan.add_argument("--peak-tflops", type=float, default=989, help="of a GPU, dense bfloat16 (H100: 989, A100: 312)")
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: 0.4)")
-    plan.add_argument("--caption-tokens", type=int, default=128, help="of an average caption (default: 128)")
-    plan.add_argument("--json", action="store_true", help="the plan as JSON")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # some launchers add it
-    arguments = parser.parse_args(argv)
+    arguments = training_parser("bitdance train", "Train the model that a config describes.").parse_args(argv)
 
     from stages.config import load_config
 
@@ -61,16 +48,34 @@ def _train(argv: list[str]) -> int:
     return run(recipe, config, arguments.resume)
 
 
+def training_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The options that every command of training has."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser.add_argument("config", help="a TOML file; see configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the config")
+    parser.add_argument("--resume", default="auto", help="auto (newest checkpoint of the run), no, or a checkpoint folder")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing; needs no weights and no GPU")
+    plan = parser.add_argument_group("with --dry-run")
+    plan.add_argument("--processes", default="1", help="numbers of GPUs: 64,8,512; the config's batch is meant for the first")
+    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB")
+    plan.add_argument("--peak-tflops", type=float, default=989, help="of a GPU, dense bfloat16 (H100: 989, A100: 312)")
+    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: 0.4)")
+    plan.add_argument("--caption-tokens", type=int, default=128, help="of an average caption (default: 128)")
+    plan.add_argument("--json", action="store_true", help="the plan as JSON")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # some launchers add it
+    return parser
+
+
 def tokenizer(argv: Sequence[str] | None = None) -> int:
     """`bitdance tokenizer encode|decode|eval|convert|lpips`."""
     from stages.tokenizer.cli import main
 
-    return _guarded("bitdance tokenizer", main, argv)
+    return guarded("bitdance tokenizer", main, argv)
 
 
 def export(argv: Sequence[str] | None = None) -> int:
     """`bitdance export CHECKPOINT OUT --format official`."""
-    return _guarded("bitdance export", _export, argv)
+    return guarded("bitdance export", _export, argv)
 
 
 def _export(argv: list[str]) -> int:
@@ -94,4 +99,4 @@ def measure(argv: Sequence[str] | None = None) -> int:
     """`bitdance measure prompts`: how well a model follows its prompts."""
     from stages.measure.prompts import main
 
-    return _guarded("bitdance measure", main, argv)
+    return guarded("bitdance measure", main, argv)

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from lfq_tokenizer import TokenizerConfig
 
@@ -206,8 +206,16 @@ class GeneratorTraining:
             raise ValueError(f"generator.freeze names {unknown}; parts are {', '.join(PARTS)}")
 
 
+# recipe → the command that trains it
+COMMANDS = {"tokenizer": "bitdance train", "generator": "bitdance train", "distill": "bitdance distill"}
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
+    """What every command of training reads; a further room adds its own section in a subclass with its own `RECIPES`."""
+
+    RECIPES: ClassVar[tuple[str, ...]] = ("tokenizer", "generator")
+
     recipe: str = ""
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -217,8 +225,8 @@ class TrainingConfig:
     generator: GeneratorTraining = field(default_factory=GeneratorTraining)
 
     def __post_init__(self) -> None:
-        if self.recipe not in ("tokenizer", "generator"):
-            raise ValueError(f"recipe = {self.recipe!r}; allowed are 'tokenizer' and 'generator'")
+        if self.recipe not in self.RECIPES:
+            raise ValueError(f"recipe = {self.recipe!r}; allowed are {' and '.join(map(repr, self.RECIPES))}")
         if not self.run.out:
             raise ValueError("run.out is empty; name the folder of this run, for example run.out = \"runs/mine\"")
         if self.data.train and self.data.sources:
@@ -227,8 +235,17 @@ class TrainingConfig:
             raise ValueError('data.train is empty; name the shards, for example data.train = ["shards/*.tar"]')
 
 
+Schema = TypeVar("Schema", bound=TrainingConfig)
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """Read a TOML config, its one parent and the dotted overrides (`a.b=value`). ValueError names the file and the key."""
+    """Of `bitdance train`; see `read_config`."""
+    return read_config(path, overrides, TrainingConfig)
+
+
+def read_config(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Schema:
+    """Read a TOML config, its one parent and the dotted overrides (`a.b=value`). ValueError names the file and the key, or the
+    command that the config is meant for."""
     values = _read(Path(path))
     if "extends" in values:
         name = values.pop("extends")
@@ -247,8 +264,11 @@ def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainingConf
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
         values = _merge(values, nested)
+    recipe = values.get("recipe")
+    if recipe in COMMANDS and recipe not in schema.RECIPES:
+        raise ValueError(f"{path}: recipe = {recipe!r} is trained by another command: {COMMANDS[recipe]} {path}")
     try:
-        return _build(TrainingConfig, values, "")
+        return _build(schema, values, "")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
 

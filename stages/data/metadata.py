@@ -12,7 +12,7 @@ from stages.data.picture import BrokenPicture, upright_size
 
 PICTURE_ENDINGS = ("png", "jpg", "jpeg", "webp")
 TEXT_ENDINGS = ("json", "txt")
-MEMBER_LIMITS = dict.fromkeys((*PICTURE_ENDINGS, "bits"), 64 * 2**20) | dict.fromkeys(TEXT_ENDINGS, 2**20)
+MEMBER_LIMITS = dict.fromkeys((*PICTURE_ENDINGS, "bits", "targets"), 64 * 2**20) | dict.fromkeys(TEXT_ENDINGS, 2**20)
 _PICTURE_HEAD = 2**16
 LONGEST_SIDE = 2**20
 

@@ -116,6 +116,15 @@ class Mixture:
         stream = self._streams[k]
         return Place(stream.source, int(stream.numbers[stream.order.at(turn)]), stream.resolution)
 
+    def size(self, place: Place, buckets: Buckets) -> tuple[int, int]:
+        """Height and width in pixels of the picture at a place."""
+        shape, s = self.sources[place.source].data.shape(place.number), buckets.rule.downsampling
+        if shape.bits:
+            return shape.height * s, shape.width * s
+        if place.resolution:
+            return buckets.size_for(place.resolution, shape.height, shape.width)
+        return shape.height, shape.width
+
     @property
     def hash(self) -> str:
         """Of everything that decides which sample stands where, but for the seed."""

@@ -168,11 +168,13 @@ def _members(sample: CaptionedPicture) -> dict[str, Any]:
     assert sample.captions, f"{sample.key} has no caption"
     data = sample.encoded
     if data is None:
+        assert sample.picture is not None
         assert sample.picture.mode == "RGB", f"{sample.key} is {sample.picture.mode}, not RGB"
         buffer = io.BytesIO()
         sample.picture.save(buffer, format="PNG")
         data = buffer.getvalue()
-    return {"__key__": sample.key, sample.ending if sample.encoded is not None else "png": data, "json": _text(sample)}
+    more = {} if sample.targets is None else {"targets": sample.targets}
+    return {"__key__": sample.key, sample.ending if sample.encoded is not None else "png": data, "json": _text(sample), **more}
 
 
 def _check_limit(skipped: Counter[str], examples: dict[str, str], expected: int, max_bad: float) -> None:

@@ -15,15 +15,16 @@ class CaptionedPicture:
 
     `key` names the sample inside a shard: letters, digits, `-` and `_` only (a dot would end the key). `attributes`
     holds what the captions are made of, e.g. concept, style, background, hexcode, split. When `encoded` is given, these
-    bytes (of a file whose ending is `ending`) are stored as they are; otherwise `picture` is stored as PNG.
+    bytes (of a file whose ending is `ending`) are stored as they are, and `picture` may be None; otherwise it is stored as PNG.
     """
 
     key: str
-    picture: Image.Image
+    picture: Image.Image | None
     captions: list[str]
     attributes: dict[str, Any] = field(default_factory=dict)
     encoded: bytes | None = None
     ending: str = "png"
+    targets: bytes | None = None  # a further member of that ending
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,15 @@ _HEADER = 2 * tarfile.BLOCKSIZE  # with the filling before it
 
 @dataclass(frozen=True)
 class Sample:
-    """`picture` RGB or None; `bits_Chw` int8 ±1 or None; at least one of them is given."""
+    """`picture` RGB or None; `bits_Chw` int8 ±1 or None; at least one of them is given. `targets`: what a teacher predicts of it,
+    as bytes that its writer understands."""
 
     key: str
     picture: Image.Image | None
     bits_Chw: torch.Tensor | None
     captions: list[str]
     attributes: dict[str, Any]
+    targets: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ class ShardDataset(Dataset[Sample]):
             ending = picture_ending(entry.members)
             picture = decode_picture(read(*entry.members[ending]), self.max_pixels) if ending else None
             bits_Chw = unpack_bits(read(*entry.members["bits"])) if "bits" in entry.members else None
-        return Sample(entry.key, picture, bits_Chw, captions, attributes)
+            targets = read(*entry.members["targets"]) if "targets" in entry.members else None
+        return Sample(entry.key, picture, bits_Chw, captions, attributes, targets)
 
     def key(self, number: int) -> str:
         """The name of a sample; nothing is read."""

@@ -32,11 +32,12 @@ def slot_generator(seed: int, slot: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A document, its name, and its pixels (3,H,W) uint8 where the picture is still to be encoded."""
+    """A document, its name, and its pixels (3,H,W) uint8 where the picture is still to be encoded. `targets` of the sample."""
 
     name: str
     pieces: list[TextPiece | ImagePiece]
     pixels_3HW: Tensor | None
+    targets: bytes | None = None
 
 
 @dataclass
@@ -85,7 +86,9 @@ class Documents:
         multiple_of: int,
     ) -> None:
         self.text_tokenizer, self.special, self.head, self.training = text_tokenizer, special, head, training
-        self.buckets, self.row_tokens, self.multiple_of = buckets, row_tokens, multiple_of
+        self.buckets = buckets
+        # how rows are packed
+        self.packed = {"token_budget": row_tokens, "multiple_of": multiple_of} if row_tokens else {}
         self._bits, self._downsampling = tokenizer.config.z_channels, tokenizer.downsampling
 
     def drawn(self, data: ShardDataset, place: Place, generator: torch.Generator, skipped: Counter[str]) -> Drawn:
@@ -93,22 +96,22 @@ class Documents:
         sample = data.take(place.number, skipped)
         drop, pick = torch.rand(2, generator=generator).tolist()
         caption = "" if drop < self.training.dropout else sample.captions[int(pick * len(sample.captions))]
-        return self._document(sample, place.resolution, caption, self.training.flip_max, generator)
+        return self.document(sample, place.resolution, caption, self.training.flip_max, generator)
 
     def plain(self, data: ShardDataset, place: Place, generator: torch.Generator) -> Drawn:
         """As it is judged: its first caption, no flips."""
         sample = data.take(place.number)
-        return self._document(sample, place.resolution, sample.captions[0], 0.0, generator)
+        return self.document(sample, place.resolution, sample.captions[0], 0.0, generator)
 
     def batch(self, drawn: Sequence[Drawn]) -> GeneratorBatch:
         documents = [document.pieces for document in drawn]
-        packed = {"token_budget": self.row_tokens, "multiple_of": self.multiple_of} if self.row_tokens else {}
-        sequence = build_batch(documents, self.head.patch_side, self.special, **packed)
+        sequence = build_batch(documents, self.head.patch_side, self.special, **self.packed)
         return GeneratorBatch(sequence, {k: d.pixels_3HW for k, d in enumerate(drawn) if d.pixels_3HW is not None})
 
-    def _document(
+    def document(
         self, sample: Sample, resolution: int, caption: str, flip_max: float, generator: torch.Generator
     ) -> Drawn:
+        """A sample with a caption ("": none) and what `generator` draws for its loss."""
         if caption:
             ids = conditional_ids(self.text_tokenizer, caption, self.training.max_text_tokens)
         else:
@@ -116,7 +119,7 @@ class Documents:
         bits_Chw, pixels_3HW = self._picture(sample, resolution)
         draws = ImageDraws.draw(bits_Chw[0].numel(), self.head, flip_max, generator)
         pieces: list[TextPiece | ImagePiece] = [TextPiece(ids, predict=bool(caption)), ImagePiece(bits_Chw, draws=draws)]
-        return Drawn(sample.key, pieces, pixels_3HW)
+        return Drawn(sample.key, pieces, pixels_3HW, sample.targets)
 
     def _picture(self, sample: Sample, resolution: int) -> tuple[Tensor, Tensor | None]:
         """Bits (C,h,w), or zeros in their place and the pixels that they will be made of."""

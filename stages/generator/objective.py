@@ -44,14 +44,20 @@ class GeneratorObjective(nn.Module):
             sequence = batch.encoded(self.tokenizer.module.to(sequence.ids_BL.device), self.model.patch_side)
         return self.model(sequence, text_weight=self._training.text_weight, attention=self._attention(sequence.ids_BL))
 
+    def vision(self, losses: TrainingLosses, batch: GeneratorBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the head learns from: a mean over the rows of this process, and what else there is to log."""
+        return losses.vision, {}
+
     def forward(self, batch: GeneratorBatch, generator: torch.Generator, step: int) -> Losses:
         losses = self.losses(batch)
+        learned, more = self.vision(losses, batch, step)
         # Means over all processes: a process that happens to hold more blocks or more text counts for more.
         own = torch.tensor([losses.vision_rows.numel(), losses.text_rows.numel()], dtype=torch.float64)
         share = own / mean_over_processes(own.to(losses.total.device)).cpu().clamp(min=1e-9)
-        vision, text = losses.vision * float(share[0]), losses.text * float(share[1])
-        scalars = {"vision": vision.detach(), "text": text.detach(), **accuracy(losses), **by_noise_level(losses)}
-        return vision + self._training.text_weight * text, scalars, None
+        vision, text = (losses.vision * float(share[0])).detach(), losses.text * float(share[1])
+        levels = by_noise_level("vision", losses.vision_rows, losses.time_rows)
+        scalars = {"vision": vision, "text": text.detach(), **accuracy(losses), **levels, **more}
+        return learned * float(share[0]) + self._training.text_weight * text, scalars, None
 
     def _attention(self, ids_BL: Tensor) -> Attention:
         if self._training.attention == "flex" or (self._training.attention == "auto" and ids_BL.is_cuda):
@@ -65,8 +71,7 @@ def accuracy(losses: TrainingLosses) -> dict[str, Tensor]:
     return {"bit_accuracy": right_C.mean(), "bit_accuracy_least": right_C.amin()}
 
 
-def by_noise_level(losses: TrainingLosses) -> dict[str, Tensor]:
-    """Velocity loss by time; NaN where a batch has no row of a level."""
-    rows, time = losses.vision_rows.detach().mean(-1), losses.time_rows
-    levels = pairwise(TIME_EDGES)
-    return {f"vision_at_t/{low}-{high}": rows[(low <= time) & (time < high)].mean() for low, high in levels}
+def by_noise_level(name: str, loss_RP: Tensor, time_R: Tensor) -> dict[str, Tensor]:
+    """A loss of rows by their time; NaN where a batch has no row of a level."""
+    rows, levels = loss_RP.detach().mean(-1), pairwise(TIME_EDGES)
+    return {f"{name}_at_t/{low}-{high}": rows[(low <= time_R) & (time_R < high)].mean() for low, high in levels}

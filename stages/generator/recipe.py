@@ -5,6 +5,7 @@ Shards hold pictures or, cheaper, bits that `bitdance tokenizer encode` wrote.
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,11 @@ from stages import processes
 from stages.chain import check_bits, next_card
 from stages.config import DataConfig, TrainingConfig
 from stages.data.buckets import Buckets
-from stages.data.mixture import Mixture, Place, Source
+from stages.data.mixture import Mixture, Source
 from stages.data.shards import ShardDataset, ShardIndex
-from stages.generator.documents import Documents, slot_generator
-from stages.generator.objective import GeneratorObjective, accuracy
+from stages.generator.documents import Documents, Drawn, GeneratorBatch, slot_generator
+from stages.generator.judging import heldout_losses
+from stages.generator.objective import GeneratorObjective
 from stages.generator.start import start_model
 from stages.plan.flops import token_flops
 from stages.recipe import Micro, Opponent
@@ -36,7 +38,6 @@ from stages.tokenizer.coding import decode_pictures
 
 LISTED_SAMPLES = 20_000  # read at most, for the list of prompts in bitdance.json
 LISTED_SIZES = 64  # a model trained on more sizes makes every size
-JUDGED = 256  # held-out samples
 PROBED = 64  # slots that stand for all, where a mean is asked for
 PLACES = ("tokenizer", "pretrained", "init", "text_extra")  # of this machine; a model that is given away does not name them
 
@@ -48,11 +49,11 @@ class GeneratorRecipe:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config, self.training = config, config.generator
-        self.sources = open_sources(config.data)
+        self.sources = self.open_sources()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
             dtype = torch.bfloat16 if config.run.precision == "bfloat16-weights" else torch.float32
-            model = start_model(self.training, self._texts, dtype)
+            model = self.start(dtype)
         assert model.tokenizer is not None
         self.tokenizer: LFQTokenizer = model.tokenizer.eval().requires_grad_(False)
         self._before = getattr(model, "extras", {})
@@ -65,7 +66,7 @@ class GeneratorRecipe:
             model.head.net.grad_checkpointing = True
         if self.training.kernels == "auto":
             use_fused_kernels(model.backbone.lm, "cuda" if torch.cuda.is_available() else "cpu")
-        self.module: nn.Module = GeneratorObjective(model, self.training)
+        self.module: nn.Module = self.objective(model)
 
         mix = {int(resolution): share for resolution, share in config.data.mix.items()}
         rule = dataclasses.replace(rule_of_model(model), trained=())
@@ -84,7 +85,32 @@ class GeneratorRecipe:
             # compiled kernels want few lengths
             multiple_of=128 if torch.cuda.is_available() else 1,
         )
-        self.flops = self._token_flops(model)
+        self.flops = self.token_flops(model)
+
+    # what a recipe on top of this one does in its own way
+
+    def open_sources(self) -> list[Source]:
+        return open_sources(self.config.data)
+
+    def start(self, dtype: torch.dtype) -> BitDanceModel:
+        """The whole model, on the CPU."""
+        return start_model(self.training, self._texts, dtype)
+
+    def objective(self, model: BitDanceModel) -> GeneratorObjective:
+        return GeneratorObjective(model, self.training)
+
+    def lay_out(self, drawn: Sequence[Drawn]) -> GeneratorBatch:
+        return self.documents.batch(drawn)
+
+    def defaults(self) -> dict[str, Any]:
+        """Of generation: size of the largest pictures, and what the config says."""
+        height, width = max(self._sizes, key=lambda size: (size[0] * size[1], size))
+        return {"height": height, "width": width, "num_inference_steps": 20, "guidance_scale": 3.0, **self.training.defaults}
+
+    def settings(self) -> dict[str, Any]:
+        """What the card says of how the model was trained; no place of this machine."""
+        training = dataclasses.asdict(self.training)
+        return {"training": {name: value for name, value in training.items() if name not in PLACES}}
 
     def _heldout(self, mix: dict[int, float]) -> Mixture | None:
         """Every resolution of the mix gets an equal part, as far as the held-out shards have it."""
@@ -100,10 +126,10 @@ class GeneratorRecipe:
             texts += Path(self.training.text_extra).read_text(encoding="utf-8").splitlines()
         return texts
 
-    def _token_flops(self, model: BitDanceModel) -> float:
-        """From the sizes and captions of the first slots."""
+    def token_flops(self, model: BitDanceModel, encodes: bool = True) -> float:
+        """From the sizes and captions of the first slots. `encodes`: with what pictures cost that come as pixels."""
         places = [self.mixture.at(slot) for slot in range(min(PROBED, self.length))]
-        sizes = Counter(self._size(place) for place in places)
+        sizes = Counter(self.mixture.size(place, self.buckets) for place in places)
         s = self.tokenizer.downsampling
         grids = {(height // s, width // s): count / len(places) for (height, width), count in sizes.items()}
         captions = [self.sources[place.source].data.caption(place.number)[0][0] for place in places]
@@ -111,7 +137,7 @@ class GeneratorRecipe:
         dropped = self.training.dropout * len(unconditional_ids(model.text_tokenizer))
         text = (1 - self.training.dropout) * sum(words) / len(words) + dropped
         shapes = [self.sources[place.source].data.shape(place.number) for place in places]
-        return token_flops(model, grids, text, pixels=not all(shape.bits for shape in shapes))
+        return token_flops(model, grids, text, pixels=encodes and not all(shape.bits for shape in shapes))
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         model = _objective(self.module).model
@@ -125,7 +151,7 @@ class GeneratorRecipe:
             place = self.mixture.at(slot)
             source = self.sources[place.source].data
             drawn.append(self.documents.drawn(source, place, slot_generator(self.config.run.seed, slot), skipped))
-        batch = self.documents.batch(drawn)
+        batch = self.lay_out(drawn)
         return Micro(
             batch, [d.name for d in drawn], dict(skipped), batch.sequence.tokens, batch.sequence.ids_BL.numel()
         )
@@ -133,33 +159,14 @@ class GeneratorRecipe:
     @torch.no_grad()
     def validate(self, module: nn.Module) -> dict[str, float]:
         """Losses on up to 256 held-out samples with their first caption, without flips, under fixed draws."""
-        if self.heldout is None:
-            return {}
-        objective = _objective(module)
-        device = objective.model.backbone.device
-        places = [self.heldout.at(slot) for slot in range(min(JUDGED, len(self.heldout)))]
-        values: dict[str, list[torch.Tensor]] = {}
-        for resolution in sorted({place.resolution for place in places}):
-            members = [(slot, place) for slot, place in enumerate(places) if place.resolution == resolution]
-            for start in range(0, len(members), 32):
-                drawn = [
-                    self.documents.plain(self.heldout.sources[0].data, place, slot_generator(0, slot))
-                    for slot, place in members[start : start + 32]
-                ]
-                losses = objective.losses(self.documents.batch(drawn).to(device))
-                values.setdefault("vision", []).append(losses.vision_rows.flatten())
-                values.setdefault("text", []).append(losses.text_rows)
-                values.setdefault("bit_accuracy", []).append(accuracy(losses)["bit_accuracy"][None])
-                if resolution:
-                    values.setdefault(f"vision/{resolution}", []).append(losses.vision_rows.flatten())
-        return {name: float(torch.cat(parts).mean()) for name, parts in values.items()}
+        return {} if self.heldout is None else heldout_losses(_objective(module), self.documents, self.heldout)
 
     @torch.no_grad()
     def sample(self, module: nn.Module) -> Image.Image:
         """The run's fixed prompts with fixed seeds; its own generators, so that training is not disturbed."""
         data = self.sources[0].data
         prompts = list(self.training.sample_prompts) or [data.caption(i)[0][0] for i in range(min(8, len(data)))]
-        defaults = self._defaults()
+        defaults = self.defaults()
         model = _objective(module).whole()
         s = self.tokenizer.downsampling
         bits_BChw = generate_bits(
@@ -174,22 +181,10 @@ class GeneratorRecipe:
         # one by one: at 1024² pixels a picture takes 4 GiB
         return grid([to_pil(decode_pictures(self.tokenizer, bits_Chw[None]))[0] for bits_Chw in bits_BChw])
 
-    def _defaults(self) -> dict[str, Any]:
-        height, width = max(self._sizes, key=lambda size: (size[0] * size[1], size))
-        return {"height": height, "width": width, "num_inference_steps": 20, "guidance_scale": 3.0, **self.training.defaults}
-
     @cached_property
     def _sizes(self) -> list[tuple[int, int]]:
         """Sizes in pixels that the first slots of the run come in."""
-        return sorted({self._size(self.mixture.at(slot)) for slot in range(min(1000, self.length))})
-
-    def _size(self, place: Place) -> tuple[int, int]:
-        shape = self.sources[place.source].data.shape(place.number)
-        if shape.bits:
-            return shape.height * self.tokenizer.downsampling, shape.width * self.tokenizer.downsampling
-        if place.resolution:
-            return self.buckets.size_for(place.resolution, shape.height, shape.width)
-        return shape.height, shape.width
+        return sorted({self.mixture.size(self.mixture.at(slot), self.buckets) for slot in range(min(1000, self.length))})
 
     @cached_property
     def _prompts_known(self) -> list[str]:
@@ -203,14 +198,14 @@ class GeneratorRecipe:
 
     def save_model(self, module: nn.Module, folder: Path, step: int) -> None:
         model = _objective(module).whole()
-        run, training = self.config.run, dataclasses.asdict(self.training)
+        run = self.config.run
         images = step * run.batch_size * run.accumulation * processes.world()
         stages = next_card(self._before, self.training.stage, self.config, step, images)
         model.extras = {
-            "defaults": self._defaults(),
+            "defaults": self.defaults(),
             "sizes": [list(size) for size in self._sizes] if len(self._sizes) <= LISTED_SIZES else [],
             "prompts": self._prompts_known,
-            "card": {"recipe": "generator", **stages, "training": {k: v for k, v in training.items() if k not in PLACES}},
+            "card": {"recipe": self.config.recipe, **stages, **self.settings()},
         }
         save_model(model, folder)
 

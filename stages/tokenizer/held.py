@@ -3,13 +3,14 @@
 import copy
 from typing import Any
 
-from torch import nn
-
 
 class Held:
-    """Keeps `module` out of its owner's parameters, checkpoints and running average; copies of the owner share it."""
+    """Keeps `module`, a network or what holds one, out of its owner's parameters, checkpoints and running average.
 
-    def __init__(self, module: nn.Module | None) -> None:
+    Copies of the owner share it.
+    """
+
+    def __init__(self, module: Any) -> None:
         self.module: Any = module
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Held":

@@ -1,0 +1,13 @@
+"""Distillation on one or many processes.
+
+    python -m distill CONFIG
+    torchrun --standalone --nproc-per-node 2 -m distill CONFIG [--set a.b=c …] [--resume auto|PATH|no] [--dry-run]
+    deepspeed --module distill CONFIG
+"""
+
+import sys
+
+from distill.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,55 @@
+"""What the teacher does ahead of training, written as shards: its own pictures (`samples`) or its predictions (`targets`).
+
+Both run through the row of slots that training would run through and write `FOLDER/00000/`, `FOLDER/00001/`, …, each of them a
+whole pack of shards or absent. A folder that is there is skipped, so the command may be stopped and run again, and many machines
+may share the work.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.config import DistillConfig
+from distill.desk import Desk
+from distill.predictions import Predictions
+from distill.samples import Samples
+from stages.data.pack import MANIFEST, PackOptions, pack
+from stages.data.sample import PictureSource
+
+
+@dataclass(frozen=True)
+class Order:
+    """`count` samples, or as many as the data has; `steps` of the sampler, or as many as the teacher's defaults say."""
+
+    kind: str  # "samples" or "targets"
+    out: Path
+    count: int | None = None
+    per_folder: int = 5000
+    batch_size: int = 16
+    shard: tuple[int, int] = (0, 1)
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("count", "per_folder", "batch_size", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
+
+
+def write(config: DistillConfig, order: Order) -> int:
+    """Make the folders of this shard that are missing. ValueError where data, teacher and config do not fit."""
+    desk = Desk(config)
+    count = order.count or len(desk.mixture)
+    for number in range(order.shard[0], -(-count // order.per_folder), order.shard[1]):
+        folder = order.out / f"{number:05d}"
+        if (folder / MANIFEST).is_file():
+            print(f"{folder}: is there")
+            continue
+        slots = range(number * order.per_folder, min(count, (number + 1) * order.per_folder))
+        source: PictureSource
+        if order.kind == "samples":
+            source = Samples(desk, slots, order.batch_size, order.steps)
+        else:
+            source = Predictions(desk, slots, order.batch_size)
+        report = pack(source, folder, PackOptions(samples_per_shard=order.per_folder, progress=True))
+        print(f"{folder}: {report['samples']} {order.kind}")
+    return 0
