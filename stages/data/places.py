@@ -34,8 +34,8 @@ Places = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 def find_shards(places: Places) -> list[str]:
     """Places → addresses of shards and of index files, each once, in order.
 
-    A place is a file, a pattern, a folder of `.tar` files, or a URL; `{000..099}` stands for a hundred names. ValueError for a
-    URL that is not allowed or cannot be listed; FileNotFoundError where a place matches nothing.
+    A place is a file, a pattern, a folder of `.tar` files (or of folders with them), or a URL; `{000..099}` stands for a hundred
+    names. ValueError for a URL that is not allowed or cannot be listed; FileNotFoundError where a place matches nothing.
     """
     found: dict[str, None] = {}
     for place in [places] if isinstance(places, (str, os.PathLike)) else places:
@@ -106,17 +106,19 @@ def filesystem(url: str) -> Any:
 
 def _find_local(text: str) -> list[str]:
     text = os.path.expanduser(text)
-    if os.path.isdir(text):
-        matches = sorted(glob.glob(os.path.join(glob.escape(text), "*.tar")))
-    elif os.path.isfile(text):
-        matches = [text]
-    else:
-        matches = [match for pattern in _expanded(text) for match in sorted(glob.glob(pattern))]
+    named = [text] if os.path.exists(text) else [match for pattern in _expanded(text) for match in sorted(glob.glob(pattern))]
+    matches = [shard for match in named for shard in (_in_folder(match) if os.path.isdir(match) else [match])]
     if not matches:
         raise FileNotFoundError(
             f"no shard at {text!r}; give .tar files, a pattern such as 'shards/*.tar', a folder of shards or a URL"
         )
     return matches
+
+
+def _in_folder(folder: str) -> list[str]:
+    """The shards of a folder or, where it has none of its own, of the folders in it."""
+    inside = glob.escape(folder)
+    return sorted(glob.glob(os.path.join(inside, "*.tar"))) or sorted(glob.glob(os.path.join(inside, "*", "*.tar")))
 
 
 def _find_remote(text: str) -> list[str]:

@@ -2,19 +2,31 @@
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages.config import TrainingConfig, as_dict
 
+if TYPE_CHECKING:
+    from stages.plan.companion import Companion
+    from stages.plan.shape import Shape
 
-def show(config: TrainingConfig, arguments: argparse.Namespace) -> int:
-    """Print the plan. ValueError where the config or the numbers given beside it cannot be."""
-    plan, text = _tokenizer(config) if config.recipe == "tokenizer" else _generator(config, arguments)
+
+def show(
+    config: TrainingConfig,
+    arguments: argparse.Namespace,
+    shape: "Shape | None" = None,
+    companion: "Companion | None" = None,
+) -> int:
+    """Print the plan; for `shape` and `companion` see `make_plan`. ValueError where the config or the numbers given beside it
+    cannot be."""
+    plan, text = _tokenizer(config) if config.recipe == "tokenizer" else _generator(config, arguments, shape, companion)
     print(json.dumps({**plan, "config": as_dict(config)}, indent=2, default=str) if arguments.json else text)
     return 0
 
 
-def _generator(config: TrainingConfig, arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _generator(
+    config: TrainingConfig, arguments: argparse.Namespace, shape: "Shape | None", companion: "Companion | None"
+) -> tuple[dict[str, Any], str]:
     from stages.plan import report
     from stages.plan.plan import Machine, make_plan
 
@@ -25,7 +37,7 @@ def _generator(config: TrainingConfig, arguments: argparse.Namespace) -> tuple[d
     machine = Machine(processes, arguments.gpu_memory, arguments.peak_tflops, arguments.mfu)
     if arguments.caption_tokens < 1:
         raise ValueError(f"--caption-tokens {arguments.caption_tokens}: give at least 1")
-    plan = make_plan(config, machine, arguments.caption_tokens)
+    plan = make_plan(config, machine, arguments.caption_tokens, shape, companion)
     return plan.to_dict(), report.text(plan)
 
 

@@ -6,6 +6,7 @@ from functools import cached_property
 from bitdance.prompt import SpecialTokens
 from stages.config import TrainingConfig
 from stages.plan import memory
+from stages.plan.companion import Companion
 from stages.plan.shape import Count, Shape
 from stages.plan.workload import KERNEL_ROWS, Workload, shown
 
@@ -37,7 +38,7 @@ class Column:
 
 @dataclass
 class Subject:
-    """What is planned. `pixels`: the GPUs encode the pictures."""
+    """What is planned. `pixels`: the GPUs encode the pictures; `companion`: what runs beside, if anything."""
 
     config: TrainingConfig
     shape: Shape
@@ -45,6 +46,7 @@ class Subject:
     special: SpecialTokens
     counts: dict[str, Count]
     pixels: bool
+    companion: Companion | None = None
 
     def states(self, processes: int, config: TrainingConfig | None = None) -> memory.States:
         config = config or self.config
@@ -108,8 +110,9 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
     made = size * accumulation * processes
     fullest = subject.workload.fullest(size)
     rows, passes = subject.micro_step(fullest)
-    states, judging = subject.states(processes), subject.judging
+    states, judging, companion = subject.states(processes), subject.judging, subject.companion
     tokenizer = 4.0 * subject.counts["tokenizer"].all
+    beside, host = (companion.gpu, companion.host) if companion else (0.0, 0.0)
     encoding = subject.encoding(fullest)
     lines = {
         "weights": states.weights,
@@ -117,6 +120,7 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
         "moments, float32 weights": states.optimizer,
         "average": states.average,
         "tokenizer (frozen)": tokenizer,
+        **({companion.line: companion.gpu} if companion else {}),
         "communication buckets": states.buckets,
         "gathered weights (ZeRO 3)": states.gathered,
         "activations kept": passes.kept,
@@ -125,7 +129,7 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
         "optimiser's step": states.step,
         **judging,
     }
-    always = states.kept + states.buckets + tokenizer
+    always = states.kept + states.buckets + tokenizer + beside
     training = always + max(states.gathered + passes.most, encoding, states.step)
     whole, cache, decoding = judging.values()
     looking = always + whole + max(cache, decoding)
@@ -139,7 +143,7 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
         advice.append(_remedies(subject, processes, size, training - always, looking - always, always, room))
     fits = max(training, looking) <= room
     shape = (processes, size, accumulation, made, hours, shown(fullest), rows)
-    return Column(*shape, lines, training, looking, states.host, fits, tuple(advice))
+    return Column(*shape, lines, training, looking, states.host + host, fits, tuple(advice))
 
 
 def _remedies(
@@ -163,6 +167,8 @@ def _remedies(
         saved = kept - subject.states(processes, moved).kept
         if needed - saved <= room:
             found.append(f"deepspeed.offload_optimizer = true (saves {saved / GIB:.0f} GiB)")
+    if (companion := subject.companion) and needed - companion.saving <= room:
+        found.append(f"{companion.remedy} (saves {companion.saving / GIB:.0f} GiB)")
     more = processes
     while more < MOST_PROCESSES and needed - kept + subject.states(more).kept > room:
         more *= 2

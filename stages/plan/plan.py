@@ -10,6 +10,7 @@ from bitdance.sizes import rule_of_model
 from stages.config import TrainingConfig
 from stages.data.buckets import Buckets
 from stages.data.mixture import Mixture
+from stages.plan.companion import Companion
 from stages.plan.fit import Column, Subject, column
 from stages.plan.flops import Flops, document_flops, encoder_flops
 from stages.plan.shape import Count, Shape, count
@@ -47,7 +48,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Plan:
-    """`flops` by part, `flops_per_step` and `tokens_per_step` are of a step of `samples`; recomputation is not in them."""
+    """`flops` by part, `flops_per_step` and `tokens_per_step` are of a step of `samples`; recomputation is not in them. A
+    `companion` runs in its first steps only, so `flops_of_run` need not be a multiple of those of a step."""
 
     stage: str
     precision: str
@@ -58,24 +60,32 @@ class Plan:
     tokens_per_step: float
     flops: dict[str, float]
     flops_per_step: float
+    flops_of_run: float
     recomputed_per_step: float
     machine: Machine
     data: dict[str, Any]
     assumed: list[str]
     columns: list[Column]
+    companion: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def make_plan(config: TrainingConfig, machine: Machine, caption: int) -> Plan:
+def make_plan(
+    config: TrainingConfig,
+    machine: Machine,
+    caption: int,
+    shape: Shape | None = None,
+    companion: Companion | None = None,
+) -> Plan:
     """`caption`: tokens of a caption. The first number of processes is the one that the config's batch is meant for; the others
-    keep the samples of a step.
+    keep the samples of a step. `shape` is that of the model where the config alone does not say it; `companion` runs beside it.
 
     ValueError where the config does not say enough, or contradicts itself.
     """
     run, training = config.run, config.generator
-    shape = Shape.of(config)
+    shape = shape or Shape.of(config)
     workload = Workload.of(config, shape, caption)
     with FakeTensorMode():
         model = shape.model(training, torch.float32)
@@ -95,10 +105,15 @@ def make_plan(config: TrainingConfig, machine: Machine, caption: int) -> Plan:
         for name, value in asdict(picture.flops).items():
             parts[name] = parts.get(name, 0.0) + samples * picture.share * value
     recomputed = parts.pop("recomputed") * training.checkpoint_activations
+    of_run = run.steps * sum(parts.values())
+    if companion:
+        beside = companion.flops(list(workload.documents.values()))
+        parts[companion.name] = sum(samples * p.share * flops for p, flops in zip(pictures, beside, strict=True))
+        of_run += companion.steps * parts[companion.name]
     per_step = sum(parts.values())
 
-    subject = Subject(config, shape, workload, model.special, counts, pixels)
-    seconds = run.steps * per_step / (machine.mfu * machine.tflops * 1e12)
+    subject = Subject(config, shape, workload, model.special, counts, pixels, companion)
+    seconds = of_run / (machine.mfu * machine.tflops * 1e12)
     columns = [column(subject, n, samples, seconds / n / 3600, machine.memory) for n in machine.processes]
     assumed = [f"captions of {workload.prompt - workload.template} tokens", *(f"{place} is not here" for place in shape.absent)]
     if "absent" in data:
@@ -113,12 +128,19 @@ def make_plan(config: TrainingConfig, machine: Machine, caption: int) -> Plan:
         samples * workload.tokens,
         parts,
         per_step,
+        of_run,
         recomputed,
         machine,
         data,
         assumed,
         columns,
+        _said(companion) if companion else None,
     )
+
+
+def _said(companion: Companion) -> dict[str, Any]:
+    said = {name: getattr(companion, name) for name in ("name", "parameters", "passes", "steps", "place", "gpu", "host")}
+    return said | {"block_size": companion.shape.head.parallel_num}
 
 
 def _data(config: TrainingConfig, mix: dict[int, float], buckets: Buckets) -> tuple[dict[str, Any], bool]:

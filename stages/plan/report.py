@@ -31,9 +31,12 @@ def _work(plan: Plan) -> Iterator[str]:
     )
     shares = ", ".join(f"{name} {value / plan.flops_per_step:.1%}" for name, value in plan.flops.items() if value)
     yield f"  of which {shares}"
+    if c := plan.companion:
+        passes = "one forward pass" if c["passes"] == 1 else f"{c['passes']} forward passes"
+        yield f"  {c['name']}: frozen, {c['block_size']} tokens a block, {passes} in each of the first {c['steps']:,} steps"
     yield (
         f"the run: {plan.steps:,} steps, {plan.steps * plan.samples / 1e6:,.4g} M pictures, "
-        f"{plan.steps * plan.tokens_per_step / 1e9:,.4g} G tokens, {plan.steps * plan.flops_per_step:.3g} FLOPs"
+        f"{plan.steps * plan.tokens_per_step / 1e9:,.4g} G tokens, {plan.flops_of_run:.3g} FLOPs"
     )
     if "samples" in plan.data:
         left_out = ", ".join(f"{number:,} {reason}" for reason, number in plan.data["left_out"].items()) or "nothing"

@@ -39,11 +39,11 @@ class Shape:
     def of(cls, config: TrainingConfig) -> "Shape":
         """ValueError where neither a folder nor the config says what is needed, and where they contradict each other."""
         training = config.generator
-        if training.init and (folder := _folder(training.init)):
-            return cls._of_folder(folder, training)
+        if training.init and (folder := folder_here(training.init)):
+            return cls.of_folder(folder, training)
         absent = [f"generator.init = {training.init!r}"] if training.init else []
         tokenizer = config.tokenizer.model
-        if folder := _folder(training.tokenizer):
+        if folder := folder_here(training.tokenizer):
             tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
         else:
             absent.append(f"generator.tokenizer = {training.tokenizer!r}, whose shape [tokenizer.model] gives,")
@@ -69,11 +69,13 @@ class Shape:
         return cls({"model_type": "qwen3", **backbone}, vocabulary, sides, head, tokenizer, tuple(absent))
 
     @classmethod
-    def _of_folder(cls, folder: Path, training: GeneratorTraining) -> "Shape":
+    def of_folder(cls, folder: Path, training: GeneratorTraining, came: str = "") -> "Shape":
+        """Of the model in `folder`, which the config calls `came` (default: generator.init), with the training values of
+        `training`. ValueError where that contradicts it."""
         backbone: dict[str, Any] = read_json(folder / LM_CONFIG)
         tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
-        check_backbone(backbone, training)
-        head = stage_head(read_config(folder / HEAD_CONFIG, HeadConfig.from_dict), training)
+        check_backbone(backbone, training, came)
+        head = stage_head(read_config(folder / HEAD_CONFIG, HeadConfig.from_dict), training, came)
         sides = training.resolution_tokens or LARGEST_SIDE // tokenizer.downsampling
         return cls(backbone, int(backbone["vocab_size"]), sides, head, tokenizer)
 
@@ -141,7 +143,8 @@ def _default(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _folder(place: str) -> Path | None:
+def folder_here(place: str) -> Path | None:
+    """The model folder that `place` means, None where it is not here."""
     try:
         return model_folder(place) if place else None
     except FileNotFoundError:
