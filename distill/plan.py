@@ -55,7 +55,7 @@ def shapes(config: DistillConfig) -> tuple[Shape, Shape]:
 
 
 def companion(config: DistillConfig, teacher: Shape) -> Companion | None:
-    """The teacher as the student's training runs it: until its term has faded, and not at all where its predictions are cached."""
+    """The teacher as training runs it: until its term has faded, and not at all where its predictions are cached."""
     distill, steps = config.distill, config.run.steps
     if not distill.objectives.teacher or distill.cached:
         return None
@@ -64,7 +64,7 @@ def companion(config: DistillConfig, teacher: Shape) -> Companion | None:
         teacher,
         passes=2 if distill.folded else 1,
         steps=min(steps, distill.fade_steps or steps),
-        width=DTYPES[distill.dtype].itemsize,
+        dtype=DTYPES[distill.dtype],
         place="host" if _device(distill) == "cpu" else "visits" if distill.offload else "gpu",
         remedy="distill.offload = true",
     )

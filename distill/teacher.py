@@ -53,6 +53,8 @@ class Teacher:
         home = student.image_bits_NC.device
         device = self._device or home
         self._place(device)
+        if device.type != home.type:
+            attention = "flex" if device.type == "cuda" else "dense"
         predicted = []
         for view in views:
             # the student's autocast is none of the teacher's business
@@ -68,8 +70,10 @@ class Teacher:
         if self._placed == device:
             return
         if self.offload:
-            from accelerate import cpu_offload
-
+            try:
+                from accelerate import cpu_offload
+            except ImportError:
+                raise ValueError("distill.offload needs accelerate: pip install accelerate, or set distill.device") from None
             parts: tuple[nn.Module, ...] = (self.model.projector, self.model.backbone, self.model.head)
             for part in parts:
                 cpu_offload(part, execution_device=device)

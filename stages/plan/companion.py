@@ -8,7 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance.model import BitDanceModel
+from bitdance.sequence import TrainingBatch
 from stages.config import GeneratorTraining
+from stages.plan import memory
 from stages.plan.flops import Document, document_flops
 from stages.plan.shape import Count, Shape, count
 
@@ -18,17 +20,17 @@ PLACES = ("gpu", "visits", "host")
 @dataclass(frozen=True)
 class Companion:
     """It predicts `shape.head.parallel_num` tokens per block, with `shape.head.diff_batch_mul` noise draws, in the first `steps`
-    of the run. Its passes come while the activations of the one that trains are kept, and need less than its backward pass.
+    of the run, while the activations of the one that trains are kept.
 
-    `place`: its weights, of `width` bytes each, lie on every GPU ("gpu"), in the machine's memory, from where each layer visits
-    the GPU ("visits"), or it computes where they lie, in the machine's memory ("host").
+    `place`: its weights, in `dtype`, lie on every GPU ("gpu"), in the machine's memory, from where each layer visits the GPU
+    ("visits"), or it computes where they lie, in the machine's memory ("host").
     """
 
     name: str
     shape: Shape
     passes: int  # over every document
     steps: int
-    width: int
+    dtype: torch.dtype
     place: str = "gpu"
     remedy: str = ""  # what a user changes so that it visits
 
@@ -40,10 +42,23 @@ class Companion:
         """Its name among the parts of a GPU's memory."""
         return f"{self.name} (frozen)"
 
+    @property
+    def assumed(self) -> list[str]:
+        """What the plan's hours leave out."""
+        return {
+            "gpu": [],
+            "visits": [f"moving the weights of the {self.name} to the GPU for every pass takes no time"],
+            "host": [f"the {self.name} is as quick on the CPU as it would be on a GPU"],
+        }[self.place]
+
     def flops(self, documents: Sequence[Document]) -> list[float]:
         """Of all passes over each document, whatever its block size. It predicts no text."""
         own = [document_flops(self._model, replace(d, P=self._model.block_size)) for d in documents]
         return [self.passes * (flops.useful - flops.logits) for flops in own]
+
+    def peak(self, batch: TrainingBatch, dense: bool) -> float:
+        """Bytes that one pass takes on a GPU beside the weights; `batch` is laid out for its block size."""
+        return 0.0 if self.place == "host" else memory.forward_peak(self.shape, batch, self.dtype, dense)
 
     @property
     def gpu(self) -> float:
@@ -76,10 +91,10 @@ class Companion:
 
     @property
     def _whole(self) -> float:
-        return float(self.width * self.parameters)
+        return float(self.dtype.itemsize * self.parameters)
 
     @property
     def _visiting(self) -> float:
         """The embedding and one layer."""
         layer = self._counts["backbone: layers"].all / int(self.shape.backbone["num_hidden_layers"])
-        return self.width * (self._counts["backbone: embedding"].all + layer)
+        return self.dtype.itemsize * (self._counts["backbone: embedding"].all + layer)

@@ -70,6 +70,16 @@ class Subject:
             self._known[resolutions] = (batch.ids_BL.shape[0], batch.ids_BL.shape[1]), needed
         return self._known[resolutions]
 
+    def beside(self, resolutions: tuple[int, ...]) -> float:
+        """What a pass of the companion takes."""
+        if self.companion is None:
+            return 0.0
+        config, shape = self.config, self.companion.shape
+        workload = self.workload.in_blocks(shape.head.parallel_num)
+        rows = KERNEL_ROWS if config.data.row_tokens else 1
+        batch = workload.batch(resolutions, self.special, shape.tokenizer.z_channels, rows)
+        return self.companion.peak(batch, config.generator.attention == "dense")
+
     @cached_property
     def judging(self) -> dict[str, float]:
         """What a sample grid needs; under ZeRO 3 every process holds the whole model to validate, to sample and to save."""
@@ -112,7 +122,8 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
     rows, passes = subject.micro_step(fullest)
     states, judging, companion = subject.states(processes), subject.judging, subject.companion
     tokenizer = 4.0 * subject.counts["tokenizer"].all
-    beside, host = (companion.gpu, companion.host) if companion else (0.0, 0.0)
+    beside = subject.beside(fullest)
+    held, host = (companion.gpu, companion.host) if companion else (0.0, 0.0)
     encoding = subject.encoding(fullest)
     lines = {
         "weights": states.weights,
@@ -125,12 +136,13 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
         "gathered weights (ZeRO 3)": states.gathered,
         "activations kept": passes.kept,
         "on top at the peak": passes.most - passes.kept,
+        **({f"a pass of the {companion.name}": beside} if companion else {}),
         "encoding the pictures": encoding,
         "optimiser's step": states.step,
         **judging,
     }
-    always = states.kept + states.buckets + tokenizer + beside
-    training = always + max(states.gathered + passes.most, encoding, states.step)
+    always = states.kept + states.buckets + tokenizer + held
+    training = always + max(states.gathered + max(passes.most, passes.kept + beside), encoding, states.step)
     whole, cache, decoding = judging.values()
     looking = always + whole + max(cache, decoding)
     room = gpu_memory * GIB * (1 - RESERVE)

@@ -144,15 +144,33 @@ def _micro_step(
             if parameter.requires_grad:  # gradients are states
                 parameter.register_post_accumulate_grad_hook(_drop)
         lower = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()
-        # what place a token has in its grid is data too; a table of zeros takes as much room
-        no_table = patch("bitdance.model.sincos_2d", lambda row, col, dim, dtype: torch.zeros(*row.shape, dim, dtype=dtype))
-        with no_table, Live([*model.parameters(), *model.buffers()]) as live:
+        with _no_table(), Live([*model.parameters(), *model.buffers()]) as live:
             with lower:
                 loss = model(on_device, text_weight=training.text_weight).total
             kept = live.now
             loss.backward()
     inputs = sum(t.nbytes for t in _tensors(on_device))
     return Activations(kept + inputs, live.most + inputs)
+
+
+def forward_peak(shape: Shape, batch: TrainingBatch, dtype: torch.dtype, dense: bool) -> float:
+    """Bytes at the peak of predicting the pictures of `batch` without gradients, beside weights and batch, however many layers
+    there are."""
+    fake = FakeTensorMode()
+    on_device = _fake_batch(batch, shape, fake)
+    with fake, torch.no_grad():
+        model = shape.model(GeneratorTraining(), dtype, layers=1)
+        if not dense:
+            model.hidden = _without_mask.__get__(model)  # type: ignore[method-assign]
+        no_text = dataclasses.replace(on_device, label_ids_T=on_device.label_ids_T[:0])
+        with _no_table(), Live([*model.parameters(), *model.buffers()]) as live:
+            model(no_text)
+    return float(live.most)
+
+
+def _no_table() -> Any:
+    """What place a token has in its grid is data too; a table of zeros takes as much room."""
+    return patch("bitdance.model.sincos_2d", lambda row, col, dim, dtype: torch.zeros(*row.shape, dim, dtype=dtype))
 
 
 def _without_mask(

@@ -118,6 +118,7 @@ def make_plan(
     assumed = [f"captions of {workload.prompt - workload.template} tokens", *(f"{place} is not here" for place in shape.absent)]
     if "absent" in data:
         assumed.append("the data are not here; shards of pictures, which the GPUs encode (shards of bits need no encoder)")
+    assumed += companion.assumed if companion else []
     return Plan(
         training.stage or "generator",
         run.precision,
@@ -134,11 +135,11 @@ def make_plan(
         data,
         assumed,
         columns,
-        _said(companion) if companion else None,
+        _summary(companion) if companion else None,
     )
 
 
-def _said(companion: Companion) -> dict[str, Any]:
+def _summary(companion: Companion) -> dict[str, Any]:
     said = {name: getattr(companion, name) for name in ("name", "parameters", "passes", "steps", "place", "gpu", "host")}
     return said | {"block_size": companion.shape.head.parallel_num}
 

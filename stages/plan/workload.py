@@ -5,7 +5,7 @@ Pictures are taken to be square and prompts to be equally long; where the config
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, isqrt
 
 import torch
@@ -68,6 +68,10 @@ class Workload:
     def tokens(self) -> float:
         """Of an average picture with its prompt."""
         return sum(share * self.documents[resolution].length for resolution, share in self.shares.items())
+
+    def in_blocks(self, P: int) -> "Workload":
+        """The same pictures and prompts with P tokens per block."""
+        return replace(self, documents={r: replace(document, P=P) for r, document in self.documents.items()})
 
     def fullest(self, batch_size: int) -> tuple[int, ...]:
         """Resolutions of the micro-step of `batch_size` samples in a row that has most tokens."""
