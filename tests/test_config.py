@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bitdance.head import HeadConfig
+from distill.config import load_config as load_distill_config
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.entropy import check_groups
 from stages.config import TrainingConfig, as_dict, load_config
@@ -39,7 +40,8 @@ def test_there_are_configs() -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT / "configs").as_posix())
 def test_every_config_that_ships_fits_the_code_that_reads_it(path: Path) -> None:
-    config = load_config(path)
+    distils = path.stem.startswith("distill")
+    config = load_distill_config(path) if distils else load_config(path)
     if config.recipe == "tokenizer":
         check_groups(config.tokenizer.model.z_channels, config.tokenizer.groups)
     else:
@@ -47,7 +49,8 @@ def test_every_config_that_ships_fits_the_code_that_reads_it(path: Path) -> None
         HeadConfig.from_dict({"ch_target": 1, "ch_cond": hidden, **config.generator.head})
     json.dumps(as_dict(config))
     name = f"configs/{path.relative_to(ROOT / 'configs').as_posix()}"
-    commands = (f"bitdance train {name}", f"-m stages {name}")  # alone, or under a launcher
+    # alone, or under a launcher
+    commands = (f"bitdance distill {name}", f"-m distill {name}") if distils else (f"bitdance train {name}", f"-m stages {name}")
     assert any(command in path.read_text(encoding="utf-8") for command in commands)
 
 

@@ -3,7 +3,9 @@
 # All three, each after the one before:
 #   first=$(sbatch --parsable configs/14b/slurm.sh configs/14b/pretrain.toml)
 #   second=$(sbatch --parsable --dependency=afterok:$first configs/14b/slurm.sh configs/14b/continue.toml)
-#   sbatch --dependency=afterok:$second configs/14b/slurm.sh configs/14b/finetune.toml
+#   third=$(sbatch --parsable --dependency=afterok:$second configs/14b/slurm.sh configs/14b/finetune.toml)
+# and the distillation of what they made:
+#   sbatch --dependency=afterok:$third configs/14b/slurm.sh configs/14b/distill.toml
 # Further arguments go to training:    sbatch configs/14b/slurm.sh CONFIG --set run.save_every=500
 #
 # Ten minutes before its time is up the job is told to stop: training ends its step, saves, and the job queues itself again; the next
@@ -22,6 +24,8 @@
 
 config=$1
 shift
+module=stages
+grep -q '^recipe = "distill"' "$config" && module=distill
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 stopping=
@@ -31,7 +35,7 @@ trap 'stopping=1; kill -TERM "$training"' USR1 TERM
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 --shutdown-timeout 540 \
     --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head:29500" \
-    -m stages "$config" "$@" &
+    -m "$module" "$config" "$@" &
 training=$!
 wait "$training" # comes back at once when a signal arrives
 code=$?
