@@ -34,7 +34,7 @@ from stages.data.shards import ShardDataset, ShardIndex
 from stages.generator.documents import Documents
 from stages.generator.judging import heldout_losses
 from stages.generator.objective import GeneratorObjective
-from stages.measure.prompts import measure
+from stages.measure.prompts import Gallery, follow, open_gallery
 
 RUNS = 5  # of a timing
 SEED = 100
@@ -72,6 +72,7 @@ def report(models: dict[str, str], a: argparse.Namespace) -> tuple[dict[str, Any
     prompts = [unseen.caption(number)[0][0] for number in range(0, len(unseen), max(1, len(unseen) // 12))][:12]
     shape = unseen.shape(0)
     size = (shape.height, shape.width)
+    gallery: Gallery | None = None  # one encoder made the bits of all models
     for name, place in models.items():
         folder = str(model_folder(place))
         pipe = _pipe(folder, "float32")
@@ -83,7 +84,8 @@ def report(models: dict[str, str], a: argparse.Namespace) -> tuple[dict[str, Any
             "vision": vision_loss(pipe, a.heldout),
         }
         for steps in a.steps:
-            found, _ = measure(folder, a.train, a.heldout, a.count, 0, num_inference_steps=steps, guidance_scale=None)
+            gallery = gallery or open_gallery(pipe, a.train, a.heldout)
+            found, _ = follow(pipe, gallery, a.count, 0, num_inference_steps=steps)
             row[f"steps_{steps}"] = {kind: found[kind] for kind in ("taught", "heldout_pairs")}
         for dtype in a.dtype:
             timed = _pipe(folder, dtype)

@@ -39,10 +39,11 @@ class Rendering:
 
 
 class Gallery:
-    """Every rendering with its latent."""
+    """Every rendering with its latent. Of its two datasets the first was taught."""
 
     def __init__(self, pipe: BitDancePipeline, datasets: Sequence[ShardDataset]) -> None:
         assert pipe.model.tokenizer is not None
+        self.taught = len(datasets[0])
         self.encoder = pipe.model.tokenizer.encoder
         self.renderings: list[Rendering] = []
         latents, pixels = [], []
@@ -117,14 +118,24 @@ def judge(
 def measure(
     model: str, train: Sequence[str], heldout: Sequence[str], count: int, seed: int, **settings: Any
 ) -> tuple[dict[str, Any], list[Image.Image]]:
-    """`count` taught captions (any wording) and up to `count` held-out pairs (canonical wording), drawn with `seed`."""
+    """`follow` with the model in a folder and the renderings in shards."""
     pipe = BitDancePipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    taught, unseen = (ShardDataset(ShardIndex.open(list(places))) for places in (train, heldout))
-    gallery = Gallery(pipe, [taught, unseen])
-    generator = torch.Generator().manual_seed(seed)
-    seen_index = torch.randperm(len(taught), generator=generator)[:count].tolist()
-    unseen_index = (torch.randperm(len(unseen), generator=generator)[:count] + len(taught)).tolist()
+    return follow(pipe, open_gallery(pipe, train, heldout), count, seed, **settings)
+
+
+def open_gallery(pipe: BitDancePipeline, train: Sequence[str], heldout: Sequence[str]) -> Gallery:
+    """Of the renderings in two lists of shards, seen by the encoder of `pipe`."""
+    return Gallery(pipe, [ShardDataset(ShardIndex.open(list(places))) for places in (train, heldout)])
+
+
+def follow(
+    pipe: BitDancePipeline, gallery: Gallery, count: int, seed: int, **settings: Any
+) -> tuple[dict[str, Any], list[Image.Image]]:
+    """`count` taught captions (any wording) and up to `count` held-out pairs (canonical wording), drawn with `seed`."""
+    generator, taught = torch.Generator().manual_seed(seed), gallery.taught
+    seen_index = torch.randperm(taught, generator=generator)[:count].tolist()
+    unseen_index = (torch.randperm(len(gallery.renderings) - taught, generator=generator)[:count] + taught).tolist()
     picks = torch.rand(len(seen_index), generator=generator).tolist()
     wordings = [gallery.renderings[i].captions for i in seen_index]
     seen_captions = [captions[int(pick * len(captions))] for captions, pick in zip(wordings, picks, strict=True)]
