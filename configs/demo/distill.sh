@@ -1,43 +1,65 @@
 #!/usr/bin/env bash
-# Distils the bundled model from 16 to 64 tokens per step with every objective and writes docs/distill/: bash configs/demo/distill.sh
-# Needs the extras train and icons (pip install -e '.[train,icons]') and npm. About 80 minutes on two CPU cores.
+# Distils the bundled model from 16 to 64 tokens per step with every objective, and writes the figures of docs/distill/:
+#   bash configs/demo/distill.sh
+# Needs the extras train and icons (pip install -e '.[train,icons]') and npm. About three hours on two CPU cores.
 # Every step that is done is skipped; training goes on from its newest checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 BIN=${BIN:-.venv/bin}
-DATA=runs/demo/data
+RUNS=runs/demo
 export OMP_NUM_THREADS=1
 bitdance() { "$BIN/bitdance" "$@"; }
-# Two runs at a time, one core each.
-student() {
-    local name=$1
-    shift
-    bitdance distill configs/demo/distill.toml --set run.out="runs/demo/distill-$name" "$@"
+student() { # CONFIG NAME [--set …]
+    bitdance distill "configs/demo/$1.toml" --set run.out="$RUNS/$2" "${@:3}"
 }
+scratch() { # NAME SIZE STEPS: the same shape and data without a teacher
+    bitdance train configs/demo/pretrain.toml --set run.out="$RUNS/$1" --set run.steps="$3" --set generator.tokenizer=demo \
+        --set "data.train=[\"$RUNS/data/generator-$2-bits\"]" --set "data.heldout=[\"$RUNS/data/generator-$2-heldout-bits\"]" \
+        --set generator.resolution_tokens=16 --set generator.head.parallel_num=64 "${@:4}"
+}
+DATA='distill.objectives={data=1.0}'
 
-for split in train heldout; do
-    name=generator-64$([ $split = heldout ] && echo -heldout || true)
-    [ -f $DATA/$name/pack.json ] || bitdance data pack icons $DATA/$name --size 64 --styles 3d --concepts 300 --backgrounds all \
-        --hold-out-pairs 0.15 --split $split
-    [ -f $DATA/$name-bits/pack.json ] || bitdance tokenizer encode $DATA/$name $DATA/$name-bits --model demo
+for size in 64 128; do
+    for split in train heldout; do
+        name=$RUNS/data/generator-$size
+        [ $split = train ] || name=$name-heldout
+        [ -f $name/pack.json ] || bitdance data pack icons $name --size $size --styles 3d --concepts 300 --backgrounds all \
+            --hold-out-pairs 0.15 --split $split
+        [ -f $name-bits/pack.json ] || bitdance tokenizer encode $name $name-bits --model demo
+    done
 done
-bitdance distill configs/demo/distill-folded.toml --write-samples $DATA/distill-samples --count 6000 --per-folder 1000
+bitdance distill configs/demo/distill-folded.toml --write-samples $RUNS/data/distill-samples --count 6000 --per-folder 1000
 
-student data --set 'distill.objectives={data=1.0}' &
-student data+teacher &
+# 64×64 pixels: 4 steps become 1. Two runs at a time, one core each.
+student distill distill-data --set "$DATA" &
+student distill distill-data+teacher &
 wait
-student data+teacher-600 --set run.steps=600 --set distill.fade_steps=600 &
-student teacher --set 'distill.objectives={data=0.0,teacher=1.0}' --set distill.fade_steps=0 &
+student distill distill-data+teacher-600 --set run.steps=600 --set distill.fade_steps=600 &
+student distill distill-teacher --set 'distill.objectives={data=0.0,teacher=1.0}' --set distill.fade_steps=0 &
 wait
-bitdance distill configs/demo/distill-folded.toml &
-bitdance distill configs/demo/distill-folded.toml --set run.out=runs/demo/distill-samples \
-    --set 'distill.objectives={data=0.0,samples=1.0}' &
+student distill-folded distill-folded &
+student distill-folded distill-samples --set 'distill.objectives={data=0.0,samples=1.0}' &
 wait
-bitdance train configs/demo/pretrain.toml --set run.out=runs/demo/distill-scratch --set run.steps=1200 \
-    --set generator.tokenizer=demo --set generator.head.parallel_num=64 --set run.workers=1
+# 128×128 pixels: 16 steps become 4.
+scratch distill-scratch 64 1200 &
+bitdance train configs/demo/teacher-128.toml &
+wait
+student distill-128 distill-128-data --set "$DATA" &
+student distill-128 distill-128-data+teacher &
+wait
+student distill-128 distill-128-data+teacher-300 --set run.steps=300 --set distill.fade_steps=300 &
+scratch distill-128-scratch 128 600 --set generator.head.diff_batch_mul=2 &
+wait
 
-OMP_NUM_THREADS=2 "$BIN/python" -m distill.report --train $DATA/generator-64 --heldout $DATA/generator-64-heldout -o docs/distill \
-    --model teacher=demo --model scratch=runs/demo/distill-scratch --model data=runs/demo/distill-data \
-    --model teacher-only=runs/demo/distill-teacher --model data+teacher=runs/demo/distill-data+teacher \
-    --model data+teacher-600=runs/demo/distill-data+teacher-600 --model samples=runs/demo/distill-samples \
-    --model samples+teacher=runs/demo/distill-folded --steps 20 10 5
+report() { # SIZE NAME=RUN …
+    models=(); for model in "${@:2}"; do models+=(--model "${model%%=*}=$RUNS/${model#*=}"); done
+    shards=(--train $RUNS/data/generator-$1 --heldout $RUNS/data/generator-$1-heldout)
+    "$BIN/python" -m distill.report "${models[@]}" "${shards[@]}" -o docs/distill/demo-$1 --steps 20 10 5
+}
+ln -sfn "$(pwd)/bitdance/pretrained/demo" $RUNS/demo
+export OMP_NUM_THREADS=2
+report 64 teacher=demo scratch=distill-scratch data=distill-data teacher-only=distill-teacher data+teacher=distill-data+teacher \
+    data+teacher-600=distill-data+teacher-600 samples=distill-samples samples+teacher=distill-folded
+report 128 teacher=teacher-128 scratch=distill-128-scratch data=distill-128-data data+teacher=distill-128-data+teacher \
+    data+teacher-300=distill-128-data+teacher-300
+"$BIN/python" -m distill.speed --model teacher=demo --model student=$RUNS/distill-data --model folded=$RUNS/distill-folded -o docs/distill/speed

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bitdance.picture import grid
 from bitdance.pipeline import BitDancePipeline
+from stages.checkpoint import model_folder
 from stages.data.captions import PALETTE
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.tokenizer.recipe import as_images
@@ -118,8 +119,8 @@ def judge(
 def measure(
     model: str, train: Sequence[str], heldout: Sequence[str], count: int, seed: int, **settings: Any
 ) -> tuple[dict[str, Any], list[Image.Image]]:
-    """`follow` with the model in a folder and the renderings in shards."""
-    pipe = BitDancePipeline.from_pretrained(model)
+    """`follow` with a model (a folder, a run or a checkpoint) and the renderings in shards."""
+    pipe = BitDancePipeline.from_pretrained(model_folder(model))
     pipe.set_progress_bar_config(disable=True)
     return follow(pipe, open_gallery(pipe, train, heldout), count, seed, **settings)
 
