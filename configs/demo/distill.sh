@@ -51,15 +51,16 @@ student distill-128 distill-128-data+teacher-300 --set run.steps=300 --set disti
 scratch distill-128-scratch 128 600 --set generator.head.diff_batch_mul=2 &
 wait
 
-report() { # SIZE NAME=RUN …
-    models=(); for model in "${@:2}"; do models+=(--model "${model%%=*}=$RUNS/${model#*=}"); done
-    shards=(--train $RUNS/data/generator-$1 --heldout $RUNS/data/generator-$1-heldout)
-    "$BIN/python" -m distill.report "${models[@]}" "${shards[@]}" -o docs/distill/demo-$1 --steps 20 10 5
+report() { # SIZE NAME=MODEL …
+    local models=() model
+    for model in "${@:2}"; do models+=(--model "$model"); done
+    "$BIN/python" -m distill.report "${models[@]}" --train $RUNS/data/generator-$1 --heldout $RUNS/data/generator-$1-heldout \
+        -o docs/distill/demo-$1 --steps 20 10 5
 }
-ln -sfn "$(pwd)/bitdance/pretrained/demo" $RUNS/demo
+D=$RUNS/distill
 export OMP_NUM_THREADS=2
-report 64 teacher=demo scratch=distill-scratch data=distill-data teacher-only=distill-teacher data+teacher=distill-data+teacher \
-    data+teacher-600=distill-data+teacher-600 samples=distill-samples samples+teacher=distill-folded
-report 128 teacher=teacher-128 scratch=distill-128-scratch data=distill-128-data data+teacher=distill-128-data+teacher \
-    data+teacher-300=distill-128-data+teacher-300
-"$BIN/python" -m distill.speed --model teacher=demo --model student=$RUNS/distill-data --model folded=$RUNS/distill-folded -o docs/distill/speed
+report 64 teacher=demo scratch=$D-scratch data=$D-data teacher-only=$D-teacher data+teacher=$D-data+teacher \
+    data+teacher-600=$D-data+teacher-600 samples=$D-samples samples+teacher=$D-folded
+report 128 teacher=$RUNS/teacher-128 scratch=$D-128-scratch data=$D-128-data data+teacher=$D-128-data+teacher \
+    data+teacher-300=$D-128-data+teacher-300
+"$BIN/python" -m distill.speed --model teacher=demo --model student=$D-data --model folded=$D-folded -o docs/distill/speed
