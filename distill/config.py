@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isqrt
 from pathlib import Path
 from typing import ClassVar
 
@@ -84,7 +85,10 @@ class DistillConfig(TrainingConfig):
         """P, tokens per step of the student. ValueError where the config does not say it."""
         if "parallel_num" not in self.generator.head:
             raise ValueError("generator.head.parallel_num is missing: the student's tokens per step, for example 64")
-        return int(self.generator.head["parallel_num"])
+        P = int(self.generator.head["parallel_num"])
+        if isqrt(P) ** 2 != P:
+            raise ValueError(f"generator.head.parallel_num = {P}; a patch is square: 4, 16, 36, 64, … tokens per step")
+        return P
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DistillConfig:

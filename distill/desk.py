@@ -15,6 +15,7 @@ from bitdance.prompt import SpecialTokens, add_image_tokens
 from bitdance.sizes import rule_of_model
 from distill.config import DistillConfig
 from distill.growth import check_sides
+from distill.teacher import own_device
 from lfq_tokenizer import LFQTokenizer
 from stages.chain import check_bits, check_chain
 from stages.checkpoint import model_folder
@@ -34,7 +35,7 @@ class Desk:
     def __init__(self, config: DistillConfig) -> None:
         self.distill, self.seed = config.distill, config.run.seed
         folder, training, P = model_folder(self.distill.teacher), config.generator, config.block_size
-        self.device = torch.device(self.distill.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = own_device(self.distill) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.teacher: BitDanceModel = load_model(folder, self.device, DTYPES[self.distill.dtype])
         self.fingerprint = fingerprint(folder)
         check_sides(self.teacher.patch_side, isqrt(P))

@@ -67,11 +67,11 @@ class DistillObjective(GeneratorObjective):
         model: BitDanceModel,
         training: GeneratorTraining,
         distill: DistillTraining,
-        sub_patch: int,  # tokens per step of the teacher
+        teacher_block: int,  # tokens per step of the teacher
         teacher: Teacher | None,
     ) -> None:
         super().__init__(model, training)
-        self.distill, self.sub_patch = distill, sub_patch
+        self.distill, self.teacher_block = distill, teacher_block
         self.teacher = Held(teacher)
 
     def vision(self, losses: TrainingLosses, batch: GeneratorBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -84,7 +84,7 @@ class DistillObjective(GeneratorObjective):
         target_RPC = self.target(batch)
         t_R11 = losses.time_rows[:, None, None]
         pull_RP = squared_velocity(losses.predicted_rows, target_RPC, t_R11)
-        after_P = sub_patches_after(self.model.patch_side, isqrt(self.sub_patch)).to(pull_RP.device)
+        after_P = sub_patches_after(self.model.patch_side, isqrt(self.teacher_block)).to(pull_RP.device)
         weight_RP = (1 - losses.time_rows[:, None]) ** (self.distill.fade * after_P)
         learned = learned + strength * (weight_RP * pull_RP).mean()
         # how the teacher itself does: where the student's loss is lower, the teacher has nothing left to say

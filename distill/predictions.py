@@ -69,7 +69,7 @@ class Predictions:
         drawn = [asked.document for asked in group]
         batch = documents.batch(drawn)  # one document a row, so that pictures stand in the order of the documents
         texts = [None, unconditional_ids(documents.text_tokenizer)] if desk.distill.folded else [None]
-        T, special = desk.teacher.block_size, documents.special
+        T, special = desk.teacher.block_size, desk.teacher.special
         views = [teacher_view(drawn, batch.sequence, T, special, {}, text).to(desk.device) for text in texts]
         sequence = batch.to(desk.device).encoded(desk.tokenizer, head.patch_side)
         attention: Attention = "flex" if desk.device.type == "cuda" else "dense"

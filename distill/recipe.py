@@ -29,7 +29,7 @@ from stages.data.mixture import Source
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.generator.documents import Drawn, GeneratorBatch
 from stages.generator.recipe import GeneratorRecipe, open_sources
-from stages.generator.start import start_model
+from stages.generator.start import start_model, with_sides
 
 PLACES = ("teacher", "samples", "device")  # of this machine
 
@@ -73,6 +73,8 @@ class DistillRecipe(GeneratorRecipe):
         model = grow(teacher, isqrt(self.block_size), origin(self.distill))
         named = LFQTokenizer.from_pretrained(model_folder(training.tokenizer)).float() if training.tokenizer else None
         model.head.config = check_chain(model, training, named, f"distill.teacher = {self.distill.teacher!r}")
+        if training.resolution_tokens > len(model.special.res_ids):
+            model = with_sides(model, training.resolution_tokens)
         for part in (model.backbone, model.projector, model.head):
             part.to(dtype)
         return model
@@ -91,8 +93,9 @@ class DistillRecipe(GeneratorRecipe):
             return DistillBatch(batch.sequence, batch.pixels, [], joined([targets for _, targets in cached], batch.sequence))
         batch = super().lay_out(drawn)
         texts = [None, unconditional_ids(self.documents.text_tokenizer)] if self.distill.folded else [None]
-        T, special, packed = self.teacher_block_size, self.documents.special, self.documents.packed
-        views = [teacher_view(drawn, batch.sequence, T, special, packed, text) for text in texts]
+        assert isinstance(self.module, DistillObjective)
+        teacher, packed = self.module.teacher.module.model, self.documents.packed
+        views = [teacher_view(drawn, batch.sequence, teacher.block_size, teacher.special, packed, text) for text in texts]
         return DistillBatch(batch.sequence, batch.pixels, views)
 
     def defaults(self) -> dict[str, Any]:

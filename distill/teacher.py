@@ -34,11 +34,7 @@ class Teacher:
     @classmethod
     def load(cls, distill: DistillTraining) -> "Teacher":
         """The model of `distill.teacher` in its dtype, on the CPU until it is asked. ValueError for a device that is none."""
-        try:
-            device = torch.device(distill.device) if distill.device else None
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"distill.device = {distill.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        device = own_device(distill)
         model = load_model(model_folder(distill.teacher), device="cpu", dtype=DTYPES[distill.dtype])
         return cls(model, distill.guidance, device, distill.offload)
 
@@ -80,6 +76,16 @@ class Teacher:
         else:
             self.model.to(device)
         self._placed = device
+
+
+def own_device(distill: DistillTraining) -> torch.device | None:
+    """What `distill.device` names, None where it names nothing. ValueError where it cannot be used here."""
+    try:
+        device = torch.device(distill.device) if distill.device else None
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"distill.device = {distill.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def origin(distill: DistillTraining) -> dict[str, object]:

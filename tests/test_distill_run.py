@@ -90,6 +90,7 @@ ALL_OBJECTIVES = {
     "data+teacher": (),
     "folded": FOLDED,
     "cached": ("distill.cached=true",),
+    "everything partitioned": ("deepspeed.zero_stage=3", "run.precision=bfloat16-weights", "distill.dtype=bfloat16"),
 }
 
 
@@ -137,6 +138,12 @@ def test_a_student_is_exported_loaded_and_draws_the_same_bits(trained: Path, tmp
     model = str(trained / "data+teacher")
     assert bitdance(["generate", "a red circle", "--model", model, "--steps", "2", "--device", "cpu", "-o", str(out)]) == 0
     assert len(list(out.glob("*.png"))) == 1
+
+
+def test_a_student_may_name_sides_that_its_teacher_has_no_token_for(place: Path, tmp_path: Path) -> None:
+    assert run(place, tmp_path / "run", "generator.resolution_tokens=20", "run.steps=1") == 0
+    pipe = BitDancePipeline.from_pretrained(newest(tmp_path / "run") / "model", device="cpu", dtype="float32")
+    assert len(pipe.model.special.res_ids) == 20 and len(pipe.model.special.query_ids) == 15
 
 
 def test_a_student_takes_a_quarter_of_the_steps_and_remembers_its_teacher(trained: Path) -> None:
@@ -262,6 +269,7 @@ def refused(capsys: pytest.CaptureFixture[str], code: int) -> str:
     [
         ("generator.head.parallel_num=9", r"no multiple of the teacher's 2"),
         ("generator.head.parallel_num=4", r"no multiple of the teacher's 2"),
+        ("generator.head.parallel_num=17", r"parallel_num = 17; a patch is square"),
         ("generator.head.ch_latent=256", r"distill.teacher = .* has a head with ch_latent = 128"),
         ("generator.backbone.hidden_size=32", r"distill.teacher = .* has a backbone with hidden_size = 64"),
         ("generator.tokenizer=demo", r"distill.teacher = .* bits"),

@@ -33,7 +33,7 @@ def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]],
         named = LFQTokenizer.from_pretrained(model_folder(t.tokenizer)).float() if t.tokenizer else None
         model.head.config = check_chain(model, t, named)
         if t.resolution_tokens > len(model.special.res_ids):
-            model = _with_sides(model, t.resolution_tokens)
+            model = with_sides(model, t.resolution_tokens)
         for part in (model.backbone, model.projector, model.head):
             part.to(dtype)
         return model
@@ -60,7 +60,7 @@ def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]],
     return BitDanceModel(tokenizer, text_tokenizer, projector, backbone, BinaryDiffusionHead(head).to(dtype))
 
 
-def _with_sides(model: BitDanceModel, sides: int) -> BitDanceModel:
+def with_sides(model: BitDanceModel, sides: int) -> BitDanceModel:
     """The model with <|res_i|> tokens for sides up to `sides`, the new ones fresh."""
     text_tokenizer = add_image_tokens(model.text_tokenizer, sides, model.block_size - 1)
     if model.backbone.vocabulary_size < len(text_tokenizer):
