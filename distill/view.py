@@ -64,8 +64,8 @@ def teacher_view(
     text: Sequence[int] | None = None,
 ) -> TeacherView:
     """The view of a teacher of T tokens per block, with its own special tokens, on the documents `drawn`, of which `student` was
-    made. `packed` is what `build_batch` takes to pack rows; `text` are ids in the place of every prompt. ValueError for a side that
-    the teacher has no token for."""
+    made. `packed` is what `build_batch` takes to pack rows; `text` are ids in the place of every prompt. ValueError for a side
+    that the teacher has no token for."""
     documents: list[list[TextPiece | ImagePiece]] = []
     for document in drawn:
         pieces: list[TextPiece | ImagePiece] = []
