@@ -12,12 +12,7 @@ bitdance() { "$BIN/bitdance" "$@"; }
 student() { # CONFIG NAME [--set …]
     bitdance distill "configs/demo/$1.toml" --set run.out="$RUNS/$2" "${@:3}"
 }
-scratch() { # NAME SIZE STEPS: the same shape and data without a teacher
-    bitdance train configs/demo/pretrain.toml --set run.out="$RUNS/$1" --set run.steps="$3" --set generator.tokenizer=demo \
-        --set "data.train=[\"$RUNS/data/generator-$2-bits\"]" --set "data.heldout=[\"$RUNS/data/generator-$2-heldout-bits\"]" \
-        --set generator.resolution_tokens=16 --set generator.head.parallel_num=64 "${@:4}"
-}
-DATA='distill.objectives={data=1.0}'
+ALONE='distill.objectives.teacher=0.0'
 
 for size in 64 128; do
     for split in train heldout; do
@@ -31,25 +26,24 @@ done
 bitdance distill configs/demo/distill-folded.toml --write-samples $RUNS/data/distill-samples --count 6000 --per-folder 1000
 
 # 64×64 pixels: 4 steps become 1. Two runs at a time, one core each.
-student distill distill-data --set "$DATA" &
+student distill distill-data --set "$ALONE" &
 student distill distill-data+teacher &
 wait
 student distill distill-data+teacher-600 --set run.steps=600 --set distill.fade_steps=600 &
-student distill distill-teacher --set 'distill.objectives={data=0.0,teacher=1.0}' --set distill.fade_steps=0 &
+student distill distill-teacher --set distill.objectives.data=0.0 --set distill.fade_steps=0 &
 wait
 student distill-folded distill-folded &
-student distill-folded distill-samples --set 'distill.objectives={data=0.0,samples=1.0}' &
+student distill-folded distill-samples --set "$ALONE" &
 wait
-# 128×128 pixels: 16 steps become 4.
-scratch distill-scratch 64 1200 &
+bitdance train configs/demo/pretrain.toml --set run.out=$RUNS/distill-scratch --set run.steps=1200 --set generator.tokenizer=demo \
+    --set generator.head.parallel_num=64 & # the same shape, data and steps without a teacher
 bitdance train configs/demo/teacher-128.toml &
 wait
-student distill-128 distill-128-data --set "$DATA" &
+# 128×128 pixels: 16 steps become 4.
+student distill-128 distill-128-data --set "$ALONE" &
 student distill-128 distill-128-data+teacher &
 wait
-student distill-128 distill-128-data+teacher-300 --set run.steps=300 --set distill.fade_steps=300 &
-scratch distill-128-scratch 128 600 --set generator.head.diff_batch_mul=2 &
-wait
+student distill-128 distill-128-data+teacher-300 --set run.steps=300 --set distill.fade_steps=300
 
 report() { # SIZE NAME=MODEL …
     local models=() model
@@ -61,6 +55,6 @@ D=$RUNS/distill
 export OMP_NUM_THREADS=2
 report 64 teacher=demo scratch=$D-scratch data=$D-data teacher-only=$D-teacher data+teacher=$D-data+teacher \
     data+teacher-600=$D-data+teacher-600 samples=$D-samples samples+teacher=$D-folded
-report 128 teacher=$RUNS/teacher-128 scratch=$D-128-scratch data=$D-128-data data+teacher=$D-128-data+teacher \
+report 128 teacher=$RUNS/teacher-128 data=$D-128-data data+teacher=$D-128-data+teacher \
     data+teacher-300=$D-128-data+teacher-300
 "$BIN/python" -m distill.speed --model teacher=demo --model student=$D-data --model folded=$D-folded -o docs/distill/speed
