@@ -45,16 +45,18 @@ student distill-128 distill-128-data+teacher &
 wait
 student distill-128 distill-128-data+teacher-300 --set run.steps=300 --set distill.fade_steps=300
 
-report() { # SIZE NAME=MODEL …
+report() { # SIZE COUNT NAME=MODEL …
     local models=() model
-    for model in "${@:2}"; do models+=(--model "$model"); done
+    for model in "${@:3}"; do models+=(--model "$model"); done
     "$BIN/python" -m distill.report "${models[@]}" --train $RUNS/data/generator-$1 --heldout $RUNS/data/generator-$1-heldout \
-        -o docs/distill/demo-$1 --steps 20 10 5
+        -o docs/distill/demo-$1 --count $2 --steps 20 5
 }
 D=$RUNS/distill
 export OMP_NUM_THREADS=2
-report 64 teacher=demo scratch=$D-scratch data=$D-data teacher-only=$D-teacher data+teacher=$D-data+teacher \
+report 64 200 teacher=demo scratch=$D-scratch data=$D-data teacher-only=$D-teacher data+teacher=$D-data+teacher \
     data+teacher-600=$D-data+teacher-600 samples=$D-samples samples+teacher=$D-folded
-report 128 teacher=$RUNS/teacher-128 data=$D-128-data data+teacher=$D-128-data+teacher \
+report 128 100 teacher=$RUNS/teacher-128 data=$D-128-data data+teacher=$D-128-data+teacher \
     data+teacher-300=$D-128-data+teacher-300
 "$BIN/python" -m distill.speed --model teacher=demo --model student=$D-data --model folded=$D-folded -o docs/distill/speed
+"$BIN/python" -m distill.speed --size 128 --batch 1 4 --model teacher=$RUNS/teacher-128 --model student=$D-128-data \
+    -o docs/distill/speed-128
