@@ -3,6 +3,7 @@
 B batch, L new positions, S positions the keys cover (cache included), D hidden size, K rows, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,6 +85,9 @@ class Backbone(nn.Module):
             raise _refused(lm.config, "it computes attention by itself, so no mask of ours would reach it")
         if not hasattr(lm.base_model, "rotary_emb"):
             raise _refused(lm.config, "its positions are not rotary and end at the length it was trained with")
+        # transformers 5.24 calls `cache` what earlier ones call `past_key_values`
+        takes = inspect.signature(lm.base_model.forward).parameters
+        self._cache_name = "cache" if "cache" in takes else "past_key_values"
         lm.config._name_or_path = ""  # a saved config must not name a folder of this machine
         self.lm = lm
 
@@ -207,9 +211,9 @@ class Backbone(nn.Module):
             inputs_embeds=inputs_embeds_BLD,
             attention_mask=mask,
             position_ids=position_BL,
-            past_key_values=cache,
             use_cache=cache is not None,
             is_causal=causal,
+            **{self._cache_name: cache},
         ).last_hidden_state
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
