@@ -1,6 +1,5 @@
 """What the teacher needs to work ahead of training: the data's row of slots and the student's layout, without a student."""
 
-import copy
 import dataclasses
 from math import isqrt
 from typing import Any
@@ -11,10 +10,10 @@ from bitdance.checkpoint import load_model
 from bitdance.cli.model_files import fingerprint
 from bitdance.model import BitDanceModel
 from bitdance.pipeline import DTYPES
-from bitdance.prompt import SpecialTokens, add_image_tokens
+from bitdance.prompt import SpecialTokens
 from bitdance.sizes import rule_of_model
 from distill.config import DistillConfig
-from distill.growth import check_sides
+from distill.growth import check_sides, grown_text_tokenizer
 from distill.teacher import own_device
 from lfq_tokenizer import LFQTokenizer
 from stages.chain import check_bits, check_chain
@@ -51,8 +50,7 @@ class Desk:
         rule = dataclasses.replace(rule_of_model(self.teacher), trained=(), patch_side=isqrt(P))
         self.buckets = Buckets(rule, tuple(mix))
         self.mixture = Mixture(self.sources, self.seed, mix, self.buckets, config.data.enlarge)
-        sides = len(self.teacher.special.res_ids)
-        text_tokenizer = add_image_tokens(copy.deepcopy(self.teacher.text_tokenizer), sides, P - 1)
+        text_tokenizer = grown_text_tokenizer(self.teacher, P)
         special = SpecialTokens.from_tokenizer(text_tokenizer)
         self.documents = Documents(text_tokenizer, special, self.tokenizer, self.head, self.buckets, training, 0, 1)
 

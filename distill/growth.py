@@ -31,8 +31,8 @@ def grow(model: BitDanceModel, patch_side: int, teacher: Mapping[str, Any] | Non
     """
     old = model.patch_side
     check_sides(old, patch_side)
-    P, sides = patch_side**2, len(model.special.res_ids)
-    text_tokenizer = add_image_tokens(copy.deepcopy(model.text_tokenizer), sides, P - 1)
+    P = patch_side**2
+    text_tokenizer = grown_text_tokenizer(model, P)
     backbone, head = model.backbone, model.head
     if backbone.vocabulary_size < len(text_tokenizer):
         backbone.grow_vocabulary(len(text_tokenizer))
@@ -43,6 +43,11 @@ def grow(model: BitDanceModel, patch_side: int, teacher: Mapping[str, Any] | Non
     grown = BitDanceModel(model.tokenizer, text_tokenizer, model.projector, backbone, head).train(model.training)
     grown.extras = _extras(grown, getattr(model, "extras", None) or {}, teacher)
     return grown
+
+
+def grown_text_tokenizer(model: BitDanceModel, P: int) -> Any:
+    """A copy of the model's text tokenizer with the query tokens of blocks of P tokens."""
+    return add_image_tokens(copy.deepcopy(model.text_tokenizer), len(model.special.res_ids), P - 1)
 
 
 def check_sides(old: int, new: int) -> None:
