@@ -9,12 +9,11 @@ import torch
 
 from bitdance.model import Attention
 from bitdance.patches import PatchPlan
-from bitdance.prompt import unconditional_ids
 from bitdance.sequence import ImagePiece
 from distill.desk import Desk
 from distill.targets import Targets, cached_draws, settings
 from distill.teacher import Teacher
-from distill.view import teacher_view
+from distill.view import teacher_views
 from stages.data.bits import pack_bits
 from stages.data.sample import CaptionedPicture
 from stages.generator.documents import Drawn, slot_generator
@@ -68,9 +67,8 @@ class Predictions:
         desk, head, documents = self.desk, self.desk.head, self.desk.documents
         drawn = [asked.document for asked in group]
         batch = documents.batch(drawn)  # one document a row, so that pictures stand in the order of the documents
-        texts = [None, unconditional_ids(documents.text_tokenizer)] if desk.distill.folded else [None]
-        T, special = desk.teacher.block_size, desk.teacher.special
-        views = [teacher_view(drawn, batch.sequence, T, special, {}, text).to(desk.device) for text in texts]
+        views = teacher_views(drawn, batch.sequence, desk.teacher, documents.packed, desk.distill.folded)
+        views = [view.to(desk.device) for view in views]
         sequence = batch.to(desk.device).encoded(desk.tokenizer, head.patch_side)
         attention: Attention = "flex" if desk.device.type == "cuda" else "dense"
         predicted = self._teacher.predict(views, sequence, attention).cpu()

@@ -12,7 +12,6 @@ import torch
 from bitdance.checkpoint import load_model
 from bitdance.head import HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.prompt import unconditional_ids
 from bitdance.sizes import HEAD_CONFIG, read_config
 from distill.config import DistillConfig
 from distill.documents import DistillBatch
@@ -21,7 +20,7 @@ from distill.growth import check_sides, grow
 from distill.objective import DistillObjective
 from distill.targets import joined, with_cached_draws
 from distill.teacher import Teacher, origin
-from distill.view import teacher_view
+from distill.view import teacher_views
 from lfq_tokenizer import LFQTokenizer
 from stages.chain import check_chain
 from stages.checkpoint import model_folder
@@ -92,10 +91,9 @@ class DistillRecipe(GeneratorRecipe):
             batch = super().lay_out([document for document, _ in cached])
             return DistillBatch(batch.sequence, batch.pixels, [], joined([targets for _, targets in cached], batch.sequence))
         batch = super().lay_out(drawn)
-        texts = [None, unconditional_ids(self.documents.text_tokenizer)] if self.distill.folded else [None]
         assert isinstance(self.module, DistillObjective)
-        teacher, packed = self.module.teacher.module.model, self.documents.packed
-        views = [teacher_view(drawn, batch.sequence, teacher.block_size, teacher.special, packed, text) for text in texts]
+        teacher = self.module.teacher.module.model
+        views = teacher_views(drawn, batch.sequence, teacher, self.documents.packed, self.distill.folded)
         return DistillBatch(batch.sequence, batch.pixels, views)
 
     def defaults(self) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bitdance.draws import ImageDraws
-from bitdance.prompt import SpecialTokens
+from bitdance.model import BitDanceModel
+from bitdance.prompt import SpecialTokens, unconditional_ids
 from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
 from stages.generator.documents import Drawn
 
@@ -53,6 +54,14 @@ class TeacherView:
         student_SNC = torch.empty_like(own_SNC)
         student_SNC[:, self.order_N.to(own_SNC.device)] = own_SNC
         return student_SNC.unflatten(1, (-1, P)).flatten(0, 1)
+
+
+def teacher_views(
+    drawn: Sequence[Drawn], student: TrainingBatch, teacher: BitDanceModel, packed: dict[str, int], guided: bool
+) -> list[TeacherView]:
+    """With the prompts of the documents and, where predictions are to be `guided`, once more without; see `teacher_view`."""
+    texts = [None, unconditional_ids(teacher.text_tokenizer)] if guided else [None]
+    return [teacher_view(drawn, student, teacher.block_size, teacher.special, packed, text) for text in texts]
 
 
 def teacher_view(
