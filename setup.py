@@ -30,6 +30,7 @@ setup(
         "distill",
         "lfq_tokenizer",
         "bitdance",
+        "bitdance.bench",
         "bitdance.cli",
         "stages",
         "stages.data",

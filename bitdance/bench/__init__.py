@@ -1,0 +1,4 @@
+"""What a picture costs and what this machine gives: shapes → work (FLOPs, bytes) and peak → floor; a real run → time by phase.
+
+`plain.py` is the yardstick: the published procedure without any of our shortcuts. The command is `bitdance bench`.
+"""

@@ -1,0 +1,75 @@
+"""What this machine gives at best: a large matrix product, and a large copy. Measured, never looked up."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Peak:
+    """`flops` per second by the fastest `kernel`, `bytes_per_s` read and written by a copy."""
+
+    flops: float
+    bytes_per_s: float
+    kernel: str = "given"
+
+    @classmethod
+    def parse(cls, text: str) -> "Peak":
+        """From "FLOPS,BYTES_PER_S", for instance "790e12,4.3e12". ValueError says what is expected."""
+        try:
+            flops, bytes_per_s = map(float, text.split(","))
+        except ValueError:
+            flops = bytes_per_s = 0.0
+        if not (0 < flops < float("inf") and 0 < bytes_per_s < float("inf")):
+            raise ValueError(
+                f"floor = {text!r}; give floating point operations and bytes per second, for instance 790e12,4.3e12"
+            )
+        return cls(flops, bytes_per_s)
+
+
+def measure_peak(device: torch.device | str, dtype: torch.dtype, side: int | None = None, repeats: int = 5) -> Peak:
+    """The best of `repeats` on `device`; products of side × side matrices (default: 2048 on a CPU, else 8192)."""
+    device = torch.device(device)
+    side = side or (2048 if device.type == "cpu" else 8192)
+    x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    speeds = {
+        name: 2 * side**3 / best_seconds(lambda run=run: run(x, weight), device, repeats)  # type: ignore[misc]
+        for name, run in _kernels(device).items()
+    }
+    kernel = max(speeds, key=lambda name: speeds[name])
+    source = torch.empty(16 * side * side, device=device)  # beyond every cache
+    target = torch.empty_like(source)
+    copying = best_seconds(lambda: target.copy_(source), device, repeats)
+    return Peak(speeds[kernel], 2 * source.numel() * source.element_size() / copying, kernel)
+
+
+def _kernels(device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """On CPUs that are not its maker's, MKL, which serves float32, may be half as fast as oneDNN."""
+    found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": F.linear}
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        found["oneDNN"] = lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return found
+
+
+def best_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Shortest of `repeats` runs after one that warms up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        wait(device)
+        begun = time.perf_counter()
+        run()
+        wait(device)
+        seconds.append(time.perf_counter() - begun)
+    return min(seconds[1:])
+
+
+def wait(device: torch.device) -> None:
+    """Until everything that was started on `device` has ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,140 @@
+"""Published shapes, and a model of random weights at any shape: speed needs no trained weights.
+
+Source: published configs (BitDance paper, arXiv 2602.14041; Qwen3-14B). `mid` is ours, for CPUs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitdance.backbone import Backbone
+from bitdance.head import BinaryDiffusionHead, HeadConfig
+from bitdance.model import BitDanceModel
+from bitdance.projector import Projector
+from bitdance.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
+from lfq_tokenizer import LFQTokenizer, TokenizerConfig
+
+LARGEST_SIDE = 4096  # pixels with a <|res_i|> token
+
+
+@dataclass(frozen=True)
+class Shape:
+    """`backbone` is a transformers config as a dictionary; `size` (height, width) in pixels and `steps` are the defaults of a
+    measurement."""
+
+    name: str
+    backbone: Mapping[str, Any]
+    head: HeadConfig
+    tokenizer: TokenizerConfig
+    size: tuple[int, int]
+    steps: int = 50
+
+    @classmethod
+    def of(cls, model: BitDanceModel, name: str, size: tuple[int, int], steps: int) -> "Shape":
+        """Of a model with a picture tokenizer."""
+        assert model.tokenizer is not None
+        return cls(name, model.backbone.lm.config.to_dict(), model.head.config, model.tokenizer.config, size, steps)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head of the backbone."""
+        return int(self.backbone.get("head_dim") or self.backbone["hidden_size"] // self.backbone["num_attention_heads"])
+
+    @property
+    def key_heads(self) -> int:
+        """Key and value heads of the backbone, fewer than query heads where these share them."""
+        return int(self.backbone.get("num_key_value_heads") or self.backbone["num_attention_heads"])
+
+    def blocks(self, height: int, width: int) -> int:
+        """M, steps of a picture. ValueError where the shape cannot make the size."""
+        unit = self.tokenizer.downsampling * self.head.patch_side
+        if height < 1 or width < 1 or height % unit or width % unit or max(height, width) > LARGEST_SIDE:
+            raise ValueError(f"{height}×{width} pixels: both sides must be multiples of {unit}, up to {LARGEST_SIDE}")
+        return height * width // unit**2
+
+    def text_tokenizer(self) -> Any:
+        """Of bytes: one token for each letter of a prompt."""
+        text_tokenizer = build_text_tokenizer([], 256 + len(BASE_TOKENS))
+        return add_image_tokens(text_tokenizer, LARGEST_SIDE // self.tokenizer.downsampling, self.head.parallel_num - 1)
+
+
+def _published(P: int) -> Shape:
+    backbone = {
+        "model_type": "qwen3",
+        "hidden_size": 5120,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 17408,
+        "vocab_size": 151_669 + LARGEST_SIDE // 16 + P - 1,  # words, sides, queries
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 40_960,
+    }
+    head = HeadConfig(32, 5120, 5120, depth_latent=6, depth_adanln=2, parallel_num=P)
+    return Shape(f"14b-{P}x", backbone, head, TokenizerConfig(), (1024, 1024))
+
+
+_MID = Shape(
+    "mid",
+    {
+        "model_type": "qwen3",
+        "hidden_size": 512,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "intermediate_size": 1536,
+        "vocab_size": 1024,
+        "rope_theta": 1_000_000.0,
+        "max_position_embeddings": 40_960,
+    },
+    HeadConfig(32, 512, 512, depth_latent=6, depth_adanln=2, parallel_num=16),
+    TokenizerConfig(ch=64),
+    (256, 256),
+    25,
+)
+
+SHAPES = {shape.name: shape for shape in (_published(64), _published(16), _MID)}
+
+
+def bare_model(shape: Shape) -> BitDanceModel:
+    """Without memory (on the meta device), and without what generation never uses: picture encoder and word scores."""
+    text_tokenizer = shape.text_tokenizer()
+    with torch.device("meta"):
+        tokenizer = LFQTokenizer(shape.tokenizer)
+        backbone = Backbone.from_config(shape.backbone)
+        projector, head = Projector(shape.head.ch_target, shape.head.ch_cond), BinaryDiffusionHead(shape.head)
+    tokenizer.encoder = None  # type: ignore[assignment]
+    backbone.lm.set_output_embeddings(nn.Identity())
+    return BitDanceModel(tokenizer, text_tokenizer, projector, backbone, head).eval().requires_grad_(False)
+
+
+def random_model(shape: Shape, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> BitDanceModel:
+    """Every weight is drawn where it will lie and in the dtype it will have, so a model takes its own size and no more.
+
+    Matrices keep the size of what passes through them, adaLN and output layers too, which training starts at zero: the
+    bits then follow from all of the work, as those of a trained model do.
+    """
+    model = bare_model(shape).to(dtype).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.ndim > 1:
+                fan_in = 1 if isinstance(module, nn.Embedding) else weight[0].numel()
+                weight.normal_(std=fan_in**-0.5, generator=generator)
+            elif name == "weight":
+                weight.fill_(1.0)  # of a norm
+            else:
+                weight.normal_(std=0.02, generator=generator)
+    rotary = model.backbone.lm.base_model.rotary_emb  # its frequencies are no weights
+    model.backbone.lm.base_model.rotary_emb = type(rotary)(config=model.backbone.lm.config).to(device)
+    return model
+
+
+def weight_bytes(shape: Shape, itemsize: int) -> int:
+    """What `random_model` takes."""
+    return itemsize * sum(weight.numel() for weight in bare_model(shape).parameters())

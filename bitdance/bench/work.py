@@ -1,0 +1,153 @@
+"""Floating point operations and bytes of making pictures, by phase, in closed form from the shape alone.
+
+A product of (k,n) and (n,m) is 2·k·n·m operations, and reads its weights and its input and writes its output once. Elementwise
+work counts as fused with the products, so what follows is a floor, and a cache that keeps weights between two calls can go
+below it. Tests compare the operations with torch's own counter.
+
+B pictures, R rows of the backbone (with guidance 2B), P tokens per block, M blocks, D hidden size, W width of the head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitdance.bench.peak import Peak
+from bitdance.bench.shapes import Shape
+from bitdance.sampler import SAMPLERS, guided_velocity
+from bitdance.sampling import Sampling
+
+PHASES = ("prefill", "llm", "head", "projector", "decode")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one phase."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
+
+    def times(self, count: float) -> "Work":
+        """The same so many times over."""
+        return Work(self.flops * count, self.bytes * count)
+
+    def floor(self, peak: Peak) -> float:
+        """Seconds below which a machine of this peak cannot do it."""
+        return max(self.flops / peak.flops, self.bytes / peak.bytes_per_s)
+
+
+@dataclass(frozen=True)
+class Order:
+    """`batch` pictures of one prompt. `text`: its tokens in the conditional and the unconditional template. Bytes of a number:
+    `itemsize` in activations and caches, `backbone_weight` and `head_weight` in the weights of these (None: the same)."""
+
+    height: int
+    width: int
+    batch: int
+    sampling: Sampling
+    text: tuple[int, int]
+    itemsize: int
+    backbone_weight: float | None = None
+    head_weight: float | None = None
+
+    def prefixes(self, P: int) -> list[int]:
+        """Positions ahead of image block 1 in each of the R rows."""
+        branches = self.text if self.sampling.guided else self.text[:1]
+        return [text + 2 + P for text in branches for _ in range(self.batch)]
+
+
+def work(shape: Shape, order: Order) -> dict[str, Work]:
+    """By phase, as `bitdance.generate` goes about it: see `PHASES`."""
+    M, P = shape.blocks(order.height, order.width), shape.head.parallel_num
+    D, C, B = shape.head.ch_cond, shape.head.ch_target, order.batch
+    prefixes = order.prefixes(P)
+    padded = [max(prefixes)] * len(prefixes)
+    steps = [_backbone(shape, order, P, [n + m * P for n in prefixes]) for m in range(1, M)]
+    projection = _product(B * P, C, D, order.itemsize) + _product(B * P, D, D, order.itemsize)
+    return {
+        "prefill": _backbone(shape, order, max(prefixes), padded),
+        "llm": sum(steps, Work()),
+        "head": sum((_head(shape, order, count) for count in order.sampling.block_steps(M)), Work()),
+        "projector": projection.times(M - 1),
+        "decode": _decode(shape, order).times(B),
+    }
+
+
+def evaluations(sampling: Sampling, steps: int, time_shift: float = 1.0) -> list[int]:
+    """Evaluations of the head for one block: the branches of each, 2 where guidance acts. Told by the sampler itself."""
+    branches = []
+
+    def denoise(x_KPC: Tensor, t: float, both: bool) -> Tensor:
+        branches.append(2 if both else 1)
+        return x_KPC.repeat(branches[-1], 1, 1)
+
+    def velocity(x_KPC: Tensor, t: float) -> Tensor:
+        return guided_velocity(denoise, x_KPC, t, sampling.guidance, sampling.guidance_interval)
+
+    nothing = torch.zeros(1, 1, 1)
+    SAMPLERS[sampling.sampler](velocity, nothing, steps, lambda: nothing, time_shift)
+    return branches
+
+
+def _product(rows: float, n: int, m: int, itemsize: float, weight: float | None = None) -> Work:
+    """A linear layer n → m for so many rows, `weight` bytes in each of its weights."""
+    weight = itemsize if weight is None else weight
+    return Work(2 * rows * n * m, weight * n * m + itemsize * rows * (n + m))
+
+
+def _backbone(shape: Shape, order: Order, new: int, lengths: Sequence[int]) -> Work:
+    """One call: `new` positions in each row, which see as many keys as its length."""
+    config, E, rows = shape.backbone, shape.head_dim, new * len(lengths)
+    D, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
+    queries, keys = config["num_attention_heads"] * E, shape.key_heads * E
+    products = [(D, queries + 2 * keys), (queries, D), (D, 2 * inner), (inner, D)]
+    layer = sum((_product(rows, n, m, order.itemsize, order.backbone_weight) for n, m in products), Work())
+    seen = sum(lengths)
+    attention = Work(4 * queries * new * seen, order.itemsize * 2 * (keys * seen + queries * rows))
+    return (layer + attention).times(layers)
+
+
+def _head(shape: Shape, order: Order, steps: int) -> Work:
+    """All evaluations for one block of every picture; embedded times are kept from picture to picture."""
+    c, size, weight = shape.head, order.itemsize, order.head_weight
+    W, P, inner = c.ch_latent, c.parallel_num, int(1.5 * c.ch_latent)
+    block = [(W, 3 * W), (W, W), (W, (2 if c.use_swiglu else 1) * inner), (inner, W)]
+    layers = block * c.depth_latent + [(W, 6 * W)] * c.depth_adanln + [(W, 2 * W), (W, c.ch_target)]
+    total = _product((2 if order.sampling.guided else 1) * order.batch * P, c.ch_cond, W, size, weight)
+    calls = evaluations(order.sampling, steps, c.time_shift)
+    for branches in set(calls):
+        rows = branches * order.batch * P
+        once = sum((_product(rows, n, m, size, weight) for n, m in layers), Work())
+        once += _product(order.batch * P, c.ch_target, W, size, weight)
+        attention = Work(4 * W * P * rows, size * 4 * W * rows)
+        total += (once + attention.times(c.depth_latent)).times(calls.count(branches))
+    return total
+
+
+def _decode(shape: Shape, order: Order) -> Work:
+    """One picture through the decoder."""
+    c, itemsize = shape.tokenizer, order.itemsize
+    widths = [c.ch * factor for factor in c.ch_mult]
+    pixels = order.height * order.width // c.downsampling**2
+
+    def conv(n: int, m: int, kernel: int = 3) -> Work:
+        return Work(2 * pixels * n * m * kernel**2, itemsize * (n * m * kernel**2 + pixels * (n + m)))
+
+    total = conv(c.z_channels * (2 if c.gan_decoder else 1), widths[-1])
+    total += conv(widths[-1], widths[-1]).times(2 * c.num_res_blocks)
+    width = widths[-1]
+    for level in reversed(range(len(widths))):
+        total += _product(1, c.z_channels, width, itemsize).times(2)  # gamma and beta
+        for _ in range(c.num_res_blocks):
+            total += conv(width, widths[level]) + conv(widths[level], widths[level])
+            if width != widths[level]:
+                total += conv(width, widths[level], 1)
+            width = widths[level]
+        if level:
+            total += conv(width, 4 * width)
+            pixels *= 4
+    return total + conv(width, 3)
