@@ -4,67 +4,24 @@ B batch, L new positions, S positions the keys cover (cache included), D hidden 
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
+from bitdance.attention import ATTENTION, padding_runs
+from bitdance.cache import StaticCache
 from lfq_tokenizer.weights import read_json, read_shapes, write_json
 
-_ATTENTION = "bitdance"
 _SHOWN = 10  # offenders listed in an error
 _INDEX = "model.safetensors.index.json"
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | BlockMask | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The one attention dispatch: a BlockMask goes to flex_attention, a bool mask or none to SDPA.
-
-    Registered without a mask function, so transformers builds no mask of its own and hands ours through. Without a
-    mask SDPA groups the query heads itself (native GQA) and `is_causal`, given per call, says whether the new
-    positions are causal. ValueError where the layers on the way have lost `is_causal` or turned the mask into another.
-    """
-    if "is_causal" not in kwargs or (isinstance(attention_mask, Tensor) and attention_mask.dtype != torch.bool):
-        raise ValueError(
-            f"{type(module).__name__} did not get the mask as Backbone gives it: this family rewrites masks, or the language "
-            'model was called by itself, which needs lm.set_attn_implementation("sdpa") first'
-        )
-    if not isinstance(attention_mask, BlockMask):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    flex = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
-    out_BHLE = flex(query, key, value, block_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True)
-    return out_BHLE.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(_ATTENTION, _attention)
-_flex: Any = None
-
-
-def _compiled_flex() -> Any:
-    global _flex
-    if _flex is None:
-        _flex = torch.compile(flex_attention)
-    return _flex
 
 
 class Backbone(nn.Module):
@@ -80,8 +37,8 @@ class Backbone(nn.Module):
         super().__init__()
         _check_family(lm.config)
         with _quiet():
-            lm.set_attn_implementation(_ATTENTION)
-        if lm.config._attn_implementation != _ATTENTION:
+            lm.set_attn_implementation(ATTENTION)
+        if lm.config._attn_implementation != ATTENTION:
             raise _refused(lm.config, "it computes attention by itself, so no mask of ours would reach it")
         if not hasattr(lm.base_model, "rotary_emb"):
             raise _refused(lm.config, "its positions are not rotary and end at the length it was trained with")
@@ -112,20 +69,22 @@ class Backbone(nn.Module):
             return cls(_new_model(config, dtype))
 
     @classmethod
-    def from_pretrained(cls, folder: Path | str, dtype: torch.dtype | None = None) -> "Backbone":
+    def from_pretrained(cls, folder: Path | str, dtype: torch.dtype | None = None, output_head: bool = True) -> "Backbone":
         """Read `config.json` and `model*.safetensors` of a local folder; nothing is downloaded, and no other format
         is read.
 
-        `dtype=None` keeps the dtype that the config names. Missing files raise FileNotFoundError; broken files and
+        `dtype=None` keeps the dtype that the config names. `output_head=False` leaves the text output (`lm_head`) on disk,
+        unless the embedding serves as such: `logits` is then an error. Missing files raise FileNotFoundError; broken files and
         weights that do not fit the config raise ValueError, which lists the first ten offenders.
         """
         folder = Path(folder)
         config = _config_from_dict(read_json(folder / "config.json"))
         _check_family(config)
         _check_files(folder)
+        whole = output_head or getattr(config, "tie_word_embeddings", False)
         try:
             with _quiet():
-                lm, report = AutoModelForCausalLM.from_pretrained(
+                lm, report = (AutoModelForCausalLM if whole else AutoModel).from_pretrained(
                     str(folder),
                     config=config,
                     dtype="auto" if dtype is None else dtype,
@@ -136,11 +95,20 @@ class Backbone(nn.Module):
                 )
         except (OSError, RuntimeError, KeyError) as error:
             raise ValueError(f"the backbone in {folder} could not be loaded: {error}") from error
+        if not whole:
+            prefix = lm.base_model_prefix + "."
+            report["unexpected_keys"] = {name for name in report["unexpected_keys"] if name.startswith(prefix)}
         _check_report(report, folder)
         return cls(lm)
 
+    @property
+    def has_output_head(self) -> bool:
+        """Whether `logits` can be computed."""
+        return self.lm.get_output_embeddings() is not None
+
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `config.json` and `model*.safetensors`, readable by this and by older transformers."""
+        self._need_output_head()
         with _quiet():
             self.lm.save_pretrained(str(folder))
         path = Path(folder) / "config.json"
@@ -195,12 +163,14 @@ class Backbone(nn.Module):
         mask: Tensor | BlockMask | None = None,
         cache: Any = None,
         causal: bool = True,
+        padding: Sequence[int] | None = None,
     ) -> Tensor:
         """Hidden states (B,L,D) after the final norm; `cache`, from `new_cache`, is extended by the L new positions.
 
         `mask`: bool (B,1,L,S), True where the query may see the key, or a BlockMask. Without a mask, `causal=True` is
         the usual causal attention and `causal=False` lets every new position see the whole cache and all new
-        positions, by the kernel without a mask. `position_BL` defaults to going on from the end of the cache.
+        positions, by the kernel without a mask. With `padding`, one count per row, the new positions do so but for the first
+        positions of the cache, so many per row. `position_BL` defaults to going on from the end of the cache.
         """
         length = 0 if cache is None else cache.get_seq_length()
         L = inputs_embeds_BLD.shape[1]
@@ -213,20 +183,28 @@ class Backbone(nn.Module):
             position_ids=position_BL,
             use_cache=cache is not None,
             is_causal=causal,
+            **({} if padding is None else {"runs": padding_runs(padding)}),
             **{self._cache_name: cache},
         ).last_hidden_state
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
         """Hidden states (…,D) → scores (…,V) of the next text token."""
+        self._need_output_head()
         return self.lm.get_output_embeddings()(hidden_KD)
+
+    def _need_output_head(self) -> None:
+        if not self.has_output_head:
+            raise ValueError("the backbone was loaded without its text output, for pictures only; load it with output_head=True")
 
     def checkpoint_activations(self) -> None:
         """In training, keep only each layer's input and compute the rest again in the backward pass."""
         enable = getattr(self.lm, "activation_checkpointing_enable", self.lm.gradient_checkpointing_enable)  # its older name
         enable({"use_reentrant": False})
 
-    def new_cache(self) -> DynamicCache:
-        """An empty key/value cache for `forward`."""
+    def new_cache(self, capacity: int | None = None) -> Cache:
+        """An empty key/value cache for `forward`, of room for `capacity` positions or one that grows."""
+        if capacity is not None:
+            return StaticCache(self.lm.config.num_hidden_layers, capacity)
         return DynamicCache(config=self.lm.config)
 
     def grow_vocabulary(self, size: int, generator: torch.Generator | None = None) -> None:

@@ -61,11 +61,11 @@ def load_model(
     folder: Path | str,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    with_encoder: bool = True,
+    generation_only: bool = False,
 ) -> BitDanceModel:
     """Read a model folder (or "demo"). `device=None` is CUDA where there is one, else CPU; `dtype=None` is bfloat16 on
-    CUDA and float32 elsewhere, whatever the dtype on disk. `with_encoder=False` leaves the picture encoder out (it only
-    generates).
+    CUDA and float32 elsewhere, whatever the dtype on disk. `generation_only` leaves out what pictures do not need: the
+    tokenizer's encoder and the LLM's text output (`lm_head`), which is neither read nor allocated. Such a model cannot be saved.
 
     The model comes back in eval mode; `model.extras` is the content of `bitdance.json`, {} where there is none.
     FileNotFoundError or ValueError name the file and the first ten tensors that are missing or of a wrong shape; they
@@ -79,11 +79,11 @@ def load_model(
     config = check_folder(folder)
     text_tokenizer = _load_text_tokenizer(folder, config)
     tokenizer = LFQTokenizer.from_pretrained(folder)
-    if not with_encoder:
+    if generation_only:
         tokenizer.encoder = None  # type: ignore[assignment]
     head = _load(lambda: BinaryDiffusionHead(config), folder / HEAD_WEIGHTS)
     projector = _load(lambda: Projector(config.ch_target, config.ch_cond), folder / PROJECTOR_WEIGHTS)
-    backbone = Backbone.from_pretrained(folder, dtype)
+    backbone = Backbone.from_pretrained(folder, dtype, output_head=not generation_only)
     model = BitDanceModel(tokenizer, text_tokenizer, projector, backbone, head)
     model.extras = read_extras(folder)
     return model.to(device=target, dtype=dtype).eval()
@@ -125,12 +125,12 @@ def save_model(
     """Write the published layout: all of it or, when anything fails, nothing. `dtype=None` keeps each tensor's own.
 
     ValueError when the folder holds something already (unless `overwrite`), when the disk is too small, or when the
-    model was loaded without its encoder.
+    model was loaded for generation only.
     """
     folder, tokenizer = Path(folder), model.tokenizer
-    if tokenizer is None or tokenizer.encoder is None:
+    if tokenizer is None or tokenizer.encoder is None or not model.backbone.has_output_head:
         raise ValueError(
-            "the model has no picture tokenizer or was loaded without its encoder; load it with_encoder=True"
+            "the model lacks its picture encoder or text output, so it cannot be saved; load it with generation_only=False"
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise ValueError(f"{folder} exists and is not empty; choose another folder or pass overwrite=True")

@@ -35,7 +35,7 @@ class Teacher:
     def load(cls, distill: DistillTraining) -> "Teacher":
         """The model of `distill.teacher` in its dtype, on the CPU until it is asked. ValueError for a device that is none."""
         device = own_device(distill)
-        model = load_model(model_folder(distill.teacher), device="cpu", dtype=DTYPES[distill.dtype])
+        model = load_model(model_folder(distill.teacher), device="cpu", dtype=DTYPES[distill.dtype], generation_only=True)
         return cls(model, distill.guidance, device, distill.offload)
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ class TeacherView:
         return TeacherView(self.batch.pin_memory(), self.order_N.pin_memory(), self.T)
 
     def seen(self, student: TrainingBatch) -> TrainingBatch:
-        """The teacher's batch with the student's bits, all of them true, and its times and noise."""
+        """The teacher's batch with the student's bits, all of them true, and its times and noise. It predicts no text."""
         draws = student.draws
         assert draws is not None, "training documents bring their draws"
         P = draws.noise_SMPC.shape[2]
@@ -45,7 +45,8 @@ class TeacherView:
         noise_SNC = draws.noise_SMPC.flatten(1, 2)[:, self.order_N]
         clean_NC = torch.zeros_like(bits_NC, dtype=torch.bool)
         own = ImageDraws(clean_NC, time_SN[:, :: self.T].contiguous(), noise_SNC.unflatten(1, (-1, self.T)))
-        return replace(self.batch, image_bits_NC=bits_NC, draws=own)
+        no_text = {"label_ids_T": self.batch.label_ids_T[:0], "label_index_T": self.batch.label_index_T[:0]}
+        return replace(self.batch, image_bits_NC=bits_NC, draws=own, **no_text)
 
     def as_student(self, rows_KTC: Tensor, draws: ImageDraws) -> Tensor:
         """Rows of the teacher's blocks, (S·N/T, T, C), as rows of the student's, (S·N/P, P, C)."""

@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
+import transformers.modeling_utils
 from golden_cases import GOLDEN
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bitdance.checkpoint
 from bitdance.checkpoint import check_folder, load_model, save_model
 from bitdance.generate import generate_bits
+from bitdance.sampling import Sampling
 from lfq_tokenizer.weights import read_json, read_safetensors, read_shapes, write_json
 
 PUBLISHED = GOLDEN / "t2i_ckpt"
@@ -40,7 +43,7 @@ def assert_same_weights(a, b):
 
 
 def some_bits(model):
-    return generate_bits(model, ["a red cube"], 4, 4, 3, 3.0, [torch.Generator().manual_seed(1)])
+    return generate_bits(model, ["a red cube"], 4, 4, Sampling(3, 3.0), [torch.Generator().manual_seed(1)])
 
 
 def nothing_big_is_read(monkeypatch):
@@ -262,12 +265,69 @@ def test_a_disk_that_is_too_small_is_noticed_beforehand(model, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-def test_without_encoder_it_generates_and_refuses_to_be_saved(model, tmp_path):
-    lean = load_model(PUBLISHED, "cpu", with_encoder=False)
+def test_a_model_for_generation_only_generates_and_refuses_to_be_saved(model, tmp_path):
+    lean = load_model(PUBLISHED, "cpu", generation_only=True)
     assert lean.tokenizer.encoder is None
     assert torch.equal(some_bits(lean), some_bits(model))
-    with pytest.raises(ValueError, match="with_encoder=True"):
+    with pytest.raises(ValueError, match="generation_only=False"):
         save_model(lean, tmp_path / "saved")
+
+
+def test_generation_never_reads_the_text_output(monkeypatch):
+    asked = []
+
+    class Slice:
+        def __init__(self, name, whole):
+            self.name, self.whole = name, whole
+
+        def __getattr__(self, name):
+            return getattr(self.whole, name)
+
+        def __getitem__(self, index):
+            asked.append(self.name)
+            return self.whole[index]
+
+    class File(Slice):
+        """A safetensors file that notes the tensors whose bytes are asked for."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__("", safe_open(*args, **kwargs))
+
+        def __enter__(self):
+            self.whole.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self.whole.__exit__(*error)
+
+        def get_slice(self, name):
+            return Slice(name, self.whole.get_slice(name))
+
+        def get_tensor(self, name):
+            asked.append(name)
+            return self.whole.get_tensor(name)
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_open", File)
+    lean = load_model(PUBLISHED, "cpu", generation_only=True)
+    assert "model.embed_tokens.weight" in asked and "lm_head.weight" not in asked
+    assert not lean.backbone.has_output_head and not any("lm_head" in name for name in lean.state_dict())
+    with pytest.raises(ValueError, match="output_head=True"):
+        lean.backbone.logits(torch.zeros(1, 64))
+    load_model(PUBLISHED, "cpu")
+    assert "lm_head.weight" in asked
+
+
+def test_a_text_output_tied_to_the_embedding_stays():
+    lean, whole = (load_model("demo", "cpu", generation_only=value) for value in (True, False))
+    assert lean.backbone.has_output_head
+    assert lean.backbone.lm.state_dict().keys() == whole.backbone.lm.state_dict().keys()
+
+
+def test_strange_weights_are_an_error_for_generation_too(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "model.strange": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="unexpected model.strange"):
+        bitdance.checkpoint.Backbone.from_pretrained(folder, output_head=False)
 
 
 def test_an_integer_dtype_is_refused():

@@ -1,9 +1,12 @@
-"""The loop of `bitdance generate`: load once, make batch after batch, keep what is finished whatever happens."""
+"""What `bitdance generate` does once all is checked: load once, make batch after batch, keep whatever is finished."""
 
 import sys
 import time
 import warnings
 from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bitdance.cli import report
+from bitdance.cli.finishing import Decoder, Finisher, Pixels
 from bitdance.cli.generate import Order
 from bitdance.cli.memory import GB, free_main_memory
 from bitdance.cli.model_files import parts
@@ -18,6 +22,7 @@ from bitdance.cli.outputs import OutputFolder
 from bitdance.cli.stop import Stopped, StopSignals
 from bitdance.jobs import Job, batches
 from bitdance.picture import grid, write_png
+from bitdance.prompt import conditional_ids
 
 if TYPE_CHECKING:
     from bitdance.pipeline import BitDancePipeline
@@ -28,53 +33,142 @@ GRID_LIMIT = 256  # pictures on one sheet
 def make(order: Order) -> int:
     """Make what is missing. 0 all done, 1 some failed (failures.jsonl), 128 + signal when stopped."""
     output = OutputFolder(order.output, order.model, order.shard)
-    done = [job for job in order.jobs if output.is_done(job, order.hashes[job.index])]
-    skip = {job.index for job in done}
-    todo = [job for job in order.jobs if job.index not in skip]
-    failures: list[tuple[Job, str]] = []
-    made = 0
+    maker = Maker(order, output)
+    todo: list[Job] = []
     with StopSignals() as stop, warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             output.check_writable()
-            for job in done:
-                output.ensure_listed(job)
+            todo = output.missing(order.jobs, order.hashes)
             if todo:
                 pipe = _load(order)
                 output.folder.mkdir(parents=True, exist_ok=True)
                 with tqdm(total=len(todo), unit="picture", disable=not sys.stderr.isatty()) as bar:
-                    for job, picture, seconds, error in _pictures(pipe, todo, order.batch_size, bar):
-                        if picture is None:
-                            failures.append((job, error))
-                        else:
-                            with stop.held():
-                                output.save(job, picture, order.metadata(job), seconds)
-                                made += 1
-                        bar.update()
-            output.write_failures(failures)
-            grid_path = _write_grid(order.jobs, {job.index for job, _ in failures}, output) if order.grid else None
+
+                    def show(finished: int, share: float) -> None:
+                        bar.update(finished - bar.n)
+                        bar.set_postfix_str(f"batch {share:.0%}")
+
+                    maker.make(pipe, todo, stop.held, show)
+            output.write_failures(maker.failures)
+            failed = {job.index for job, _ in maker.failures}
+            grid_path = _write_grid(order.jobs, failed, output) if order.grid else None
         except Stopped as stopped:
-            if failures:
-                output.write_failures(failures)
-            report(f"{stopped} after {made} of {len(todo)} pictures; the same command goes on from there", "stopped")
+            if maker.failures:
+                output.write_failures(maker.failures)
+            report(
+                f"{stopped} after {maker.made} of {len(todo)} pictures; the same command goes on from there", "stopped"
+            )
             return stopped.code
         except OSError as error:
             report(
-                f"{error.strerror or error} ({error.filename or order.output}); {made} pictures are kept, "
+                f"{error.strerror or error} ({error.filename or order.output}); {maker.made} pictures are kept, "
                 "the same command goes on from there"
             )
             return 1
-    count = len(order.jobs) - len(failures)
-    print(f"{count} picture{'' if count == 1 else 's'} in {order.output} ({made} made, {len(done)} there before)")
+    count, before = len(order.jobs) - len(maker.failures), len(order.jobs) - len(todo)
+    print(f"{count} picture{'' if count == 1 else 's'} in {order.output} ({maker.made} made, {before} there before)")
     if grid_path is not None:
         print(f"grid: {grid_path}")
-    if failures:
+    if maker.failures:
         report(
-            f"{len(failures)} of {len(order.jobs)} pictures failed: {failures[0][1]}; "
+            f"{len(maker.failures)} of {len(order.jobs)} pictures failed: {maker.failures[0][1]}; "
             f"all are listed in {output.failures}"
         )
         return 1
     return 0
+
+
+class Maker:
+    """Jobs → files in the output folder, batch by batch. `made` and `failures` hold whatever ends `make`."""
+
+    def __init__(self, order: Order, output: OutputFolder) -> None:
+        self.order, self.output = order, output
+        self.made = 0
+        self.failures: list[tuple[Job, str]] = []  # with the reason
+
+    def make(
+        self,
+        pipe: "BitDancePipeline",
+        jobs: Sequence[Job],
+        held: Callable[[], AbstractContextManager[None]] = nullcontext,
+        show: Callable[[int, float], None] = lambda finished, share: None,
+    ) -> None:
+        """While a batch is in the loop, the one before is written. Every job ends as a file or in `failures`.
+
+        A batch that fails is halved until the broken job stands alone. In `with held():` a signal has to wait.
+        `show` gets the count of finished pictures and the finished share of the batch. OSError: writing failed.
+        """
+        decoder, finisher = Decoder(pipe), Finisher(self._save)
+        queue = deque(batches(jobs, self.order.batch_size, _length(pipe)))
+
+        def on_block(_: Any, step: int, share: float, values: dict[str, Any]) -> None:
+            finisher.check()
+            show(self.made + len(self.failures), share)
+
+        try:
+            while queue:
+                batch, start = queue.popleft(), time.perf_counter()
+                try:
+                    pixels = self._run(pipe, decoder, batch, on_block)
+                except Exception as error:  # whatever is wrong with one picture must not cost the others
+                    finisher.check()
+                    if len(batch) == 1:
+                        self.failures.append((batch[0], f"{type(error).__name__}: {error}"))
+                    else:
+                        queue = _halved(batch, queue, error)
+                    continue
+                with held():
+                    finisher.give(batch, pixels, (time.perf_counter() - start) / len(batch))
+        finally:
+            with held():
+                finisher.close()
+        show(self.made + len(self.failures), 1.0)
+
+    def _run(self, pipe: "BitDancePipeline", decoder: Decoder, batch: Sequence[Job], on_block: Any) -> Pixels:
+        import torch
+
+        first = batch[0]
+        generators = [torch.Generator().manual_seed(job.seed) for job in batch]
+        bits_BChw = pipe(
+            [job.prompt for job in batch],
+            height=first.height,
+            width=first.width,
+            num_inference_steps=first.steps,
+            guidance_scale=first.guidance,
+            **self.order.solver(),
+            generator=generators,
+            output_type="bits",
+            callback_on_step_end=on_block,
+        ).bits
+        return decoder.decode(bits_BChw, generators)
+
+    def _save(self, job: Job, picture: Image.Image, seconds: float) -> None:
+        self.output.save(job, picture, self.order.metadata(job), seconds)
+        self.made += 1
+
+
+def _length(pipe: "BitDancePipeline") -> Callable[[Job], int]:
+    """The prompt's tokens, as many as the loop will see."""
+
+    @cache
+    def count(prompt: str) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a prompt that is cut is reported when its picture is made
+            return len(conditional_ids(pipe.model.text_tokenizer, prompt))
+
+    return lambda job: count(job.prompt)
+
+
+def _halved(batch: list[Job], queue: Iterable[list[Job]], error: Exception) -> deque[list[Job]]:
+    """The halves of a batch that failed, ahead of the others; these are halved too if the memory was too small."""
+    import torch
+
+    half, waiting = len(batch) // 2, list(queue)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        report(f"{len(batch)} pictures at once do not fit into memory; going on with {half}", "warning")
+        waiting = [group[i : i + half] for group in waiting for i in range(0, len(group), half)]
+    return deque([batch[:half], batch[half:], *waiting])
 
 
 def _load(order: Order) -> "BitDancePipeline":
@@ -85,7 +179,7 @@ def _load(order: Order) -> "BitDancePipeline":
 
     dtype: torch.dtype = getattr(torch, order.dtype)
     _check_memory(order, dtype.itemsize)
-    pipe = BitDancePipeline(load_model(order.folder, order.device, dtype, with_encoder=False))
+    pipe = BitDancePipeline(load_model(order.folder, order.device, dtype, generation_only=True), order.compile)
     pipe.set_progress_bar_config(disable=True)  # one bar, over pictures
     return pipe
 
@@ -103,44 +197,6 @@ def _check_memory(order: Order, itemsize: int) -> None:
             f"the weights of {order.model} need {needed / GB:.1f} GB in {order.dtype}, and {free / GB:.1f} GB are free "
             f"on {order.device}; {advice} a machine with more memory (bitdance doctor shows what fits)"
         )
-
-
-def _pictures(pipe: "BitDancePipeline", jobs: list[Job], batch_size: int, bar: Any) -> Any:
-    """Yield (job, picture or None, seconds, error). A batch that fails is halved until the broken job stands alone."""
-    import torch
-
-    def show(_: Any, step: int, share: float, values: dict[str, Any]) -> None:
-        bar.set_postfix_str(f"batch {share:.0%}")
-
-    queue = deque(batches(jobs, batch_size))
-    while queue:
-        batch = queue.popleft()
-        first = batch[0]
-        start = time.perf_counter()
-        try:
-            pictures: Any = pipe(
-                [job.prompt for job in batch],
-                height=first.height,
-                width=first.width,
-                num_inference_steps=first.steps,
-                guidance_scale=first.guidance,
-                seed=[job.seed for job in batch],
-                callback_on_step_end=show,
-            ).images
-        except Exception as error:  # whatever is wrong with one picture must not cost the others
-            if len(batch) == 1:
-                yield first, None, 0.0, f"{type(error).__name__}: {error}"
-                continue
-            half = len(batch) // 2
-            waiting = list(queue)
-            if isinstance(error, torch.OutOfMemoryError | MemoryError):
-                report(f"{len(batch)} pictures at once do not fit into memory; going on with {half}", "warning")
-                waiting = [group[i : i + half] for group in waiting for i in range(0, len(group), half)]
-            queue = deque([batch[:half], batch[half:], *waiting])
-            continue
-        seconds = (time.perf_counter() - start) / len(batch)
-        for job, picture in zip(batch, pictures, strict=True):
-            yield job, picture, seconds, ""
 
 
 def _write_grid(jobs: list[Job], failed: set[int], output: OutputFolder) -> Path | None:
