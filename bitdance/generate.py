@@ -6,17 +6,18 @@ published checkpoints for token order, positions and the order of random draws.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from bitdance.block_sampler import BlockSampler
 from bitdance.mask import dense_mask
 from bitdance.model import BitDanceModel
 from bitdance.patches import PatchPlan
 from bitdance.positions import sincos_2d
 from bitdance.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
-from bitdance.sampler import SAMPLERS, Noise
+from bitdance.sampler import Noise, draws
+from bitdance.sampling import Sampling
 from lfq_tokenizer import binarize
 
 OnBlock = Callable[[int, int, Tensor], None]
@@ -28,52 +29,46 @@ def generate_bits(
     prompts: Sequence[str],
     h: int,
     w: int,
-    steps: int,
-    guidance: float,
+    sampling: Sampling,
     generators: Sequence[torch.Generator],
-    sampler: str = "euler_maruyama",
     on_block: OnBlock | None = None,
     noise: Noise | None = None,
+    block_sampler: BlockSampler | None = None,
 ) -> Tensor:
     """One picture per prompt → bits (B,C,h,w) in {-1,+1}, float32, on the model's device.
 
-    `steps` solver steps per block; `guidance` <= 1 leaves the unconditional branch out. Picture i draws from
-    `generators[i]` alone: per block the initial noise (1,P,C), then one draw (1,P,C) per stochastic step, so it does
-    not depend on its neighbours. `noise` replaces these draws by given ones of shape (B,P,C). `on_block(done, M,
-    bits_BChw)` is called after each block, unfinished positions being 0; what it raises ends the run. The backbone is
-    called M times. ValueError for an unknown sampler, an unnamed grid or a count of generators that is not the count of
-    prompts.
+    Picture i draws from `generators[i]` alone: per block the initial noise (1,P,C), then one draw (1,P,C) per
+    stochastic step, so it does not depend on its neighbours. `noise` replaces these draws by given ones of shape
+    (B,P,C). `on_block(done, M, bits_BChw)` is called after each block, unfinished positions being 0; what it raises ends
+    the run. The backbone is called M times. `block_sampler`, kept from call to call, is what is compiled only once.
+    ValueError for an unnamed grid or a count of generators that is not the count of prompts.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler = {sampler!r}; allowed are {', '.join(SAMPLERS)}")
     if len(generators) != len(prompts) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(generators)} generators; give one generator per prompt")
-    plan, backbone, head = PatchPlan(h, w, model.patch_side), model.backbone, model.head
-    B, P, M = len(prompts), plan.block_size, plan.num_blocks
-    solve, guided = SAMPLERS[sampler], guidance > 1
+    plan, backbone = PatchPlan(h, w, model.patch_side), model.backbone
+    B, P, M, C = len(prompts), plan.block_size, plan.num_blocks, model.head.config.ch_target
+    sample = block_sampler or BlockSampler(model.head)
     prefix = vision_prefix_ids(model.special, h, w, P)
     texts = [conditional_ids(model.text_tokenizer, prompt) for prompt in prompts]
-    if guided:
+    if sampling.guided:
         texts += [unconditional_ids(model.text_tokenizer)] * B
     rows = _Rows([[*text, *prefix] for text in texts], P, next(backbone.parameters()).device)
 
     # Prefix and block 0 in one call: text, <|vision_start|>, <|res_h|> causal; <|res_w|> and queries see each other.
-    cache = backbone.new_cache()
+    cache = backbone.new_cache(rows.length + (M - 1) * P)
     hidden_RPD = backbone(backbone.embed(rows.ids_RL), rows.position_RL, rows.prefix_mask(), cache)[:, -P:]
     row_N, col_N = plan.coordinates(hidden_RPD.device)
     place_MPD = sincos_2d(row_N, col_N, hidden_RPD.shape[-1]).to(hidden_RPD).unflatten(0, (M, P))
-    C = head.config.ch_target
     tokens_BNC = torch.zeros(B, h * w, C, device=hidden_RPD.device)
-    noise = noise or _own_noise(generators, P, C, hidden_RPD.device)
-    for m in range(M):
-        denoise = partial(head.denoise, embedded_KPW=head.prepare(hidden_RPD + place_MPD[m]))
-        predicted_BPC = solve(denoise, noise(), steps, noise, guidance, head.config.time_shift)
-        bits_BPC = binarize(predicted_BPC)
+    noise = noise or _own_noise(generators, P, C)
+    for m, steps in enumerate(sampling.block_steps(M)):
+        noise_SBPC = _to(torch.stack([noise() for _ in range(draws(sampling.sampler, steps))]), hidden_RPD.device)
+        bits_BPC = binarize(sample(hidden_RPD + place_MPD[m], noise_SBPC, sampling, steps))
         tokens_BNC[:, m * P : (m + 1) * P] = bits_BPC
         if m < M - 1:  # the last block predicts nothing
             inputs_BPD = model.projector(bits_BPC).to(hidden_RPD) + place_MPD[m]
-            inputs_RPD = inputs_BPD.repeat(2, 1, 1) if guided else inputs_BPD
-            hidden_RPD = backbone(inputs_RPD, rows.block_position(m), rows.block_mask(m), cache, causal=False)
+            inputs_RPD = inputs_BPD.repeat(2, 1, 1) if sampling.guided else inputs_BPD
+            hidden_RPD = backbone(inputs_RPD, rows.block_position(m), cache=cache, causal=False, padding=rows.padding)
         if on_block is not None:
             on_block(m + 1, M, plan.unorder(tokens_BNC))
     return plan.unorder(tokens_BNC)
@@ -84,10 +79,9 @@ class _Rows:
 
     def __init__(self, ids: list[list[int]], P: int, device: torch.device) -> None:
         self.P, self.length = P, max(map(len, ids))
-        padding = [self.length - len(row) for row in ids]
-        self.padded = any(padding)
-        self.ids_RL = torch.tensor([[0] * n + row for n, row in zip(padding, ids)], device=device)
-        self.padding_R1 = torch.tensor(padding, device=device)[:, None]
+        self.padding = [self.length - len(row) for row in ids]
+        self.ids_RL = torch.tensor([[0] * n + row for n, row in zip(self.padding, ids)], device=device)
+        self.padding_R1 = torch.tensor(self.padding, device=device)[:, None]
         self.place_L = torch.arange(self.length, device=device)
         self.position_RL = (self.place_L - self.padding_R1).clamp(min=0)
 
@@ -102,21 +96,20 @@ class _Rows:
         start = self.length + m * self.P
         return torch.arange(start, start + self.P, device=self.place_L.device) - self.padding_R1
 
-    def block_mask(self, m: int) -> Tensor | None:
-        """(R,1,P,L): a picture block sees everything before it and itself. None when there is no padding to hide."""
-        if not self.padded:
-            return None
-        keys = torch.arange(self.length + (m + 1) * self.P, device=self.place_L.device)
-        return (keys >= self.padding_R1)[:, None, None].expand(-1, -1, self.P, -1)
 
-
-def _own_noise(generators: Sequence[torch.Generator], P: int, C: int, device: torch.device) -> Noise:
-    """The next standard normal draw (B,P,C), float32, each picture from its own generator."""
+def _own_noise(generators: Sequence[torch.Generator], P: int, C: int) -> Noise:
+    """The next standard normal draw (B,P,C), float32, each picture from its own generator; on its device if they share one."""
+    together = len({g.device for g in generators}) == 1
 
     def draw() -> Tensor:
         draws = [torch.randn((1, P, C), generator=g, device=g.device) for g in generators]
-        if device.type == "cuda" and all(not d.is_cuda for d in draws):
-            return torch.cat(draws).pin_memory().to(device, non_blocking=True)
-        return torch.cat([d.to(device) for d in draws])
+        return torch.cat(draws if together else [d.cpu() for d in draws])
 
     return draw
+
+
+def _to(noise: Tensor, device: torch.device) -> Tensor:
+    """All draws of a block in one transfer, for which nothing waits."""
+    if device.type == "cuda" and not noise.is_cuda:
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)

@@ -7,7 +7,7 @@ width. Source: BitDance paper (arXiv 2602.14041), binary diffusion head; paramet
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from bitdance.flow import SCHEDULES, draw_time, interpolate, velocity_from_x
 HEAD_DIM = 128
 TIME_DIM = 256
 NORM_EPS = 1e-6
+Trunk = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -184,11 +185,16 @@ class HeadNet(nn.Module):
         self.res_blocks = nn.ModuleList(Block(width, config.use_swiglu) for _ in range(config.depth_latent))
         self.final_layer = FinalLayer(width, config.ch_target)
 
-    def forward(self, x_KPC: Tensor, t_K: Tensor, embedded_KPW: Tensor) -> Tensor:
+    def forward(self, x_KPC: Tensor, time_KW: Tensor, embedded_KPW: Tensor, trunk: Trunk | None = None) -> Tensor:
+        """Noisy bits, embedded times and embedded condition → predicted bits. One time may serve all rows; conditions may
+        have a multiple of x's rows. `trunk` is a compiled rendition of `self.trunk`."""
         x = self.input_proj(x_KPC.to(embedded_KPW.dtype))
         if x.shape[0] != embedded_KPW.shape[0]:  # guidance: both branches share x
             x = x.repeat(embedded_KPW.shape[0] // x.shape[0], 1, 1)
-        y = F.silu(self.time_embed(t_K)[:, None] + embedded_KPW)
+        return (trunk or self.trunk)(x, F.silu(time_KW[:, None] + embedded_KPW))
+
+    def trunk(self, x: Tensor, y: Tensor) -> Tensor:
+        """Blocks and output: x and their modulation's input y (K,P,W) → predicted bits (K,P,C), float32."""
         for i, block in enumerate(self.res_blocks):
             if i % self.blocks_per_modulation == 0:
                 modulation = self.ada_ln_blocks[i // self.blocks_per_modulation](y)
@@ -226,15 +232,19 @@ class BinaryDiffusionHead(nn.Module):
     def forward(self, x_KPC: Tensor, t_K: Tensor, cond_KPD: Tensor) -> Tensor:
         """Noisy bits (K,P,C) at times t (K,) or (1,), condition (K,P,D) → predicted bits (K,P,C) in (-1, 1),
         float32."""
-        return self.net(x_KPC, t_K, self.prepare(cond_KPD))
+        return self.net(x_KPC, self.net.time_embed(t_K), self.prepare(cond_KPD))
 
     def prepare(self, cond_KPD: Tensor) -> Tensor:
         """The embedded condition (K,P,W). It does not depend on the time: one call serves all steps of a sampler."""
         return self.net.cond_embed(cond_KPD.to(self.net.cond_embed.weight.dtype))
 
-    def denoise(self, x_KPC: Tensor, t: float, embedded_KPW: Tensor) -> Tensor:
+    def embed_time(self, t: float) -> Tensor:
+        """One time for all rows (1,W). It depends on nothing else: one call serves all blocks of all pictures."""
+        return self.net.time_embed(torch.full((1,), t, device=self.net.cond_embed.weight.device))
+
+    def denoise(self, x_KPC: Tensor, time_1W: Tensor, embedded_KPW: Tensor, trunk: Trunk | None = None) -> Tensor:
         """One sampler step's prediction at one common time. `embedded` may have a multiple of x's rows (guidance)."""
-        return self.net(x_KPC, torch.full((1,), t, device=x_KPC.device), embedded_KPW)
+        return self.net(x_KPC, time_1W, embedded_KPW, trunk)
 
     def loss(self, x_KPC: Tensor, cond_KPD: Tensor, generator: torch.Generator | None) -> Tensor:
         """Velocity loss (rows, P), unreduced, mean over the C bits; rows = K · diff_batch_mul, all K once per repeat.
@@ -257,7 +267,7 @@ class BinaryDiffusionHead(nn.Module):
         x_KPC, t_K11 = x_KPC.to(noise_KPC.dtype).repeat(repeats, 1, 1), t_K[:, None, None]
         x_t = interpolate(x_KPC, noise_KPC, t_K11)
         embedded_KPW = self.prepare(cond_KPD).repeat(noise_KPC.shape[0] // cond_KPD.shape[0], 1, 1)
-        x_hat = self.net(x_t, t_K, embedded_KPW)
+        x_hat = self.net(x_t, self.net.time_embed(t_K), embedded_KPW)
         error = velocity_from_x(x_KPC, x_t, t_K11) - velocity_from_x(x_hat, x_t, t_K11)
         return error.square().mean(dim=-1), x_hat
 

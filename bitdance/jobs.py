@@ -12,8 +12,9 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -241,16 +242,29 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def batches(jobs: Iterable[Job], size: int) -> list[list[Job]]:
-    """Groups of at most `size` jobs with equal settings, in order of first appearance."""
+def batches(jobs: Iterable[Job], size: int, length: Callable[[Job], int] = lambda job: 0) -> list[list[Job]]:
+    """As few groups as `size` allows, in each of them jobs with equal settings and similar `length` (of the prompt).
+
+    Settings come in order of first appearance, inside them jobs from short to long, equal lengths as given. Prompts are
+    padded to the longest of their batch: neighbours in length waste little. The jobs of a setting are shared out
+    evenly (9 jobs at size 8: 5 and 4), so that no batch runs nearly empty.
+    """
     groups: dict[tuple[int, int, int, float], list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.settings, []).append(job)
-    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+    return [batch for group in groups.values() for batch in _shared_out(sorted(group, key=length), size)]
 
 
-def job_hash(job: Job, model: str, dtype: str) -> str:
-    """What makes a finished picture the one asked for: the job without its place, the weights, the dtype."""
+def _shared_out(jobs: list[Job], size: int) -> list[list[Job]]:
+    count = math.ceil(len(jobs) / size)
+    bounds = [math.ceil(len(jobs) * i / count) for i in range(count + 1)]
+    return [jobs[start:end] for start, end in pairwise(bounds)]
+
+
+def job_hash(job: Job, model: str, dtype: str, more: Mapping[str, Any] | None = None) -> str:
+    """What makes a finished picture the one asked for: the job without its place, the weights, the dtype, and what `more`
+    says that the published procedure does not."""
     content = {k: v for k, v in dataclasses.asdict(job).items() if k not in ("index", "file")}
     content |= {"model": model, "dtype": dtype}
+    content |= {k: v for k, v in (more or {}).items() if (k, v) != ("sampler", "euler_maruyama")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()[:32]

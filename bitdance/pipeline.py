@@ -20,17 +20,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from bitdance.block_sampler import BlockSampler
 from bitdance.checkpoint import load_model, save_model
 from bitdance.generate import generate_bits
 from bitdance.model import BitDanceModel
 from bitdance.picture import to_pil, to_unit
 from bitdance.prompt import check_prompt
-from bitdance.sampler import SAMPLERS
+from bitdance.sampling import choose
 from bitdance.sizes import check_size, default_size, size_rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUTPUT_TYPES = ("pil", "np", "pt", "bits")
-STEPS, GUIDANCE = 50, 7.5  # published defaults
 Callback = Callable[["BitDancePipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -49,12 +49,14 @@ class BitDanceOutput:
 class BitDancePipeline:
     """Text → picture with a `BitDanceModel`, which stays reachable as `.model`."""
 
-    def __init__(self, model: BitDanceModel) -> None:
-        """ValueError when the model has no picture tokenizer (a model in training may go without)."""
+    def __init__(self, model: BitDanceModel, compile: bool | None = None) -> None:
+        """`compile`: torch.compile and CUDA graphs for the head; None means on CUDA. ValueError when the model has no
+        picture tokenizer (a model in training may go without)."""
         if model.tokenizer is None:
             raise ValueError("the model has no picture tokenizer; pictures need its decoder")
         self.model = model
         self._tokenizer = model.tokenizer
+        self._block_sampler = BlockSampler(model.head, compile)
         self._progress: dict[str, Any] = {}
 
     @classmethod
@@ -63,14 +65,16 @@ class BitDancePipeline:
         folder: Path | str,
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
+        compile: bool | None = None,
     ) -> "BitDancePipeline":
         """A model folder in the published layout, or "demo", the bundled model. Nothing is downloaded.
 
         `device=None` is CUDA where there is one, else CPU. `dtype=None` is bfloat16 on CUDA, float32 elsewhere.
+        `compile=None` compiles the head on CUDA (a minute at the first picture); False leaves that out.
         FileNotFoundError when there is no such folder or file; ValueError when a file is broken or does not fit its
         config.
         """
-        return cls(load_model(folder, device, _dtype(dtype)))
+        return cls(load_model(folder, device, _dtype(dtype)), compile)
 
     def save_pretrained(self, folder: Path | str, overwrite: bool = False) -> None:
         """Write the published layout (safetensors and JSON). ValueError when the folder is not empty, unless
@@ -110,12 +114,15 @@ class BitDancePipeline:
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: Literal["pil", "np", "pt", "bits"] = "pil",
         callback_on_step_end: Callback | None = None,
-        sampler: str = "euler_maruyama",
+        sampler: str | None = None,
+        preset: str | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        last_steps: int | None = None,
     ) -> BitDanceOutput:
         """Make `num_images_per_prompt` pictures per prompt, all in one batch, the pictures of a prompt together.
 
         height, width         pixels; default: the model's own (published models: 1024×1024 or the nearest supported)
-        num_inference_steps   solver steps per *block*, not per picture; default 50. Fewer: faster, slightly worse.
+        num_inference_steps   solver steps per *block*, not per picture; default 50 or what the model's folder says
         guidance_scale        default 7.5; <= 1 leaves guidance out and halves the work
         seed                  one per picture. A single seed s serves n pictures as s, s + 1, …, s + n - 1. None draws
                               fresh ones. They come back in `.seeds`.
@@ -124,7 +131,11 @@ class BitDancePipeline:
         output_type           "pil", "np" (B,H,W,3), "pt" (B,3,H,W), or "bits" (no decoding)
         callback_on_step_end  called as (pipe, block, t, {"bits": …}) after each block; t is the finished share in
                               (0, 1], unfinished bits are 0. What it returns is not read. An exception ends the run.
-        sampler               "euler_maruyama" (published) or "euler" (deterministic after the first noise)
+        sampler               solver; default "euler_maruyama" (published), see `bitdance.sampler`
+        preset                steps, sampler, interval and last steps at once ("published", …: `bitdance.sampling`); what
+                              is said beside it wins
+        guidance_interval     times in [0, 1] between which guidance acts (1 is the finished block)
+        last_steps            steps of the last block; those between change linearly
 
         A picture depends on its prompt, seed and settings, not on its neighbours in the batch. With one picture,
         float32 and CPU, the bits are those of the published pipeline for the same seed. All arguments are checked
@@ -137,15 +148,23 @@ class BitDancePipeline:
         wished = default_size(rule)
         height, width = wished[0] if height is None else height, wished[1] if width is None else width
         check_size(rule, height, width)
-        steps = defaults.get("num_inference_steps", STEPS) if num_inference_steps is None else num_inference_steps
-        _check_count("num_inference_steps", steps)
-        guidance = defaults.get("guidance_scale", GUIDANCE) if guidance_scale is None else guidance_scale
-        if isinstance(guidance, bool) or not isinstance(guidance, Real) or not math.isfinite(guidance):
-            raise ValueError(f"guidance_scale = {guidance!r}; it must be a finite number (published models: 7.5)")
+        if num_inference_steps is not None:
+            _check_count("num_inference_steps", num_inference_steps)
+        if guidance_scale is not None and (
+            isinstance(guidance_scale, bool) or not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale)
+        ):
+            raise ValueError(f"guidance_scale = {guidance_scale!r}; it must be a finite number (published models: 7.5)")
+        sampling = choose(
+            defaults,
+            preset,
+            steps=None if num_inference_steps is None else int(num_inference_steps),
+            guidance=None if guidance_scale is None else float(guidance_scale),
+            sampler=sampler,
+            guidance_interval=guidance_interval,
+            last_steps=last_steps,
+        )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type = {output_type!r}; allowed are {', '.join(OUTPUT_TYPES)}")
-        if sampler not in SAMPLERS:
-            raise ValueError(f"sampler = {sampler!r}; allowed are {', '.join(SAMPLERS)}")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"callback_on_step_end = {callback_on_step_end!r}; it must be a function")
         generators, seeds = _generators(len(prompts), seed, generator)
@@ -158,8 +177,9 @@ class BitDancePipeline:
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, done - 1, done / total, {"bits": bits_BChw})
 
+            size = height // s, width // s
             bits_BChw = generate_bits(
-                self.model, prompts, height // s, width // s, steps, float(guidance), generators, sampler, on_block
+                self.model, prompts, *size, sampling, generators, on_block, block_sampler=self._block_sampler
             )
         return BitDanceOutput(self._images(bits_BChw, generators, output_type), bits_BChw, seeds)
 

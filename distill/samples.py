@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from bitdance.generate import generate_bits
-from bitdance.pipeline import STEPS
+from bitdance.sampling import choose
 from distill.desk import Desk
 from stages.data.bits import pack_bits
 from stages.data.mixture import Place
@@ -24,7 +25,8 @@ class Samples:
 
     def __init__(self, desk: Desk, slots: range, batch_size: int, steps: int | None = None) -> None:
         self.desk, self.slots, self.batch_size, self.expected = desk, slots, batch_size, len(slots)
-        self.steps = steps or int(desk.teacher.extras.get("defaults", {}).get("num_inference_steps", STEPS))
+        defaults = desk.teacher.extras.get("defaults", {})
+        self.sampling = choose(defaults, steps=steps, guidance=float(desk.distill.guidance))
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[CaptionedPicture]:
@@ -48,11 +50,11 @@ class Samples:
             captions.append(known[int(torch.rand((), generator=generator) * len(known))])
             attributes.append(about)
         grid = (size[0] // s, size[1] // s)
-        bits_BChw = generate_bits(desk.teacher, captions, *grid, self.steps, desk.distill.guidance, generators).cpu()
+        bits_BChw = generate_bits(desk.teacher, captions, *grid, self.sampling, generators).cpu()
         for (slot, _), caption, about, bits_Chw in zip(group, captions, attributes, bits_BChw, strict=True):
             bits = pack_bits(bits_Chw)
             self._digest.update(bits)
             yield CaptionedPicture(f"{slot:09d}", None, [caption], about, encoded=bits, ending="bits")
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "samples", "steps": self.steps, "sha256": self._digest.hexdigest(), **self.desk.origin()}
+        return {"name": "samples", **asdict(self.sampling), "sha256": self._digest.hexdigest(), **self.desk.origin()}

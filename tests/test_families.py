@@ -14,6 +14,7 @@ from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.mask import dense_mask
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
+from bitdance.sampling import Sampling
 from bitdance.sequence import ImagePiece, TextPiece, build_batch
 
 D, V = 32, 50
@@ -128,9 +129,9 @@ def test_a_model_of_the_family_learns_and_generates(family: str) -> None:
         seen.append(losses.total.item())
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert seen[-1] < 0.9 * seen[0]
-    bits_BChw = generate_bits(model.eval(), ["a red cube", "a ball"], 4, 4, 2, 2.0, [seeded(1), seeded(2)])
+    bits_BChw = generate_bits(model.eval(), ["a red cube", "a ball"], 4, 4, Sampling(2, 2.0), [seeded(1), seeded(2)])
     assert bits_BChw.shape == (2, BITS, 4, 4) and bool((bits_BChw.abs() == 1).all())
-    alone = generate_bits(model, ["a red cube"], 4, 4, 2, 2.0, [seeded(1)])
+    alone = generate_bits(model, ["a red cube"], 4, 4, Sampling(2, 2.0), [seeded(1)])
     assert torch.equal(alone[0], bits_BChw[0])
 
 

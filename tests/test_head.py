@@ -78,7 +78,7 @@ def test_one_common_time_and_shared_noise_equal_the_plain_call():
     head, (x, _, cond) = random_head(), inputs(rows=4)
     with torch.no_grad():
         plain = head(x[:2].repeat(2, 1, 1), torch.full((4,), 0.3), cond)
-        shared = head.denoise(x[:2], 0.3, head.prepare(cond))
+        shared = head.denoise(x[:2], head.embed_time(0.3), head.prepare(cond))
     torch.testing.assert_close(shared, plain, rtol=0, atol=1e-5)
 
 

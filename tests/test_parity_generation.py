@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from bitdance.model import BitDanceModel
 from bitdance.patches import PatchPlan
 from bitdance.picture import to_uint8
 from bitdance.pipeline import BitDancePipeline
-from bitdance.sampler import SAMPLERS, euler_maruyama
+from bitdance.sampler import SAMPLERS, euler_maruyama, guided_velocity
+from bitdance.sampling import Sampling
 from lfq_tokenizer.weights import load_strict, read_json, read_safetensors
 
 CHECKPOINT = GOLDEN / "t2i_ckpt"
@@ -84,13 +86,13 @@ def test_sampler_matches_published(name):
     info, t = case(name)
     head, draws = published_head(), iter(t["draw0"])
     embedded = head.prepare(t["in.c"])
+    denoise = lambda x, t, _: head.denoise(x, head.embed_time(t), embedded)  # noqa: E731
     with torch.no_grad():
         out = euler_maruyama(
-            lambda x, t: head.denoise(x, t, embedded),
+            partial(guided_velocity, denoise, guidance=info["cfg"]),
             next(draws),
             info["num_sampling_steps"],
             lambda: next(draws),
-            info["cfg"],
             info["time_shift"],
         )
     assert next(draws, None) is None
@@ -155,8 +157,7 @@ def test_generation_matches_published(name, model, monkeypatch):
             [info["prompt"]] * info["num_images"],
             h,
             w,
-            info["num_sampling_steps"],
-            info["guidance_scale"],
+            Sampling(info["num_sampling_steps"], info["guidance_scale"]),
             [torch.Generator() for _ in range(info["num_images"])],
             noise=lambda: next(draws),
         )

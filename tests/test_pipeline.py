@@ -13,6 +13,7 @@ import bitdance.pipeline
 from bitdance import BitDanceModel, BitDancePipeline
 from bitdance.generate import generate_bits
 from bitdance.picture import to_uint8
+from bitdance.sampling import Sampling
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 3, "guidance_scale": 4.0}
@@ -115,9 +116,9 @@ def test_defaults_of_the_model_are_used(pipe, monkeypatch):
 
 def test_published_defaults(pipe, monkeypatch):
     seen = []
-    monkeypatch.setattr(bitdance.pipeline, "generate_bits", lambda *args: seen.append(args) or torch.ones(1, 8, 2, 2))
+    monkeypatch.setattr(bitdance.pipeline, "generate_bits", lambda *args, **_: seen.append(args) or torch.ones(1, 8, 2, 2))
     pipe("a", output_type="bits")
-    assert seen[0][2:6] == (128, 128, 50, 7.5)
+    assert seen[0][2:5] == (128, 128, Sampling(50, 7.5, "euler_maruyama"))
 
 
 def test_a_generative_decoder_draws_last_from_the_pictures_own_generator(pipe):
@@ -132,7 +133,7 @@ def test_a_generative_decoder_draws_last_from_the_pictures_own_generator(pipe):
     out = other(["a", "b"], **SMALL, seed=3)
     for i, prompt in enumerate("ab"):
         generator = seeded(3 + i)
-        bits = generate_bits(model, [prompt], 4, 6, 3, 4.0, [generator])
+        bits = generate_bits(model, [prompt], 4, 6, Sampling(3, 4.0), [generator])
         noise = torch.randn(bits.shape, generator=generator)
         assert torch.equal(bits[0], out.bits[i])
         with torch.no_grad():
@@ -203,7 +204,7 @@ def test_the_progress_bar_counts_blocks_and_can_be_switched_off(pipe, capsys, mo
         ({"generator": 5}, "torch.Generator"),
         ({"generator": seeded(1), "seed": 1}, "both seed and generator"),
         ({"output_type": "jpg"}, "pil, np, pt, bits"),
-        ({"sampler": "heun"}, "euler_maruyama, euler"),
+        ({"sampler": "leapfrog"}, "euler_maruyama, euler"),
         ({"callback_on_step_end": 1}, "function"),
     ],
 )

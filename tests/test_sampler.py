@@ -14,6 +14,11 @@ def noise_like(shape, seed=0):
     return lambda: torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
+def following(predict):
+    """The velocity towards what `predict(x, t)` takes for the data."""
+    return lambda x, t: velocity_from_x(predict(x, t), x, t)
+
+
 def no_noise():
     raise AssertionError("no draw is due")
 
@@ -25,7 +30,7 @@ def test_euler_follows_the_straight_path_to_a_constant_prediction():
         seen.append((t, x))
         return data
 
-    end = euler(predict_the_data, start, 7, no_noise)
+    end = euler(following(predict_the_data), start, 7, no_noise)
     assert [t for t, _ in seen] == pytest.approx([0.95 * i / 7 for i in range(7)] + [0.95])
     for t, x in seen:
         assert (x - interpolate(data, start, t)).abs().max() <= 1e-12
@@ -41,7 +46,7 @@ def test_euler_maruyama_spreads_as_its_closed_form():
         return torch.zeros_like(x)
 
     draw = noise_like((1, 1, n), seed=5)
-    end = euler_maruyama(predict_zero, draw(), steps, draw)
+    end = euler_maruyama(following(predict_zero), draw(), steps, draw)
     variance, expected = 1.0, [1.0]
     for t, t_next in zip(time_grid(steps), time_grid(steps)[1:]):
         dt = t_next - t
@@ -57,14 +62,14 @@ def test_stochastic_steps_take_one_draw_each_and_the_last_step_none():
     shape, drawn, evaluated = (2, 3, 4), [], []
     draw = noise_like(shape)
     denoise = lambda x, t: evaluated.append(t) or torch.tanh(x)  # noqa: E731
-    euler_maruyama(denoise, draw(), 6, lambda: drawn.append(1) or draw())
+    euler_maruyama(following(denoise), draw(), 6, lambda: drawn.append(1) or draw())
     assert len(drawn) == 6 and len(evaluated) == 7
 
 
 def test_guidance_acts_on_the_velocity():
     x = noise_like((2, 3, 4))()
     cond, uncond = noise_like((2, 2, 3, 4), seed=1)()
-    v = guided_velocity(lambda x, t: torch.cat([cond, uncond]), x, 0.3, 7.5)
+    v = guided_velocity(lambda x, t, both: torch.cat([cond, uncond]) if both else cond, x, 0.3, 7.5)
     v_cond, v_uncond = velocity_from_x(cond, x, 0.3), velocity_from_x(uncond, x, 0.3)
     assert torch.equal(v, v_uncond + 7.5 * (v_cond - v_uncond))
 
@@ -72,7 +77,7 @@ def test_guidance_acts_on_the_velocity():
 @pytest.mark.parametrize("guidance", [1.0, 0.5, 0.0, -2.0])
 def test_guidance_up_to_one_is_no_guidance(guidance):
     x, cond = noise_like((2, 3, 4))(), noise_like((2, 3, 4), seed=1)()
-    v = guided_velocity(lambda x, t: cond, x, 0.3, guidance)
+    v = guided_velocity(lambda x, t, both: torch.cat([cond, -cond]) if both else cond, x, 0.3, guidance)
     assert torch.equal(v, velocity_from_x(cond, x, 0.3))
 
 

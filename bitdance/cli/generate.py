@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitdance.cli import Parser, UsageError, report
 from bitdance.jobs import (
@@ -32,6 +32,9 @@ from bitdance.jobs import (
     requests_from_arguments,
 )
 
+if TYPE_CHECKING:
+    from bitdance.sampling import Sampling
+
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 BATCH_SIZE = 8
@@ -42,6 +45,7 @@ class Order:
     """All that `generate` was asked for, checked: the jobs of this shard, and what to make them with."""
 
     jobs: list[Job]
+    sampling: "Sampling"  # steps and guidance: those of the job
     hashes: dict[int, str]  # Job.index → job hash
     model: str  # as the user named it
     folder: Path
@@ -52,6 +56,11 @@ class Order:
     shard: tuple[int, int]
     output: Path
     grid: bool
+    compile: bool | None
+
+    def solver(self) -> dict[str, Any]:
+        """The pipeline's arguments for `sampling`, but for steps and guidance."""
+        return {name: getattr(self.sampling, name) for name in ("sampler", "guidance_interval", "last_steps")}
 
     def metadata(self, job: Job) -> dict[str, Any]:
         """What the PNG of a job says. No absolute path and no time: the same job gives the same file."""
@@ -64,7 +73,7 @@ class Order:
             "width": job.width,
             "steps": job.steps,
             "guidance": job.guidance,
-            "sampler": "euler_maruyama",
+            **_sampling_words(self.sampling),
             "model": "demo" if self.model == "demo" else self.folder.resolve().name,
             "model_fingerprint": self.fingerprint,
             "dtype": self.dtype,
@@ -101,10 +110,17 @@ def _parser() -> Parser:
     parser.add_argument("--width", help="pixels; default: the model's")
     parser.add_argument("--steps", help="solver steps per block")
     parser.add_argument("--guidance", help="strength of the prompt; 1 switches guidance off")
+    parser.add_argument("--preset", help="solver and steps at once: published (exact), balanced, …; flags beside it win")
+    parser.add_argument("--sampler", help="solver, for instance euler_maruyama (published)")
+    parser.add_argument(
+        "--guidance-interval", nargs=2, metavar=("LOW", "HIGH"), help="times in [0, 1] between which guidance acts"
+    )
+    parser.add_argument("--last-steps", help="solver steps of the last block; those between change linearly")
     parser.add_argument("--seed", nargs="+", metavar="S", help="each prompt is made with each seed (default: 0)")
     parser.add_argument("--images-per-prompt", metavar="K", help="pictures per prompt and seed, with seeds counting up")
     parser.add_argument("--batch-size", metavar="B", help=f"pictures made at once (default: {BATCH_SIZE})")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    parser.add_argument("--no-compile", action="store_true", help="on cuda: no torch.compile, no CUDA graphs")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
     parser.add_argument("--shard", metavar="I/N", default="0/1", help="only pictures I, I+N, I+2N, … of the whole list")
     parser.add_argument("--grid", action="store_true", help="also write grid.png, all pictures on one sheet")
@@ -122,18 +138,18 @@ def read_order(options: argparse.Namespace) -> Order:
 
     from bitdance.checkpoint import check_folder, read_extras, resolve
     from bitdance.cli.model_files import fingerprint
-    from bitdance.pipeline import GUIDANCE, STEPS
     from bitdance.sizes import check_size, default_size, rule_of_folder
 
     folder = resolve(model)
     check_folder(folder)
     rule, defaults = rule_of_folder(folder), read_extras(folder).get("defaults", {})
     height, width = default_size(rule)
+    sampling = _sampling(options, picture, defaults)
     values: dict[str, Any] = {
         "height": height,
         "width": width,
-        "steps": defaults.get("num_inference_steps", STEPS),
-        "guidance": float(defaults.get("guidance_scale", GUIDANCE)),
+        "steps": sampling.steps,
+        "guidance": float(sampling.guidance),
         **{key: picture[key] for key in ("height", "width", "steps", "guidance") if key in picture},
         **flags,
     }
@@ -147,7 +163,8 @@ def read_order(options: argparse.Namespace) -> Order:
         report(f"{options.source} was made with other weights ({picture['model_fingerprint']}, not {mark})", "warning")
     return Order(
         jobs=[job for job in jobs if job.index % shard[1] == shard[0]],
-        hashes={job.index: job_hash(job, mark, dtype) for job in jobs},
+        sampling=sampling,
+        hashes={job.index: job_hash(job, mark, dtype, _sampling_words(sampling)) for job in jobs},
         model=model,
         folder=folder,
         fingerprint=mark,
@@ -157,7 +174,43 @@ def read_order(options: argparse.Namespace) -> Order:
         shard=shard,
         output=Path(options.output),
         grid=options.grid,
+        compile=False if options.no_compile else None,
     )
+
+
+def _sampling(options: argparse.Namespace, picture: dict[str, Any], defaults: dict[str, Any]) -> "Sampling":
+    """Flags, else the picture of --from, else the preset, else the model's defaults."""
+    from bitdance.sampling import choose
+
+    said = {name: picture[name] for name in ("sampler", "guidance_interval", "last_steps") if name in picture}
+    if options.preset is not None or picture:
+        said = said if options.preset is None else {}
+        defaults = {name: value for name, value in defaults.items() if name != "preset"}
+    if options.sampler is not None:
+        said["sampler"] = options.sampler
+    if options.guidance_interval is not None:
+        said["guidance_interval"] = _interval(options.guidance_interval, "--guidance-interval")
+    if options.last_steps is not None:
+        said["last_steps"] = _number("steps", options.last_steps, "--last-steps")
+    return choose(defaults, options.preset, **said)
+
+
+def _interval(values: Any, source: str) -> tuple[float, float]:
+    try:
+        low, high = (float(value) for value in values)
+    except (TypeError, ValueError):
+        raise UsageError(f"{source} {values!r}; two times from 0 to 1 are allowed, for instance 0.3 1") from None
+    return low, high
+
+
+def _sampling_words(sampling: "Sampling") -> dict[str, Any]:
+    """What a picture says beside steps and guidance; nothing that is as published but the sampler's name."""
+    words: dict[str, Any] = {"sampler": sampling.sampler}
+    if sampling.guidance_interval != (0.0, 1.0):
+        words["guidance_interval"] = list(sampling.guidance_interval)
+    if sampling.last_steps is not None:
+        words["last_steps"] = sampling.last_steps
+    return words
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -214,12 +267,16 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
     found, source = read_metadata(options.source), options.source
     if "prompt" not in found:
         raise UsageError(f"{source} does not say its prompt; it was not made by `bitdance generate`")
-    if found.get("sampler", "euler_maruyama") != "euler_maruyama":
-        raise UsageError(f"{source} was made with sampler {found['sampler']!r}; this command only has 'euler_maruyama'")
     settings: dict[str, Any] = {"prompt": checked_prompt(found["prompt"], source)}
     for name in ("seed", "height", "width", "steps", "guidance"):
         if name in found:
             settings[name] = check_number(name, found[name], source)
+    if "sampler" in found:
+        settings["sampler"] = found["sampler"]
+    if "guidance_interval" in found:
+        settings["guidance_interval"] = _interval(found["guidance_interval"], f"{source}: guidance_interval")
+    if "last_steps" in found:
+        settings["last_steps"] = check_number("steps", found["last_steps"], f"{source}: last_steps")
     settings |= {name: found[name] for name in ("model", "model_fingerprint") if isinstance(found.get(name), str)}
     return settings | ({"dtype": found["dtype"]} if found.get("dtype") in DTYPES else {})
 

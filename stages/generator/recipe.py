@@ -20,6 +20,7 @@ from bitdance.kernels import use_fused_kernels
 from bitdance.model import BitDanceModel
 from bitdance.picture import grid, to_pil
 from bitdance.prompt import conditional_ids, unconditional_ids
+from bitdance.sampling import choose
 from bitdance.sizes import rule_of_model
 from lfq_tokenizer import LFQTokenizer
 from stages import processes
@@ -174,8 +175,7 @@ class GeneratorRecipe:
             prompts,
             defaults["height"] // s,
             defaults["width"] // s,
-            defaults["num_inference_steps"],
-            defaults["guidance_scale"],
+            choose(defaults),
             [torch.Generator().manual_seed(i) for i in range(len(prompts))],
         )
         # one by one: at 1024² pixels a picture takes 4 GiB
