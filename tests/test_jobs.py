@@ -145,9 +145,24 @@ def test_shards_part_the_jobs() -> None:
 def test_batches_share_settings_and_keep_everything() -> None:
     requests = [Request("p", f"line {i}", steps=2 + i % 2) for i in range(7)]
     groups = batches(plan(requests, SETTINGS), 3)
-    assert [len(group) for group in groups] == [3, 1, 3]
+    assert [len(group) for group in groups] == [2, 2, 3]
     assert all(len({job.settings for job in group}) == 1 for group in groups)
     assert sorted(job.index for group in groups for job in group) == list(range(7))
+
+
+def test_batches_are_as_few_and_as_even_as_the_size_allows() -> None:
+    jobs = plan(requests_from_arguments(["p"]), Settings(64, 64, 2, 1.0, n=100))
+    for count in range(1, 101):
+        sizes = [len(batch) for batch in batches(jobs[:count], 8)]
+        assert len(sizes) == -(-count // 8) and sum(sizes) == count and max(sizes) - min(sizes) <= 1
+
+
+def test_batches_hold_neighbours_in_length_whatever_the_order_of_the_prompts() -> None:
+    jobs = plan(requests_from_arguments(["x" * (i * 7 % 20) for i in range(20)]), SETTINGS)
+    lengths = [[len(job.prompt) for job in batch] for batch in batches(jobs, 8, lambda job: len(job.prompt))]
+    assert lengths == [list(range(7)), list(range(7, 14)), list(range(14, 20))]
+    same = plan(requests_from_arguments(["a", "b", "c"]), SETTINGS)
+    assert batches(same, 8, lambda job: len(job.prompt)) == [same]  # equal lengths stay as given
 
 
 def test_the_job_hash_follows_what_decides_the_picture_and_nothing_else() -> None:

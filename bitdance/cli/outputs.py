@@ -35,6 +35,15 @@ class OutputFolder:
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ValueError(f"-o {self.folder}: {existing} cannot be written; choose another folder")
 
+    def missing(self, jobs: Sequence[Job], hashes: Mapping[int, str]) -> list[Job]:
+        """The jobs that are not done. Those that are get their line in the manifest, if a stop had left it out."""
+        todo = [job for job in jobs if not self.is_done(job, hashes[job.index])]
+        unfinished = {job.index for job in todo}
+        for job in jobs:
+            if job.index not in unfinished and job.file not in self._listed:
+                self._append(job, None)  # its seconds are unknown
+        return todo
+
     def is_done(self, job: Job, job_hash: str) -> bool:
         """Whether the job's PNG exists, is whole, and was made by the same job."""
         path = self.folder / job.file
@@ -53,11 +62,6 @@ class OutputFolder:
         _sync(path)
         _sync(self.folder)
         self._append(job, round(seconds, 3))
-
-    def ensure_listed(self, job: Job) -> None:
-        """List a picture that a run stopped between PNG and manifest left out (its `seconds` are unknown: null)."""
-        if job.file not in self._listed:
-            self._append(job, None)
 
     def write_failures(self, failures: Sequence[tuple[Job, str]]) -> None:
         """failures.jsonl holds what failed in the last run; it is removed when nothing did."""
