@@ -84,16 +84,17 @@ class Order:
 
 def run(argv: Sequence[str]) -> int:
     """Make the pictures; the exit code is that of the command."""
-    options = _parser().parse_intermixed_args(argv)
+    options = parser().parse_intermixed_args(argv)
     order = read_order(options)
     from bitdance.cli.making import make  # torch and the model only now
 
     return make(order)
 
 
-def _parser() -> Parser:
+def parser(prog: str = "bitdance generate") -> Parser:
+    """The options that `read_order` reads; `examples/ray_generate.py` adds its own."""
     parser = Parser(
-        prog="bitdance generate",
+        prog=prog,
         description="Pictures from prompts: one PNG each, and a line in manifest.jsonl. Finished pictures are skipped.",
         epilog=f"JSONL keys: {', '.join(KEYS)}; only prompt is required. A key wins over the flag of that name.",
     )

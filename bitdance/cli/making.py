@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from bitdance.pipeline import BitDancePipeline
 
 GRID_LIMIT = 256  # pictures on one sheet
+Failures = Sequence[tuple[Job, str]]  # with the reason
 
 
 def make(order: Order) -> int:
@@ -51,8 +52,7 @@ def make(order: Order) -> int:
 
                     maker.make(pipe, todo, stop.held, show)
             output.write_failures(maker.failures)
-            failed = {job.index for job, _ in maker.failures}
-            grid_path = _write_grid(order.jobs, failed, output) if order.grid else None
+            grid_path = write_grid(order.jobs, maker.failures, output) if order.grid else None
         except Stopped as stopped:
             if maker.failures:
                 output.write_failures(maker.failures)
@@ -66,13 +66,20 @@ def make(order: Order) -> int:
                 "the same command goes on from there"
             )
             return 1
-    count, before = len(order.jobs) - len(maker.failures), len(order.jobs) - len(todo)
-    print(f"{count} picture{'' if count == 1 else 's'} in {order.output} ({maker.made} made, {before} there before)")
+    return conclude(order, output, maker.made, maker.failures, len(order.jobs) - len(todo), grid_path)
+
+
+def conclude(
+    order: Order, output: OutputFolder, made: int, failures: Failures, before: int, grid_path: Path | None
+) -> int:
+    """Say what is there now; the exit code. `before`: pictures that were there already."""
+    count = len(order.jobs) - len(failures)
+    print(f"{count} picture{'' if count == 1 else 's'} in {order.output} ({made} made, {before} there before)")
     if grid_path is not None:
         print(f"grid: {grid_path}")
-    if maker.failures:
+    if failures:
         report(
-            f"{len(maker.failures)} of {len(order.jobs)} pictures failed: {maker.failures[0][1]}; "
+            f"{len(failures)} of {len(order.jobs)} pictures failed: {failures[0][1]}; "
             f"all are listed in {output.failures}"
         )
         return 1
@@ -85,7 +92,7 @@ class Maker:
     def __init__(self, order: Order, output: OutputFolder) -> None:
         self.order, self.output = order, output
         self.made = 0
-        self.failures: list[tuple[Job, str]] = []  # with the reason
+        self.failures: list[tuple[Job, str]] = []
 
     def make(
         self,
@@ -199,8 +206,9 @@ def _check_memory(order: Order, itemsize: int) -> None:
         )
 
 
-def _write_grid(jobs: list[Job], failed: set[int], output: OutputFolder) -> Path | None:
+def write_grid(jobs: Sequence[Job], failures: Failures, output: OutputFolder) -> Path | None:
     """All pictures that exist on one sheet, also those of runs before; None when there is none."""
+    failed = {job.index for job, _ in failures}
     present = [job for job in jobs if job.index not in failed]
     if not present:
         return None
