@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Peak:
-    """`flops` per second by the fastest `kernel`, `bytes_per_s` read and written by a copy."""
+    """`flops_per_s` by the fastest `kernel`, `bytes_per_s` read and written by a copy."""
 
-    flops: float
+    flops_per_s: float
     bytes_per_s: float
     kernel: str = "given"
 
@@ -25,9 +25,7 @@ class Peak:
         except ValueError:
             flops = bytes_per_s = 0.0
         if not (0 < flops < float("inf") and 0 < bytes_per_s < float("inf")):
-            raise ValueError(
-                f"floor = {text!r}; give floating point operations and bytes per second, for instance 790e12,4.3e12"
-            )
+            raise ValueError(f"floor = {text!r}; give floating point operations and bytes per second, for instance 790e12,4.3e12")
         return cls(flops, bytes_per_s)
 
 
@@ -57,14 +55,19 @@ def _kernels(device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tenso
 
 def best_seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Shortest of `repeats` runs after one that warms up."""
-    seconds = []
+    seconds, now = [], time.process_time if on_cpu_time(device) else time.perf_counter
     for _ in range(repeats + 1):
         wait(device)
-        begun = time.perf_counter()
+        begun = now()
         run()
         wait(device)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append(now() - begun)
     return min(seconds[1:])
+
+
+def on_cpu_time(device: torch.device) -> bool:
+    """Whether seconds are this process's CPU time: with one thread that is the work, whatever else the machine does."""
+    return device.type == "cpu" and torch.get_num_threads() == 1
 
 
 def wait(device: torch.device) -> None:

@@ -4,39 +4,48 @@ Source: published configs (BitDance paper, arXiv 2602.14041; Qwen3-14B). `mid` i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from bitdance.backbone import Backbone
+from bitdance.checkpoint import LM_CONFIG, check_folder, load_model, resolve
 from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
 from bitdance.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
+from bitdance.sizes import TOKENIZER_CONFIG, check_size, default_size, read_config, read_extras, rule_of_folder
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
+from lfq_tokenizer.weights import read_json
 
 LARGEST_SIDE = 4096  # pixels with a <|res_i|> token
 
 
 @dataclass(frozen=True)
 class Shape:
-    """`backbone` is a transformers config as a dictionary; `size` (height, width) in pixels and `steps` are the defaults of a
-    measurement."""
+    """Of a model in `folder`, or of one that is only a shape. `backbone` is a transformers config as a dictionary, `size`
+    (height, width) in pixels, `defaults` as in `bitdance.json`."""
 
     name: str
     backbone: Mapping[str, Any]
     head: HeadConfig
     tokenizer: TokenizerConfig
     size: tuple[int, int]
-    steps: int = 50
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
     @classmethod
-    def of(cls, model: BitDanceModel, name: str, size: tuple[int, int], steps: int) -> "Shape":
-        """Of a model with a picture tokenizer."""
-        assert model.tokenizer is not None
-        return cls(name, model.backbone.lm.config.to_dict(), model.head.config, model.tokenizer.config, size, steps)
+    def of_folder(cls, folder: Path | str) -> "Shape":
+        """Of a model folder, or of "demo"; no weight is read. FileNotFoundError and ValueError as `load_model`."""
+        folder = resolve(folder)
+        head, rule = check_folder(folder), rule_of_folder(folder)
+        tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
+        defaults = read_extras(folder).get("defaults", {})
+        return cls(folder.name, read_json(folder / LM_CONFIG), head, tokenizer, default_size(rule), defaults, folder)
 
     @property
     def head_dim(self) -> int:
@@ -55,8 +64,17 @@ class Shape:
             raise ValueError(f"{height}×{width} pixels: both sides must be multiples of {unit}, up to {LARGEST_SIDE}")
         return height * width // unit**2
 
+    def check_size(self, height: int, width: int) -> None:
+        """ValueError where it cannot make pictures of this size."""
+        if self.folder:
+            check_size(self.folder, height, width)
+        else:
+            self.blocks(height, width)
+
     def text_tokenizer(self) -> Any:
-        """Of bytes: one token for each letter of a prompt."""
+        """The folder's; without one, of bytes: a token for each letter of a prompt."""
+        if self.folder:
+            return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
         text_tokenizer = build_text_tokenizer([], 256 + len(BASE_TOKENS))
         return add_image_tokens(text_tokenizer, LARGEST_SIDE // self.tokenizer.downsampling, self.head.parallel_num - 1)
 
@@ -95,7 +113,7 @@ _MID = Shape(
     HeadConfig(32, 512, 512, depth_latent=6, depth_adanln=2, parallel_num=16),
     TokenizerConfig(ch=64),
     (256, 256),
-    25,
+    {"num_inference_steps": 25},
 )
 
 SHAPES = {shape.name: shape for shape in (_published(64), _published(16), _MID)}
@@ -103,13 +121,11 @@ SHAPES = {shape.name: shape for shape in (_published(64), _published(16), _MID)}
 
 def bare_model(shape: Shape) -> BitDanceModel:
     """Without memory (on the meta device), and without what generation never uses: picture encoder and word scores."""
-    text_tokenizer = shape.text_tokenizer()
+    text_tokenizer, config = shape.text_tokenizer(), AutoConfig.for_model(**shape.backbone)
     with torch.device("meta"):
-        tokenizer = LFQTokenizer(shape.tokenizer)
-        backbone = Backbone.from_config(shape.backbone)
+        tokenizer, backbone = LFQTokenizer(shape.tokenizer), Backbone(AutoModel.from_config(config))
         projector, head = Projector(shape.head.ch_target, shape.head.ch_cond), BinaryDiffusionHead(shape.head)
     tokenizer.encoder = None  # type: ignore[assignment]
-    backbone.lm.set_output_embeddings(nn.Identity())
     return BitDanceModel(tokenizer, text_tokenizer, projector, backbone, head).eval().requires_grad_(False)
 
 
@@ -135,6 +151,8 @@ def random_model(shape: Shape, device: torch.device | str, dtype: torch.dtype, s
     return model
 
 
-def weight_bytes(shape: Shape, itemsize: int) -> int:
-    """What `random_model` takes."""
-    return itemsize * sum(weight.numel() for weight in bare_model(shape).parameters())
+def open_model(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> BitDanceModel:
+    """The folder's weights, or random ones."""
+    if shape.folder:
+        return load_model(shape.folder, device, dtype, generation_only=True)
+    return random_model(shape, device, dtype)

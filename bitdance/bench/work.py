@@ -37,7 +37,7 @@ class Work:
 
     def floor(self, peak: Peak) -> float:
         """Seconds below which a machine of this peak cannot do it."""
-        return max(self.flops / peak.flops, self.bytes / peak.bytes_per_s)
+        return max(self.flops / peak.flops_per_s, self.bytes / peak.bytes_per_s)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitdance.cli import Parser, UsageError, report
+from bitdance.cli.devices import usable_device
 from bitdance.jobs import (
     KEYS,
     Job,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from bitdance.sampling import Sampling
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEVICES = ("cpu", "cuda", "mps", "xpu")
 BATCH_SIZE = 8
 
 
@@ -157,7 +157,7 @@ def read_order(options: argparse.Namespace) -> Order:
     values.setdefault("seeds", (picture["seed"],) if "seed" in picture else (0,))
     jobs = plan(requests, Settings(**values), lambda height, width: check_size(rule, height, width))
 
-    device = _device(options.device)
+    device = usable_device(options.device)
     dtype = options.dtype or picture.get("dtype") or ("bfloat16" if device.startswith("cuda") else "float32")
     mark = fingerprint(folder)
     if picture.get("model_fingerprint", mark) != mark:
@@ -286,19 +286,3 @@ def _model_of(picture: dict[str, Any], source: str) -> str:
     if picture.get("model", "demo") != "demo":
         raise UsageError(f"{source} was made with the model {picture['model']!r}; say where that is with --model DIR")
     return "demo"
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in DEVICES:
-            raise RuntimeError(f"known kinds: {', '.join(DEVICES)}")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UsageError(f"device {name!r} cannot be used here ({reason}); leave --device out, or use cpu") from None
-    return str(device)

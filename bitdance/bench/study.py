@@ -1,0 +1,143 @@
+"""A question (shape, size, settings) and its two answers, computed and measured, as one JSON object each."""
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bitdance.bench.measure import PROMPT, Contender, pipeline, take_turns, yardstick
+from bitdance.bench.peak import Peak, measure_peak, on_cpu_time
+from bitdance.bench.report import phase_records
+from bitdance.bench.shapes import Shape, bare_model, open_model
+from bitdance.bench.work import Order, work
+from bitdance.pipeline import DTYPES, BitDancePipeline
+from bitdance.prompt import conditional_ids, unconditional_ids
+from bitdance.sampling import Sampling
+
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Study:
+    """Every precision × batch size × preset. `published` is how the yardstick samples."""
+
+    shape: Shape
+    height: int
+    width: int
+    dtypes: Sequence[str]
+    batches: Sequence[int]
+    presets: Mapping[str, Sampling]
+    published: Sampling
+
+    def floor(self, peak: Peak) -> dict[str, Any]:
+        """What a machine of this peak needs at least; nothing is built or run."""
+        found = self._question()
+        for dtype in self.dtypes:
+            found["peaks"][dtype] = asdict(peak)
+            for preset, sampling in self.presets.items():
+                for batch in self.batches:
+                    phases = phase_records(self._work(found, dtype, sampling, batch), peak)
+                    speed = batch / phases["total"]["floor_seconds"]
+                    found["runs"].append(_setting(dtype, preset, sampling, batch) | {"images_per_s": speed, "phases": phases})
+        return found
+
+    def measure(self, device: torch.device, repeats: int, with_yardstick: bool) -> dict[str, Any]:
+        """Medians of `repeats` rounds on `device`. ValueError where the weights alone do not fit."""
+        plain_dtype = "bfloat16" if device.type == "cuda" else "float32"  # the published one knows no other
+        self._check_memory(device, [*self.dtypes, *([plain_dtype] if with_yardstick else [])])
+        cpu_time, found = on_cpu_time(device), self._question()
+        found["machine"] = {
+            "device": str(device),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "clock": "CPU time" if cpu_time else "wall",
+        }
+        plain = open_model(self.shape, device, DTYPES[plain_dtype]) if with_yardstick else None
+        pipes = {dtype: BitDancePipeline(open_model(self.shape, device, DTYPES[dtype])) for dtype in self.dtypes}
+        peaks = {dtype: measure_peak(device, DTYPES[dtype]) for dtype in self.dtypes}
+        found["peaks"] = {dtype: asdict(peak) for dtype, peak in peaks.items()}
+        settings = [(dtype, preset) for dtype in self.dtypes for preset in self.presets]
+        rounds = len(self.batches) * (repeats + 1) * (len(settings) + with_yardstick)
+        with tqdm(total=rounds, desc="runs", disable=not sys.stderr.isatty()) as bar:
+            for batch in self.batches:
+                task = self.height, self.width, batch
+                ours = [pipeline(pipes[dtype], self.presets[preset], *task) for dtype, preset in settings]
+                stick = yardstick(plain, self.published.steps, self.published.guidance, *task) if plain else None
+                take_turns([*([stick] if stick else []), *ours], repeats, bar.update)
+                if stick:
+                    found["yardsticks"].append(
+                        _setting(plain_dtype, "yardstick", self.published, batch) | _spent(stick, cpu_time)
+                    )
+                for (dtype, preset), contender in zip(settings, ours):
+                    sampling = self.presets[preset]
+                    run = _setting(dtype, preset, sampling, batch) | _spent(contender, cpu_time)
+                    costs = self._work(found, dtype, sampling, batch)
+                    run["phases"] = phase_records(costs, peaks[dtype], contender.median(cpu_time))
+                    if stick:
+                        run["yardstick"] = {"times_faster": stick.median(cpu_time)["total"] / run["seconds"]}
+                        if dtype == plain_dtype and sampling == self.published:
+                            assert contender.bits is not None and stick.bits is not None
+                            run["yardstick"]["equal_bits"] = (contender.bits == stick.bits).double().mean().item()
+                    found["runs"].append(run)
+        return found
+
+    def _question(self) -> dict[str, Any]:
+        text_tokenizer, parts = self.shape.text_tokenizer(), bare_model(self.shape).named_children()
+        return {
+            "shape": self.shape.name,
+            "weights": "random" if self.shape.folder is None else "trained",
+            "parameters": {name: sum(weight.numel() for weight in part.parameters()) for name, part in parts},
+            "height": self.height,
+            "width": self.width,
+            "blocks": self.shape.blocks(self.height, self.width),
+            "prompt_tokens": [len(conditional_ids(text_tokenizer, PROMPT)), len(unconditional_ids(text_tokenizer))],
+            "peaks": {},
+            "runs": [],
+            "yardsticks": [],
+        }
+
+    def _work(self, found: Mapping[str, Any], dtype: str, sampling: Sampling, batch: int) -> dict[str, Any]:
+        text = found["prompt_tokens"][0], found["prompt_tokens"][1]
+        return work(self.shape, Order(self.height, self.width, batch, sampling, text, DTYPES[dtype].itemsize))
+
+    def _check_memory(self, device: torch.device, dtypes: Sequence[str]) -> None:
+        from bitdance.cli.memory import free_main_memory
+
+        numbers = sum(weight.numel() for weight in bare_model(self.shape).parameters())
+        needed = numbers * sum(DTYPES[dtype].itemsize for dtype in dtypes)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_main_memory()
+        if free is not None and needed > free:
+            raise ValueError(
+                f"{self.shape.name} takes {needed / GB:.1f} GB of weights in {' and '.join(dtypes)}, and {device} has "
+                f"{free / GB:.1f} GB free; name fewer dtypes, leave the yardstick out, or compute a floor with --floor"
+            )
+
+
+def _processor() -> str:
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        return {name.strip(): value.strip() for name, value in fields.items()}["model name"]
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
+
+
+def _setting(dtype: str, preset: str, sampling: Sampling, batch: int) -> dict[str, Any]:
+    return {"dtype": dtype, "preset": preset, "sampling": asdict(sampling), "batch": batch}
+
+
+def _spent(contender: Contender, cpu_time: bool) -> dict[str, Any]:
+    phases, wall, cpu = contender.median(cpu_time), contender.median()["total"], contender.median(True)["total"]
+    return {
+        "seconds": phases["total"],
+        "wall_seconds": wall,
+        "cpu_seconds": cpu,
+        "images_per_s": contender.batch / phases["total"],
+        "peak_memory_bytes": contender.peak_memory,
+        "phases": {phase: {"seconds": seconds} for phase, seconds in phases.items()},
+    }

@@ -1,0 +1,88 @@
+"""`bitdance bench`: seconds, operations and bytes by phase, against this machine's own peak; images per second by batch size."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from bitdance.cli import Parser
+from bitdance.cli.devices import usable_device
+
+OWN = "own"
+DTYPES = ("float32", "bfloat16", "float16")
+
+EPILOG = """\
+--shape needs no weights: random ones of that shape take the same time. --floor needs no machine either:
+  bitdance bench --shape 14b-64x --floor 790e12,4.3e12 --dtype bfloat16 --batch 1 16
+
+With one thread on a CPU seconds are CPU time, which a busy neighbour hardly disturbs; else they are the clock's on the wall.
+The floor of a phase is its operations at the peak of a large matrix product, or its bytes at that of a large copy."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure, or with --floor compute, and print."""
+    parser = Parser(
+        prog="bitdance bench",
+        description="How fast pictures are made, and how fast this machine could.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", default="demo", metavar="DIR", help='a model folder; default "demo", the bundled model')
+    source.add_argument("--shape", metavar="NAME", help="random weights of a shape: 14b-64x, 14b-16x, mid")
+    parser.add_argument("--height", type=int, help="pixels; default: the model's own")
+    parser.add_argument("--width", type=int, help="pixels; default: the model's own")
+    parser.add_argument("--steps", type=int, help="sampler steps per block; default: the model's own")
+    parser.add_argument("--guidance", type=float, help="default: the model's own; <= 1 leaves guidance out")
+    parser.add_argument("--sampler", help="default euler_maruyama")
+    parser.add_argument("--preset", nargs="+", default=[OWN], help="one or more; own (the default): the model's settings")
+    parser.add_argument("--batch", type=_count, nargs="+", default=[1], metavar="N", help="pictures at once, one or more sizes")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="one or more; default bfloat16 on CUDA, else float32")
+    parser.add_argument("--device", help="default: CUDA where there is one")
+    parser.add_argument("--threads", type=_count, metavar="N", help="of a CPU; default: torch's own choice")
+    parser.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of which the median counts, default 3")
+    parser.add_argument("--yardstick", action="store_true", help="also time the published procedure, written plainly")
+    parser.add_argument("--floor", metavar="F,B", help="run nothing: the floor at F operations and B bytes per second")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    options = parser.parse_args(argv)
+
+    import torch
+
+    from bitdance.bench.peak import Peak
+    from bitdance.bench.report import shown
+    from bitdance.bench.shapes import SHAPES, Shape
+    from bitdance.bench.study import Study
+    from bitdance.sampling import Sampling, choose
+
+    if options.shape is None:
+        shape = Shape.of_folder(options.model)
+    elif options.shape in SHAPES:
+        shape = SHAPES[options.shape]
+    else:
+        raise ValueError(f"shape = {options.shape!r}; allowed are {', '.join(SHAPES)}")
+    height, width = options.height or shape.size[0], options.width or shape.size[1]
+    shape.check_size(height, width)
+    said = {"steps": options.steps, "guidance": options.guidance}
+    own = choose(shape.defaults, **said)
+    presets = {
+        name: choose(shape.defaults, None if name == OWN else name, **said, sampler=options.sampler) for name in options.preset
+    }
+    device = torch.device(usable_device(options.device))
+    dtypes = options.dtype or ["bfloat16" if options.floor or device.type == "cuda" else "float32"]
+    study = Study(shape, height, width, dtypes, options.batch, presets, Sampling(own.steps, own.guidance))
+    if options.floor:
+        found = study.floor(Peak.parse(options.floor))
+    else:
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        found = study.measure(device, options.repeats, options.yardstick)
+    print(json.dumps(found, ensure_ascii=False, indent=2) if options.json else shown(found))
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError  # argparse names the option and the value
+    return int(text)
+
+
+_count.__name__ = "positive whole number"  # as argparse calls it
