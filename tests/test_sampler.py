@@ -1,12 +1,13 @@
 """Solvers against solutions that are known exactly."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 
 from bitdance.flow import interpolate, velocity_from_x
-from bitdance.sampler import SAMPLERS, euler, euler_maruyama, guided_velocity, time_grid
+from bitdance.sampler import SAMPLERS, STOCHASTIC, draws, euler, euler_maruyama, guided_velocity, time_grid
 
 
 def noise_like(shape, seed=0):
@@ -79,6 +80,77 @@ def test_guidance_up_to_one_is_no_guidance(guidance):
     x, cond = noise_like((2, 3, 4))(), noise_like((2, 3, 4), seed=1)()
     v = guided_velocity(lambda x, t, both: torch.cat([cond, -cond]) if both else cond, x, 0.3, guidance)
     assert torch.equal(v, velocity_from_x(cond, x, 0.3))
+
+
+ORDER = {"euler_maruyama": 1, "euler": 1, "heun": 2, "dpmpp_2m": 2, "dpmpp_2m_sde": 2}
+
+
+def spread_of_gaussian_data(name, steps, variance):
+    """Standard deviation of what the solver returns for data N(0, variance), minus the exact one, without sampling.
+
+    The best prediction of such data is linear in x, so what is returned is a weighted sum of the draws; a batch in which row
+    j sees 1 in draw j and 0 elsewhere shows the weights.
+    """
+    gain = lambda t: t * variance / (t * t * variance + (1 - t) ** 2)  # noqa: E731
+    rows = iter(torch.eye(draws(name, steps), dtype=torch.float64)[..., None, None])
+    predict = lambda x, t: gain(t) * x  # noqa: E731
+    end = SAMPLERS[name](following(predict), next(rows), steps, lambda: next(rows))
+    assert next(rows, None) is None  # as many draws as `draws` says
+    exact = gain(0.95) * math.sqrt(0.95**2 * variance + 0.05**2)
+    return end.square().sum().sqrt().item() - exact
+
+
+@pytest.mark.parametrize("variance", [0.3, 3.0])
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_solver_has_its_order(name, variance):
+    """Twice the steps: half the error in first order, a quarter in second."""
+    errors = [spread_of_gaussian_data(name, steps, variance) for steps in (40, 80, 160)]
+    for coarse, fine in pairwise(errors):
+        assert 0.85 * 2 ** ORDER[name] < coarse / fine < 1.15 * 2 ** ORDER[name]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
+def test_a_deterministic_solver_follows_the_straight_path_to_a_constant_prediction(name, steps):
+    data, start, seen = torch.full((2, 3, 4), 0.7, dtype=torch.float64), noise_like((2, 3, 4))(), []
+    end = SAMPLERS[name](following(lambda x, t: seen.append((t, x)) or data), start, steps, no_noise)
+    for t, x in seen:
+        assert (x - interpolate(data, start, t)).abs().max() <= 1e-12
+    assert (end - data).abs().max() <= 1e-12
+
+
+def test_the_second_order_sde_is_exact_for_a_prediction_linear_in_time():
+    """Its path without noise against the drift, integrated finely; from the second step on, where a slope is known."""
+    predict, seen = (lambda t: 0.5 - 0.8 * t), []
+    drift = lambda m, t: ((1 + t) * predict(t) - 2 * m) / (1 - t)  # noqa: E731
+    start = torch.ones(1, 1, 1, dtype=torch.float64)
+    denoise = lambda x, t: seen.append((t, x.item())) or torch.full_like(x, predict(t))  # noqa: E731
+    SAMPLERS["dpmpp_2m_sde"](following(denoise), start, 4, lambda: torch.zeros_like(start))
+    for (t, m), (t_next, found) in pairwise(seen[1:]):
+        h = (t_next - t) / 1000
+        for _ in range(1000):  # midpoint rule
+            m, t = m + h * drift(m + h / 2 * drift(m, t), t + h / 2), t + h
+        assert found == pytest.approx(m, abs=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_second_order_sde_keeps_the_noise_level_in_any_number_of_steps(steps):
+    """For a constant prediction every step is exact: mean t·x̂, spread 1 - t."""
+    n, seen = 40_000, []
+    draw = noise_like((1, 1, n), seed=3)
+    predict = lambda x, t: seen.append((t, x)) or torch.full_like(x, 0.7)  # noqa: E731
+    SAMPLERS["dpmpp_2m_sde"](following(predict), draw(), steps, draw)
+    for t, x in seen:
+        assert abs(x.mean().item() - 0.7 * t) < 5 * (1 - t) / math.sqrt(n)
+        assert abs(x.std().item() - (1 - t)) < 5 * (1 - t) / math.sqrt(2 * n)
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_a_solver_evaluates_as_often_as_it_says(name):
+    evaluated, drawn, draw = [], [], noise_like((2, 3, 4))
+    SAMPLERS[name](following(lambda x, t: evaluated.append(t) or torch.tanh(x)), draw(), 6, lambda: drawn.append(1) or draw())
+    assert len(evaluated) == (13 if name == "heun" else 7)
+    assert 1 + len(drawn) == draws(name, 6) == (7 if name in STOCHASTIC else 1)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
