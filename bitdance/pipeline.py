@@ -23,6 +23,7 @@ from tqdm import tqdm
 from bitdance.block_sampler import BlockSampler
 from bitdance.checkpoint import load_model, save_model
 from bitdance.generate import generate_bits
+from bitdance.kernels import use_onednn
 from bitdance.model import BitDanceModel
 from bitdance.picture import to_pil, to_unit
 from bitdance.prompt import check_prompt
@@ -57,6 +58,7 @@ class BitDancePipeline:
         self.model = model
         self._tokenizer = model.tokenizer
         self._block_sampler = BlockSampler(model.head, compile)
+        use_onednn(model.backbone, model.projector, model.head)
         self._progress: dict[str, Any] = {}
 
     @classmethod
@@ -66,15 +68,19 @@ class BitDancePipeline:
         device: torch.device | str | None = None,
         dtype: torch.dtype | str | None = None,
         compile: bool | None = None,
+        quantize: str | None = None,
+        quantize_head: str | None = None,
     ) -> "BitDancePipeline":
         """A model folder in the published layout, or "demo", the bundled model. Nothing is downloaded.
 
         `device=None` is CUDA where there is one, else CPU. `dtype=None` is bfloat16 on CUDA, float32 elsewhere.
         `compile=None` compiles the head on CUDA (a minute at the first picture); False leaves that out.
+        `quantize` ("int8" or "int4") keeps the LLM's matrices in 8 or 4 bits, `quantize_head` ("int8" or "fp8") the head's.
         FileNotFoundError when there is no such folder or file; ValueError when a file is broken or does not fit its
         config.
         """
-        return cls(load_model(folder, device, _dtype(dtype)), compile)
+        model = load_model(folder, device, _dtype(dtype), quantize=quantize, quantize_head=quantize_head)
+        return cls(model, compile)
 
     def save_pretrained(self, folder: Path | str, overwrite: bool = False) -> None:
         """Write the published layout (safetensors and JSON). ValueError when the folder is not empty, unless
@@ -84,7 +90,9 @@ class BitDancePipeline:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
     ) -> "BitDancePipeline":
-        """Move the model, in place."""
+        """Move the model, in place. ValueError for a quantised one, which stays where and as it was made."""
+        if getattr(self.model, "quantized", {}) and (device is not None or dtype is not None):
+            raise ValueError("quantised weights keep device and dtype; load the model again with those that you want")
         self.model.to(device=device, dtype=_dtype(dtype))
         return self
 
