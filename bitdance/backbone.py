@@ -144,8 +144,8 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the embedding."""
-        return self.lm.get_input_embeddings().weight.device
+        """Of the layers, where the work is done; the embedding may lie elsewhere."""
+        return next(self.lm.base_model.layers.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,12 +13,13 @@ from torch import Tensor
 from bitdance.block_sampler import BlockSampler
 from bitdance.mask import dense_mask
 from bitdance.model import BitDanceModel
+from bitdance.offload import Phase
 from bitdance.patches import PatchPlan
 from bitdance.positions import sincos_2d
 from bitdance.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
 from bitdance.sampler import Noise, draws
 from bitdance.sampling import Sampling
-from lfq_tokenizer import binarize
+from lfq_tokenizer.binarize import binarize_unchecked, check_lost
 
 OnBlock = Callable[[int, int, Tensor], None]
 
@@ -34,6 +35,7 @@ def generate_bits(
     on_block: OnBlock | None = None,
     noise: Noise | None = None,
     block_sampler: BlockSampler | None = None,
+    enter: Callable[[Phase], None] = lambda phase: None,
 ) -> Tensor:
     """One picture per prompt → bits (B,C,h,w) in {-1,+1}, float32, on the model's device.
 
@@ -41,6 +43,7 @@ def generate_bits(
     stochastic step, so it does not depend on its neighbours. `noise` replaces these draws by given ones of shape
     (B,P,C). `on_block(done, M, bits_BChw)` is called after each block, unfinished positions being 0; what it raises ends
     the run. The backbone is called M times. `block_sampler`, kept from call to call, is what is compiled only once.
+    `enter(phase)` comes before the prompt and before the loop and may move weights (`bitdance.offload`).
     ValueError for an unnamed grid or a count of generators that is not the count of prompts.
     """
     if len(generators) != len(prompts) or not prompts:
@@ -52,7 +55,8 @@ def generate_bits(
     texts = [conditional_ids(model.text_tokenizer, prompt) for prompt in prompts]
     if sampling.guided:
         texts += [unconditional_ids(model.text_tokenizer)] * B
-    rows = _Rows([[*text, *prefix] for text in texts], P, next(backbone.parameters()).device)
+    enter("prompt")
+    rows = _Rows([[*text, *prefix] for text in texts], P, backbone.device)
 
     # Prefix and block 0 in one call: text, <|vision_start|>, <|res_h|> causal; <|res_w|> and queries see each other.
     cache = backbone.new_cache(rows.length + (M - 1) * P)
@@ -60,10 +64,13 @@ def generate_bits(
     row_N, col_N = plan.coordinates(hidden_RPD.device)
     place_MPD = sincos_2d(row_N, col_N, hidden_RPD.shape[-1]).to(hidden_RPD).unflatten(0, (M, P))
     tokens_BNC = torch.zeros(B, h * w, C, device=hidden_RPD.device)
+    lost = tokens_BNC.new_zeros((), dtype=torch.long)
     noise = noise or _own_noise(generators, P, C)
+    enter("loop")
     for m, steps in enumerate(sampling.block_steps(M)):
         noise_SBPC = _to(torch.stack([noise() for _ in range(draws(sampling.sampler, steps))]), hidden_RPD.device)
-        bits_BPC = binarize(sample(hidden_RPD + place_MPD[m], noise_SBPC, sampling, steps))
+        bits_BPC, nans = binarize_unchecked(sample(hidden_RPD + place_MPD[m], noise_SBPC, sampling, steps))
+        lost = lost + nans  # read at the end: until then nothing waits for the device
         tokens_BNC[:, m * P : (m + 1) * P] = bits_BPC
         if m < M - 1:  # the last block predicts nothing
             inputs_BPD = model.projector(bits_BPC).to(hidden_RPD) + place_MPD[m]
@@ -71,6 +78,7 @@ def generate_bits(
             hidden_RPD = backbone(inputs_RPD, rows.block_position(m), cache=cache, causal=False, padding=rows.padding)
         if on_block is not None:
             on_block(m + 1, M, plan.unorder(tokens_BNC))
+    check_lost(lost, tokens_BNC.numel())
     return plan.unorder(tokens_BNC)
 
 

@@ -25,6 +25,7 @@ from bitdance.checkpoint import load_model, save_model
 from bitdance.generate import generate_bits
 from bitdance.kernels import use_onednn
 from bitdance.model import BitDanceModel
+from bitdance.offload import Phase, PhaseOffload
 from bitdance.picture import to_pil, to_unit
 from bitdance.prompt import check_prompt
 from bitdance.sampling import choose
@@ -60,6 +61,7 @@ class BitDancePipeline:
         self._block_sampler = BlockSampler(model.head, compile)
         use_onednn(model.backbone, model.projector, model.head)
         self._progress: dict[str, Any] = {}
+        self.offload: PhaseOffload | None = None
 
     @classmethod
     def from_pretrained(
@@ -93,13 +95,28 @@ class BitDancePipeline:
         """Move the model, in place. ValueError for a quantised one, which stays where and as it was made."""
         if getattr(self.model, "quantized", {}) and (device is not None or dtype is not None):
             raise ValueError("quantised weights keep device and dtype; load the model again with those that you want")
+        if self.offload is not None:
+            raise ValueError("the model moves by phases (enable_model_cpu_offload); load it again to have it in one place")
         self.model.to(device=device, dtype=_dtype(dtype))
         return self
 
+    def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
+        """From now on the model lies in main memory, and `device` holds what a phase needs: LLM and head for prompt and loop,
+        the decoder at the end (`bitdance.offload`). Costs one copy of the LLM per call. ValueError for a device that is none."""
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device = {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from None
+        self.offload = PhaseOffload(self.model, device)
+
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.backbone.parameters()).device
+        """Where the model computes."""
+        return self.model.backbone.device if self.offload is None else self.offload.device
+
+    def _enter(self, phase: Phase) -> None:
+        if self.offload is not None:
+            self.offload.enter(phase)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -187,7 +204,7 @@ class BitDancePipeline:
 
             size = height // s, width // s
             bits_BChw = generate_bits(
-                self.model, prompts, *size, sampling, generators, on_block, block_sampler=self._block_sampler
+                self.model, prompts, *size, sampling, generators, on_block, block_sampler=self._block_sampler, enter=self._enter
             )
         return BitDanceOutput(self._images(bits_BChw, generators, output_type), bits_BChw, seeds)
 
@@ -208,6 +225,7 @@ class BitDancePipeline:
         memory and keeps pictures independent. A generative decoder draws from the picture's own generator, after all
         other draws.
         """
+        self._enter("decode")
         bits_BChw = bits_BChw.to(next(self._tokenizer.decoder.parameters()))
         pictures = [
             self._tokenizer.decode(bits[None], generator=g) for bits, g in zip(bits_BChw, generators, strict=True)

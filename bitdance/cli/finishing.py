@@ -31,7 +31,8 @@ class Decoder:
 
     def __init__(self, pipe: "BitDancePipeline") -> None:
         self.pipe = pipe
-        self.stream = torch.cuda.Stream(pipe.device) if pipe.device.type == "cuda" else None
+        beside = pipe.device.type == "cuda" and pipe.offload is None  # with offload the decoder takes the LLM's room
+        self.stream = torch.cuda.Stream(pipe.device) if beside else None
 
     def decode(self, bits_BChw: Tensor, generators: Sequence[torch.Generator]) -> Pixels:
         """→ a function, for any thread, that waits for the pixels: (B,H,W,3) uint8."""
