@@ -23,6 +23,18 @@ TIMES_KEPT = 1024
 WARM_UPS = 2
 
 
+def _compiled(trunk: Trunk) -> Trunk:
+    """Compiled once for any number of rows (a single row is a case of its own)."""
+    made = torch.compile(trunk)
+
+    def any_rows(x_KPW: Tensor, y_KPW: Tensor) -> Tensor:
+        torch._dynamo.maybe_mark_dynamic(x_KPW, 0)
+        torch._dynamo.maybe_mark_dynamic(y_KPW, 0)
+        return made(x_KPW, y_KPW)
+
+    return any_rows
+
+
 @dataclass
 class _Graph:
     cond_RPD: Tensor
@@ -35,7 +47,8 @@ class BlockSampler:
     """Keep one per model: it holds what was compiled and recorded, and the embedded times."""
 
     def __init__(self, head: BinaryDiffusionHead, compile: bool | None = None) -> None:
-        """`compile=None`: on CUDA only. With True elsewhere torch.compile is used without graphs (needs a C++ compiler)."""
+        """`compile=None`: on CUDA only, the place where it pays: on a CPU oneDNN with packed weights is quicker (`kernels.py`).
+        With True elsewhere torch.compile is used without graphs; it needs a C++ compiler."""
         self.head = head
         self.compile = compile
         self._trunk: Trunk | None = None
@@ -48,7 +61,7 @@ class BlockSampler:
         """Predicted bits (B,P,C) of one block, float32. `noise_SBPC`: the initial noise, then one draw per stochastic step."""
         compiled = cond_RPD.is_cuda if self.compile is None else self.compile
         if compiled and self._trunk is None:
-            self._trunk = torch.compile(self.head.net.trunk)
+            self._trunk = _compiled(self.head.net.trunk)
         if not (compiled and cond_RPD.is_cuda):
             return self._solve(cond_RPD, noise_SBPC, sampling, steps, self._trunk if compiled else None)
         key = (*self._weights(), cond_RPD.shape, cond_RPD.dtype, noise_SBPC.shape, sampling, steps)

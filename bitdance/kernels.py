@@ -1,4 +1,8 @@
-"""Fused kernels for the language model: used where they are installed and can run, never required.
+"""Faster kernels with the numbers of the plain ones up to rounding: used where they can run, never required.
+
+On a CPU torch multiplies float32 matrices with MKL, which on processors of other makers leaves half of their speed unused;
+oneDNN, which torch has on board for other dtypes, does not. `use_onednn` sends inference through it, with weights in the order
+that it reads best.
 
 Liger (package `liger-kernel`, written for 0.8) computes an RMSNorm, and the product inside a SwiGLU, in one Triton kernel each,
 with the numbers of transformers' modules up to rounding. Its rotary kernel is left out: transformers calls rotation through a
@@ -9,12 +13,76 @@ through flex_attention. What is left without a mask, decoding and the head's att
 whose flash backend is the same algorithm inside torch.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # their norms and SwiGLU are one code in transformers
+
+
+PACK_LIMIT = 1 << 30  # bytes of weights up to which a second, packed copy is kept
+
+
+class OneDnnLinear(nn.Linear):
+    """An `nn.Linear` whose forward pass without gradients runs in oneDNN. Parameters and their names are as before."""
+
+    packing = False
+    _packed: tuple[Tensor, tuple[int, int], Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()  # the compiler chooses for itself
+            or input.device.type != "cpu"
+            or input.dtype != weight.dtype
+            or not _served(input.dtype)
+        ):
+            return super().forward(input)
+        if self.packing:
+            packed, state = self._packed, (weight._version, weight.data_ptr())  # which loading and training change
+            if packed is None or packed[0] is not weight or packed[1] != state:
+                packed = self._packed = weight, state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+            weight = packed[2]
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, self.bias, "none", [], "")
+        return result
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneDnnLinear":  # `.to` passes here
+        self._packed = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:  # copies and pickles pack anew
+        return {**self.__dict__, "_packed": None}
+
+
+def use_onednn(*modules: nn.Module) -> int:
+    """Let the linear layers of these modules run in oneDNN when they infer on a CPU, and return how many do.
+
+    Up to `PACK_LIMIT` bytes of weights each keeps a packed copy beside its weight; above, weights are read as they are. Layers
+    of other kinds, quantised ones among them, stay as they are. Nothing happens where torch was built without oneDNN.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return 0
+    layers = [layer for module in modules for layer in module.modules() if _plain_linear(layer)]
+    packing = sum(layer.weight.nbytes for layer in layers) <= PACK_LIMIT
+    for layer in layers:
+        layer.__class__ = OneDnnLinear
+        layer.packing = packing
+    return len(layers)
+
+
+@cache
+def _served(dtype: torch.dtype) -> bool:
+    """float32 always, bfloat16 where the processor has it."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _plain_linear(layer: nn.Module) -> bool:
+    return type(layer) in (nn.Linear, OneDnnLinear) and type(layer.weight.data) is Tensor
 
 
 def use_fused_kernels(lm: nn.Module, device: torch.device | str | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Fused kernels come in only where they can run; everywhere else nothing at all changes."""
+"""Faster kernels come in only where they can run; everywhere else nothing at all changes."""
 
 import ast
 import copy
@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 from bitdance import kernels
 from bitdance.backbone import Backbone
-from bitdance.kernels import use_fused_kernels
+from bitdance.kernels import OneDnnLinear, use_fused_kernels, use_onednn
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = """
@@ -125,3 +125,67 @@ def test_on_a_gpu_hidden_states_and_gradients_stay() -> None:
         hidden(backbone).square().mean().backward()
     for one, other in zip(plain.lm.base_model.layers.parameters(), fused.lm.base_model.layers.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=1e-3, atol=1e-5)
+
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+
+
+def layer_and_input(dtype: torch.dtype = torch.float32) -> tuple[nn.Linear, Tensor]:
+    torch.manual_seed(1)
+    return nn.Linear(48, 80).to(dtype), torch.randn(2, 5, 48).to(dtype)
+
+
+@needs_onednn
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("packing", [True, False])
+@torch.no_grad()
+def test_onednn_gives_the_same_numbers(dtype, tolerance, packing, monkeypatch):
+    layer, x = layer_and_input(dtype)
+    expected, weights = layer(x), {name: value.clone() for name, value in layer.state_dict().items()}
+    if not packing:
+        monkeypatch.setattr(kernels, "PACK_LIMIT", 0)
+    assert use_onednn(nn.Sequential(layer)) == 1 and isinstance(layer, OneDnnLinear)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=tolerance)
+    served = dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert (layer._packed is not None) == (packing and served)
+    assert layer.state_dict().keys() == weights.keys()
+    assert all(torch.equal(value, weights[name]) for name, value in layer.state_dict().items())
+
+
+@needs_onednn
+def test_packed_weights_follow_every_change():
+    layer, x = layer_and_input()
+    use_onednn(layer)
+    changes = [
+        lambda: layer.weight.mul_(2.0),
+        lambda: layer.load_state_dict({name: -value for name, value in layer.state_dict().items()}),
+        lambda: setattr(layer, "weight", nn.Parameter(layer.weight * 3)),
+        lambda: layer.to(torch.bfloat16).to(torch.float32),
+    ]
+    with torch.no_grad():
+        for change in changes:
+            before = layer(x)
+            change()
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias), rtol=0, atol=1e-5)
+            assert change is changes[-1] or not torch.equal(layer(x), before)
+        assert copy.deepcopy(layer)._packed is None and torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@needs_onednn
+def test_training_is_left_to_torch():
+    layer, x = layer_and_input()
+    plain = copy.deepcopy(layer)
+    use_onednn(layer)
+    for each in (layer, plain):
+        each(x).square().sum().backward()
+    assert torch.equal(layer.weight.grad, plain.weight.grad) and layer._packed is None
+
+
+@needs_onednn
+def test_layers_of_another_kind_stay():
+    class Special(nn.Linear):
+        pass
+
+    module = nn.Sequential(Special(4, 4), nn.Embedding(3, 4), nn.LayerNorm(4))
+    kinds = [type(part) for part in module]
+    assert use_onednn(module) == 0 and [type(part) for part in module] == kinds
