@@ -6,6 +6,7 @@ replayed; prompts, their lengths and seeds change nothing in it. Elsewhere it ru
 B pictures, R rows (with guidance 2B), S draws, P tokens per block, C bits, D hidden size, W width of the head.
 """
 
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
@@ -23,16 +24,23 @@ TIMES_KEPT = 1024
 WARM_UPS = 2
 
 
-def _compiled(trunk: Trunk) -> Trunk:
-    """Compiled once for any number of rows (a single row is a case of its own)."""
-    made = torch.compile(trunk)
+class _Compiled:
+    """Compiled once for any number of rows (a single row is a case of its own); the plain trunk where that cannot be."""
 
-    def any_rows(x_KPW: Tensor, y_KPW: Tensor) -> Tensor:
+    def __init__(self, trunk: Trunk) -> None:
+        self.plain = trunk
+        self.made: Trunk = torch.compile(trunk)
+
+    def __call__(self, x_KPW: Tensor, y_KPW: Tensor) -> Tensor:
         torch._dynamo.maybe_mark_dynamic(x_KPW, 0)
         torch._dynamo.maybe_mark_dynamic(y_KPW, 0)
-        return made(x_KPW, y_KPW)
-
-    return any_rows
+        try:
+            return self.made(x_KPW, y_KPW)
+        except torch._dynamo.exc.TorchDynamoException as error:  # no compiler, no Triton, …
+            reason = " ".join(str(error).split("\n\n")[0].split())  # advice for developers of compilers follows
+            warnings.warn(f"the head runs uncompiled, torch.compile cannot work here: {reason}", stacklevel=2)
+            self.made = self.plain
+            return self.plain(x_KPW, y_KPW)
 
 
 @dataclass
@@ -61,7 +69,7 @@ class BlockSampler:
         """Predicted bits (B,P,C) of one block, float32. `noise_SBPC`: the initial noise, then one draw per stochastic step."""
         compiled = cond_RPD.is_cuda if self.compile is None else self.compile
         if compiled and self._trunk is None:
-            self._trunk = _compiled(self.head.net.trunk)
+            self._trunk = _Compiled(self.head.net.trunk)
         if not (compiled and cond_RPD.is_cuda):
             return self._solve(cond_RPD, noise_SBPC, sampling, steps, self._trunk if compiled else None)
         key = (*self._weights(), cond_RPD.shape, cond_RPD.dtype, noise_SBPC.shape, sampling, steps)

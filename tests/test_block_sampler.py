@@ -56,6 +56,19 @@ def test_any_batch_prompt_and_guidance_is_compiled_once(monkeypatch):
     assert len(compiled) == 2  # many rows, and the single conditional row outside the interval
 
 
+def test_where_nothing_can_be_compiled_the_head_runs_as_it_is(monkeypatch):
+    def broken(graph, example):
+        raise RuntimeError("no compiler on this machine")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    torch._dynamo.reset()
+    model, sampling = lively(tiny_model()), Sampling(2, 3.0)
+    sampler, arguments = BlockSampler(model.head, compile=True), inputs(model, sampling, 2)
+    with pytest.warns(UserWarning, match="runs uncompiled.*no compiler on this machine"):
+        found = sampler(*arguments, sampling, 2)
+    assert torch.equal(found, BlockSampler(model.head, compile=False)(*arguments, sampling, 2))
+
+
 def test_times_are_embedded_once_and_follow_the_weights():
     model, sampling = lively(tiny_model()), Sampling(3, 3.0)
     sampler, calls = BlockSampler(model.head), []
