@@ -85,6 +85,8 @@ def shown(found: Mapping[str, Any]) -> str:
         f"{found['shape']}, {found['weights']} weights: {sizes}",
         f"{found['height']}×{found['width']} in {found['blocks']} blocks, prompt of {found['prompt_tokens'][0]} tokens",
     ]
+    if kinds := [f"{part} {kind}" for part, kind in found["quantized"].items() if kind]:
+        lines.append(f"quantised: {', '.join(kinds)}")
     if machine := found.get("machine"):
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
         lines.append(f"{machine['device']} ({machine['name']}), {threads}, torch {machine['torch']}; seconds: {machine['clock']}")

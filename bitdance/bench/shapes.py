@@ -18,6 +18,7 @@ from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
 from bitdance.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
+from bitdance.quantize import quantize_model
 from bitdance.sizes import TOKENIZER_CONFIG, check_size, default_size, read_config, read_extras, rule_of_folder
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.weights import read_json
@@ -151,8 +152,16 @@ def random_model(shape: Shape, device: torch.device | str, dtype: torch.dtype, s
     return model
 
 
-def open_model(shape: Shape, device: torch.device | str, dtype: torch.dtype) -> BitDanceModel:
-    """The folder's weights, or random ones."""
+def open_model(
+    shape: Shape,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    quantize_head: str | None = None,
+) -> BitDanceModel:
+    """The folder's weights, or random ones, which are quantised after all of them are there."""
     if shape.folder:
-        return load_model(shape.folder, device, dtype, generation_only=True)
-    return random_model(shape, device, dtype)
+        return load_model(shape.folder, device, dtype, True, quantize, quantize_head)
+    model = random_model(shape, device, dtype)
+    quantize_model(model, quantize, quantize_head, device, dtype)
+    return model

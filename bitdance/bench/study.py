@@ -17,6 +17,7 @@ from bitdance.bench.shapes import Shape, bare_model, open_model
 from bitdance.bench.work import Order, work
 from bitdance.pipeline import DTYPES, BitDancePipeline
 from bitdance.prompt import conditional_ids, unconditional_ids
+from bitdance.quantize import check_kinds, quantized_bytes
 from bitdance.sampling import Sampling
 
 GB = 1e9
@@ -24,7 +25,8 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Study:
-    """Every precision × batch size × preset. `published` is how the yardstick samples."""
+    """Every precision × batch size × preset. `published` is how the yardstick samples. `quantize` and `quantize_head` as in
+    `bitdance.quantize`, `compile` as in `BitDancePipeline`."""
 
     shape: Shape
     height: int
@@ -33,6 +35,9 @@ class Study:
     batches: Sequence[int]
     presets: Mapping[str, Sampling]
     published: Sampling
+    quantize: str | None = None
+    quantize_head: str | None = None
+    compile: bool | None = None
 
     def floor(self, peak: Peak) -> dict[str, Any]:
         """What a machine of this peak needs at least; nothing is built or run."""
@@ -48,6 +53,7 @@ class Study:
 
     def measure(self, device: torch.device, repeats: int, with_yardstick: bool) -> dict[str, Any]:
         """Medians of `repeats` rounds on `device`. ValueError where the weights alone do not fit."""
+        check_kinds(self.quantize, self.quantize_head, device)
         plain_dtype = "bfloat16" if device.type == "cuda" else "float32"  # the published one knows no other
         self._check_memory(device, [*self.dtypes, *([plain_dtype] if with_yardstick else [])])
         cpu_time, found = on_cpu_time(device), self._question()
@@ -59,7 +65,12 @@ class Study:
             "clock": "CPU time" if cpu_time else "wall",
         }
         plain = open_model(self.shape, device, DTYPES[plain_dtype]) if with_yardstick else None
-        pipes = {dtype: BitDancePipeline(open_model(self.shape, device, DTYPES[dtype])) for dtype in self.dtypes}
+        pipes = {
+            dtype: BitDancePipeline(
+                open_model(self.shape, device, DTYPES[dtype], self.quantize, self.quantize_head), self.compile
+            )
+            for dtype in self.dtypes
+        }
         peaks = {dtype: measure_peak(device, DTYPES[dtype]) for dtype in self.dtypes}
         found["peaks"] = {dtype: asdict(peak) for dtype, peak in peaks.items()}
         settings = [(dtype, preset) for dtype in self.dtypes for preset in self.presets]
@@ -96,6 +107,7 @@ class Study:
             "height": self.height,
             "width": self.width,
             "blocks": self.shape.blocks(self.height, self.width),
+            "quantized": {"backbone": self.quantize, "head": self.quantize_head},
             "prompt_tokens": [len(conditional_ids(text_tokenizer, PROMPT)), len(unconditional_ids(text_tokenizer))],
             "peaks": {},
             "runs": [],
@@ -104,7 +116,8 @@ class Study:
 
     def _work(self, found: Mapping[str, Any], dtype: str, sampling: Sampling, batch: int) -> dict[str, Any]:
         text = found["prompt_tokens"][0], found["prompt_tokens"][1]
-        return work(self.shape, Order(self.height, self.width, batch, sampling, text, DTYPES[dtype].itemsize))
+        weights = _weight_bytes(self.quantize), _weight_bytes(self.quantize_head)
+        return work(self.shape, Order(self.height, self.width, batch, sampling, text, DTYPES[dtype].itemsize, *weights))
 
     def _check_memory(self, device: torch.device, dtypes: Sequence[str]) -> None:
         from bitdance.cli.memory import free_main_memory
@@ -117,6 +130,11 @@ class Study:
                 f"{self.shape.name} takes {needed / GB:.1f} GB of weights in {' and '.join(dtypes)}, and {device} has "
                 f"{free / GB:.1f} GB free; name fewer dtypes, leave the yardstick out, or compute a floor with --floor"
             )
+
+
+def _weight_bytes(kind: str | None) -> float | None:
+    """Bytes of one weight of a large matrix, scales included."""
+    return None if kind is None else quantized_bytes(4096, 4096, kind) / 4096**2
 
 
 def _processor() -> str:

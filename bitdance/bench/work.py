@@ -7,6 +7,7 @@ below it. Tests compare the operations with torch's own counter.
 B pictures, R rows of the backbone (with guidance 2B), P tokens per block, M blocks, D hidden size, W width of the head.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ class Work:
 @dataclass(frozen=True)
 class Order:
     """`batch` pictures of one prompt. `text`: its tokens in the conditional and the unconditional template. Bytes of a number:
-    `itemsize` in activations and caches, `backbone_weight` and `head_weight` in the weights of these (None: the same)."""
+    `itemsize`, but for the weights in the backbone's layers and in the head's blocks, which may be quantised (None: the same).
+    """
 
     height: int
     width: int
@@ -71,7 +73,7 @@ def work(shape: Shape, order: Order) -> dict[str, Work]:
     return {
         "prefill": _backbone(shape, order, max(prefixes), padded),
         "llm": sum(steps, Work()),
-        "head": sum((_head(shape, order, count) for count in order.sampling.block_steps(M)), Work()),
+        "head": sum((_head(shape, order, n).times(count) for n, count in Counter(order.sampling.block_steps(M)).items()), Work()),
         "projector": projection.times(M - 1),
         "decode": _decode(shape, order).times(B),
     }
@@ -113,18 +115,19 @@ def _backbone(shape: Shape, order: Order, new: int, lengths: Sequence[int]) -> W
 
 def _head(shape: Shape, order: Order, steps: int) -> Work:
     """All evaluations for one block of every picture; embedded times are kept from picture to picture."""
-    c, size, weight = shape.head, order.itemsize, order.head_weight
+    c, size = shape.head, order.itemsize
     W, P, inner = c.ch_latent, c.parallel_num, int(1.5 * c.ch_latent)
     block = [(W, 3 * W), (W, W), (W, (2 if c.use_swiglu else 1) * inner), (inner, W)]
-    layers = block * c.depth_latent + [(W, 6 * W)] * c.depth_adanln + [(W, 2 * W), (W, c.ch_target)]
-    total = _product((2 if order.sampling.guided else 1) * order.batch * P, c.ch_cond, W, size, weight)
+    others = [(W, 6 * W)] * c.depth_adanln + [(W, 2 * W), (W, c.ch_target)]
+    total = _product((2 if order.sampling.guided else 1) * order.batch * P, c.ch_cond, W, size)
     calls = evaluations(order.sampling, steps, c.time_shift)
     for branches in set(calls):
         rows = branches * order.batch * P
-        once = sum((_product(rows, n, m, size, weight) for n, m in layers), Work())
-        once += _product(order.batch * P, c.ch_target, W, size, weight)
-        attention = Work(4 * W * P * rows, size * 4 * W * rows)
-        total += (once + attention.times(c.depth_latent)).times(calls.count(branches))
+        blocks = sum((_product(rows, n, m, size, order.head_weight) for n, m in block), Work())
+        blocks += Work(4 * W * P * rows, size * 4 * W * rows)  # attention
+        once = sum((_product(rows, n, m, size) for n, m in others), blocks.times(c.depth_latent))
+        once += _product(order.batch * P, c.ch_target, W, size)
+        total += once.times(calls.count(branches))
     return total
 
 

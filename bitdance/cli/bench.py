@@ -27,7 +27,7 @@ def run(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--model", default="demo", metavar="DIR", help='a model folder; default "demo", the bundled model')
+    source.add_argument("--model", metavar="DIR", help='a model folder; default "demo", the bundled model')
     source.add_argument("--shape", metavar="NAME", help="random weights of a shape: 14b-64x, 14b-16x, mid")
     parser.add_argument("--height", type=int, help="pixels; default: the model's own")
     parser.add_argument("--width", type=int, help="pixels; default: the model's own")
@@ -37,6 +37,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--preset", nargs="+", default=[OWN], help="one or more; own (the default): the model's settings")
     parser.add_argument("--batch", type=_count, nargs="+", default=[1], metavar="N", help="pictures at once, one or more sizes")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="one or more; default bfloat16 on CUDA, else float32")
+    parser.add_argument("--quantize", choices=("int8", "int4"), help="the LLM's matrices in 8 or 4 bits")
+    parser.add_argument("--quantize-head", choices=("int8", "fp8"), help="the head's matrices in 8 bits")
+    parser.add_argument("--no-compile", action="store_true", help="on CUDA: no torch.compile, no CUDA graphs")
     parser.add_argument("--device", help="default: CUDA where there is one")
     parser.add_argument("--threads", type=_count, metavar="N", help="of a CPU; default: torch's own choice")
     parser.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of which the median counts, default 3")
@@ -54,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
     from bitdance.sampling import Sampling, choose
 
     if options.shape is None:
-        shape = Shape.of_folder(options.model)
+        shape = Shape.of_folder(options.model or "demo")
     elif options.shape in SHAPES:
         shape = SHAPES[options.shape]
     else:
@@ -68,7 +71,18 @@ def run(argv: Sequence[str]) -> int:
     }
     device = torch.device(usable_device(options.device))
     dtypes = options.dtype or ["bfloat16" if options.floor or device.type == "cuda" else "float32"]
-    study = Study(shape, height, width, dtypes, options.batch, presets, Sampling(own.steps, own.guidance))
+    study = Study(
+        shape,
+        height,
+        width,
+        dtypes,
+        options.batch,
+        presets,
+        Sampling(own.steps, own.guidance),
+        options.quantize,
+        options.quantize_head,
+        False if options.no_compile else None,
+    )
     if options.floor:
         found = study.floor(Peak.parse(options.floor))
     else:

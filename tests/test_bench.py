@@ -1,0 +1,299 @@
+"""`bitdance bench`: what it counts is what the model does, the yardstick makes the same bits, and a floor needs no model."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from golden_cases import GOLDEN
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bitdance import BitDancePipeline
+from bitdance.bench.measure import pipeline, take_turns, yardstick
+from bitdance.bench.peak import Peak, measure_peak
+from bitdance.bench.phases import PHASES
+from bitdance.bench.plain import generate_plain
+from bitdance.bench.shapes import SHAPES, Shape, bare_model, random_model
+from bitdance.bench.work import Order, Work, evaluations, work
+from bitdance.block_sampler import BlockSampler
+from bitdance.checkpoint import load_model
+from bitdance.cli import main
+from bitdance.generate import generate_bits
+from bitdance.head import HeadConfig
+from bitdance.model import BitDanceModel
+from bitdance.prompt import conditional_ids, unconditional_ids
+from bitdance.sampling import Sampling
+from lfq_tokenizer import LFQTokenizer, TokenizerConfig
+
+PROMPT = "a red cube"
+SIZE = 64, 32
+QWEN3 = {
+    **SHAPES["mid"].backbone,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+}
+TINY = Shape("tiny", QWEN3, HeadConfig(8, 64, 128, 2, 1, 4), TokenizerConfig(32, (2, 1, 1, 1), 1, 8), SIZE)
+PLAIN_MLP = dataclasses.replace(TINY, head=dataclasses.replace(TINY.head, use_swiglu=False, time_shift=2.0))
+SAMPLINGS = [
+    Sampling(3, 7.5),
+    Sampling(3, 1.0),
+    Sampling(5, 7.5, guidance_interval=(0.3, 0.7), last_steps=2),
+    Sampling(2, 3.0, "euler"),
+]
+MODEL_PHASES = ("prefill", "llm", "head", "projector")
+
+
+def seeded(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def order_of(model: BitDanceModel, sampling: Sampling, batch: int, **changes: Any) -> Order:
+    text = len(conditional_ids(model.text_tokenizer, PROMPT)), len(unconditional_ids(model.text_tokenizer))
+    return Order(*SIZE, batch, sampling, text, **{"itemsize": 4, **changes})
+
+
+@pytest.fixture
+def few_repeats(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Peaks of small products, and torch's threads as they were."""
+    monkeypatch.setattr("bitdance.bench.study.measure_peak", partial(measure_peak, side=128, repeats=1))
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def linear_weights(*parts: nn.Module) -> int:
+    return sum(m.weight.numel() for part in parts for m in part.modules() if isinstance(m, nn.Linear))
+
+
+# shapes
+
+
+def test_published_shapes_have_the_published_parameters() -> None:
+    for name in ("14b-64x", "14b-16x"):
+        model = bare_model(SHAPES[name])
+        counts = {part: sum(p.numel() for p in module.parameters()) for part, module in model.named_children()}
+        assert (counts["head"], counts["projector"]) == (1_758_464_032, 26_388_480)
+        layers = counts["backbone"] - model.backbone.vocabulary_size * 5120
+        assert layers == 14_768_307_200 - 2 * 151_936 * 5120  # Qwen3-14B without its embedding and its output
+        assert all(parameter.is_meta for parameter in model.parameters())
+    with torch.device("meta"):
+        assert sum(p.numel() for p in LFQTokenizer(SHAPES["14b-64x"].tokenizer).parameters()) == 460_294_179
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_weights_make_bits_that_follow_from_all_of_the_work(dtype: torch.dtype) -> None:
+    model = random_model(TINY, "cpu", dtype)
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert all(p.isfinite().all() and p.any() for p in model.parameters())
+    assert model.backbone.lm.base_model.rotary_emb.inv_freq.dtype == torch.float32
+    bits = generate_bits(model, [PROMPT], 8, 4, Sampling(3), seeded(1))
+    other = generate_bits(model, ["a blue cube"], 8, 4, Sampling(3), seeded(1))
+    assert 0.05 < (bits != other).float().mean() < 0.95
+    again = random_model(TINY, "cpu", dtype)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
+def test_random_weights_are_drawn_on_the_gpu_and_phases_are_timed_there() -> None:
+    contender = pipeline(BitDancePipeline(random_model(TINY, "cuda", torch.bfloat16)), Sampling(3), *SIZE, 2)
+    take_turns([contender], 2)
+    assert contender.peak_memory and contender.median()["head"] > 0
+
+
+# work
+
+
+@pytest.mark.parametrize("shape", [TINY, PLAIN_MLP], ids=["swiglu", "mlp"])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_operations_are_those_that_torch_counts(shape: Shape, sampling: Sampling) -> None:
+    model = random_model(shape, "cpu", torch.float32)
+    sample, arguments = BlockSampler(model.head), (model, [PROMPT] * 2, 8, 4, sampling)
+    generate_bits(*arguments, seeded(1, 2), block_sampler=sample)  # embeds the times
+    found = work(shape, order_of(model, sampling, 2))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # torch counts no fused attention on CPUs
+        bits = generate_bits(*arguments, seeded(1, 2), block_sampler=sample)
+    assert sum(found[phase].flops for phase in MODEL_PHASES) == counter.get_total_flops()
+    assert model.tokenizer is not None
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        for picture in bits:
+            model.tokenizer.decode(picture[None])
+    assert found["decode"].flops == counter.get_total_flops()
+
+
+def test_every_call_reads_its_weights_once() -> None:
+    model, sampling, M = bare_model(TINY), Sampling(3, 7.5), 8
+    found = work(TINY, order_of(model, sampling, 2, itemsize=0, backbone_weight=1, head_weight=1))
+    assert found["prefill"].bytes == linear_weights(model.backbone)
+    assert found["llm"].bytes == (M - 1) * linear_weights(model.backbone)
+    assert found["head"].bytes == M * 4 * linear_weights(model.head.net.res_blocks)
+
+
+def test_quantised_weights_are_fewer_bytes_and_the_same_operations(capsys: pytest.CaptureFixture[str]) -> None:
+    def floor(*quantised: str) -> Any:
+        assert main(["bench", "--shape", "14b-64x", "--floor", "790e12,4.3e12", "--json", *quantised]) == 0
+        return json.loads(capsys.readouterr().out)["runs"][0]["phases"]
+
+    whole, small = floor(), floor("--quantize", "int4", "--quantize-head", "int8")
+    assert whole["total"]["flops"] == small["total"]["flops"]
+    assert small["llm"]["bytes"] < 0.35 * whole["llm"]["bytes"]  # 4 bits of 16, and cache and activations as before
+    assert 0.5 < small["head"]["bytes"] / whole["head"]["bytes"] < 0.65  # modulations and activations as before
+
+
+def test_a_guidance_interval_saves_evaluations_of_the_other_branch() -> None:
+    assert evaluations(Sampling(4, 7.5), 4) == [2, 2, 2, 2, 2]
+    assert evaluations(Sampling(4, 1.0), 4) == [1, 1, 1, 1, 1]
+    assert evaluations(Sampling(4, 7.5, guidance_interval=(0.2, 0.6)), 4) == [1, 2, 2, 1, 1]
+
+
+def test_a_floor_is_the_slower_of_arithmetic_and_memory() -> None:
+    peak = Peak(100.0, 10.0)
+    assert Work(500, 10).floor(peak) == 5.0
+    assert Work(100, 40).floor(peak) == 4.0
+
+
+def test_peaks_are_measured() -> None:
+    peak = measure_peak("cpu", torch.float32, side=128, repeats=2)
+    assert peak.flops_per_s > 1e8 and peak.bytes_per_s > 1e8 and peak.kernel in ("torch", "oneDNN")
+
+
+# the yardstick
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_the_yardstick_makes_the_bits_of_the_published_weights(guidance: float) -> None:
+    model = load_model(GOLDEN / "t2i_ckpt", "cpu")
+    plain = generate_plain(model, PROMPT, 8, 6, 4, guidance, seeded(1, 2))
+    assert torch.equal(plain, generate_bits(model, [PROMPT] * 2, 8, 6, Sampling(4, guidance), seeded(1, 2)))
+
+
+@pytest.mark.parametrize(("P", "swiglu", "time_shift"), [(16, True, 1.0), (64, True, 1.0), (4, False, 2.0)])
+def test_the_yardstick_makes_the_bits_that_users_get(P: int, swiglu: bool, time_shift: float) -> None:
+    head = dataclasses.replace(TINY.head, parallel_num=P, use_swiglu=swiglu, time_shift=time_shift)
+    shape = dataclasses.replace(TINY, head=head)
+    ours = pipeline(BitDancePipeline(random_model(shape, "cpu", torch.float32)), Sampling(4, 7.5), 128, 64, 2)
+    plain = yardstick(random_model(shape, "cpu", torch.float32), 4, 7.5, 128, 64, 2)
+    take_turns([plain, ours], 1)
+    assert ours.bits is not None and plain.bits is not None
+    assert torch.equal(ours.bits, plain.bits)
+
+
+def test_the_yardstick_wastes_what_the_published_procedure_wastes() -> None:
+    model, backbone_calls, conditions = random_model(TINY, "cpu", torch.float32), [], []
+    model.backbone.register_forward_hook(lambda module, args, output: backbone_calls.append(args[0].shape[1]))
+    model.head.net.cond_embed.register_forward_hook(lambda *_: conditions.append(1))
+    generate_plain(model, PROMPT, 8, 4, 3, 7.5, seeded(1))
+    M, branches = 8, 2
+    assert len(backbone_calls) == branches * (2 + M)  # prefix and block 0 apart, and one call after the last block
+    assert len(conditions) == M * (3 + 1)
+
+
+# the clock
+
+
+def test_phases_are_all_of_the_time_and_the_hooks_go() -> None:
+    model = random_model(TINY, "cpu", torch.float32)
+    contender = pipeline(BitDancePipeline(model), Sampling(3), *SIZE, 1)
+    take_turns([contender], 3)
+    assert len(contender.wall) == 3
+    spent = contender.median()
+    assert set(spent) == {*PHASES, "total"}
+    assert all(spent[phase] > 0 for phase in (*MODEL_PHASES, "decode", "png"))
+    assert spent["head"] > spent["projector"]
+    assert not model.backbone._forward_hooks and not model.projector._forward_pre_hooks
+
+
+# the command
+
+
+def test_the_command_says_it_all_as_json(capsys: pytest.CaptureFixture[str], few_repeats: None) -> None:
+    small = ["--height", "64", "--width", "64", "--steps", "2", "--repeats", "1", "--threads", "1", "--device", "cpu"]
+    settings = ["--batch", "1", "2", "--dtype", "float32", "bfloat16", "--yardstick", "--json"]
+    assert main(["bench", *small, *settings]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["shape"], found["weights"], found["blocks"]) == ("demo", "trained", 4)
+    assert found["machine"]["clock"] == "CPU time"
+    assert set(found["peaks"]) == {"float32", "bfloat16"}
+    assert [(run["dtype"], run["batch"]) for run in found["runs"]] == [
+        (dtype, batch) for batch in (1, 2) for dtype in ("float32", "bfloat16")
+    ]
+    for run in found["runs"]:
+        assert run["images_per_s"] == pytest.approx(run["batch"] / run["seconds"])
+        assert run["yardstick"]["times_faster"] > 0
+        assert run["yardstick"].get("equal_bits") == (1.0 if run["dtype"] == "float32" else None)
+        head, total = run["phases"]["head"], run["phases"]["total"]
+        assert head["flops_per_s"] == pytest.approx(head["flops"] / head["seconds"])
+        assert head["share_of_peak"] == pytest.approx(head["flops_per_s"] / found["peaks"][run["dtype"]]["flops_per_s"])
+        assert total["seconds"] == run["seconds"] and total["share"] == 1
+    assert [stick["batch"] for stick in found["yardsticks"]] == [1, 2]
+
+
+def test_the_command_shows_tables(capsys: pytest.CaptureFixture[str], few_repeats: None) -> None:
+    small = ["--height", "64", "--width", "64", "--steps", "2", "--repeats", "1", "--device", "cpu"]
+    assert main(["bench", *small, "--preset", "own", "published"]) == 0
+    shown = capsys.readouterr().out
+    assert "| images/s" in shown and "float32, published" in shown and "of peak" in shown
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_floor_needs_no_model_and_no_machine(
+    shape: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was built or measured")
+
+    for name in ("open_model", "measure_peak", "pipeline"):
+        monkeypatch.setattr(f"bitdance.bench.study.{name}", refuse)
+    arguments = ["bench", "--shape", shape, "--floor", "790e12,4.3e12", "--batch", "1", "16"]
+    assert main([*arguments, "--json"]) == 0
+    runs = json.loads(capsys.readouterr().out)["runs"]
+    floors = [run["phases"]["total"]["floor_seconds"] for run in runs]
+    assert [run["images_per_s"] for run in runs] == [pytest.approx(1 / floors[0]), pytest.approx(16 / floors[1])]
+    assert floors[0] < floors[1] < 16 * floors[0]
+    if shape == "14b-64x":
+        # 64 × 51 evaluations read the head's 3.5 GB, 64 calls the 26.4 GB of the layers
+        weights = (64 * 51 * 3.5e9 + 64 * 26.4e9) / 4.3e12
+        assert weights < floors[0] < 1.1 * weights
+    assert main(arguments) == 0
+    assert "floor s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shape", "15b"], "allowed are 14b-64x, 14b-16x, mid"),
+        (["--shape", "mid", "--height", "100"], "multiples of 64"),
+        (["--shape", "mid", "--height", "8192"], "up to 4096"),
+        (["--height", "100"], "height 100"),
+        (["--floor", "fast"], "790e12,4.3e12"),
+        (["--floor", "1e12,-1"], "790e12,4.3e12"),
+        (["--batch", "0"], "--batch"),
+        (["--preset", "quick"], "preset = 'quick'"),
+        (["--steps", "0"], "steps = 0"),
+        (["--sampler", "dream"], "sampler = 'dream'"),
+        (["--device", "tpu"], "device 'tpu'"),
+        (["--model", "nowhere"], "no model folder 'nowhere'"),
+        (["--model", "demo", "--shape", "mid"], "not allowed with"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bitdance.cli.memory.free_main_memory", lambda root=Path("/"): 10**10)
+    assert main(["bench", "--shape", "14b-64x", "--device", "cpu", "--dtype", "bfloat16"]) == 2
+    assert "takes 32.1 GB of weights in bfloat16, and cpu has 10.0 GB free" in capsys.readouterr().err
