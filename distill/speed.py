@@ -1,4 +1,5 @@
-"""What distillation gains in speed: prompt to pixels, end to end, each model with its own guidance.
+"""What distillation gains in speed: prompt to pixels, end to end, each model with its own guidance. Where one model's time goes
+is for `bitdance bench` to say.
 
     OMP_NUM_THREADS=2 python -m distill.speed --model teacher=demo --model student=runs/demo/distill … \\
         [--size 64] [--steps 20] [--batch 1 4 16] [--dtype float32 bfloat16] [-o docs/distill/speed]
@@ -11,13 +12,14 @@ kernels does, a quarter of the steps takes a quarter of the time.
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from bitdance.bench.measure import pipeline, take_turns
 from bitdance.pipeline import BitDancePipeline
+from bitdance.sampling import choose
 from distill.report import models_of, open_pipe
 
 RUNS = 7
@@ -25,15 +27,11 @@ PROMPT = "a fox, 3D style, on a blue background"
 
 
 def images_per_second(pipe: BitDancePipeline, side: int, steps: int, batch: int) -> float:
-    """Of one batch after the other."""
-    seconds = []
-    for run in range(RUNS + 1):
-        begun = time.perf_counter()
-        pipe([PROMPT] * batch, side, side, num_inference_steps=steps, seed=run)
-        if pipe.device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-    return batch / statistics.median(seconds[1:])
+    """Of one batch after the other, without writing PNG files."""
+    defaults = (getattr(pipe.model, "extras", None) or {}).get("defaults", {})
+    contender = pipeline(pipe, choose(defaults, steps=steps), side, side, batch, PROMPT)
+    take_turns([contender], RUNS)
+    return batch / statistics.median(sum(run.values()) - run["png"] for run in contender.wall)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

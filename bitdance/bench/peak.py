@@ -29,18 +29,18 @@ class Peak:
         return cls(flops, bytes_per_s)
 
 
-def measure_peak(device: torch.device | str, dtype: torch.dtype, side: int | None = None, repeats: int = 5) -> Peak:
-    """The best of `repeats` on `device`; products of side × side matrices (default: 2048 on a CPU, else 8192)."""
+def measure_peak(device: torch.device | str, dtype: torch.dtype, side: int | None = None, repeats: int | None = None) -> Peak:
+    """The best of `repeats` on `device`; products of side × side matrices (default: 5 of 2048 on a CPU, else 20 of 8192)."""
     device = torch.device(device)
-    side = side or (2048 if device.type == "cpu" else 8192)
+    side, repeats = side or (2048 if device.type == "cpu" else 8192), repeats or (5 if device.type == "cpu" else 20)
     x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     speeds = {
         name: 2 * side**3 / best_seconds(lambda run=run: run(x, weight), device, repeats)  # type: ignore[misc]
         for name, run in _kernels(device).items()
     }
     kernel = max(speeds, key=lambda name: speeds[name])
-    source = torch.empty(16 * side * side, device=device)  # beyond every cache
-    target = torch.empty_like(source)
+    source = torch.ones(8 * side * side, device=device)  # beyond every cache, and written: untouched pages are all one page
+    target = torch.zeros_like(source)
     copying = best_seconds(lambda: target.copy_(source), device, repeats)
     return Peak(speeds[kernel], 2 * source.numel() * source.element_size() / copying, kernel)
 

@@ -49,7 +49,7 @@ class PhaseClock:
         event = None
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
         self._marks.append((phase, time.perf_counter(), time.process_time(), event))
 
     def _marks_end_of(self, phase: Callable[[], str]) -> Callable[..., None]:
