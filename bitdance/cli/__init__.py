@@ -9,6 +9,7 @@ Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or config, 130 and 143 s
 import argparse
 import difflib
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -106,6 +107,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(
             errors="backslashreplace"
         )  # a terminal without "×" must not turn an answer into an error
+    for talkative in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
+        logging.getLogger(talkative).setLevel(logging.ERROR)
     try:
         foreign = _foreign_commands()
         parser = _parser(list(foreign))
