@@ -237,10 +237,13 @@ def test_the_command_says_it_all_as_json(capsys: pytest.CaptureFixture[str], few
     assert [stick["batch"] for stick in found["yardsticks"]] == [1, 2]
 
 
-def test_the_command_shows_tables(capsys: pytest.CaptureFixture[str], few_repeats: None) -> None:
+def test_the_command_shows_tables_and_writes_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], few_repeats: None
+) -> None:
     small = ["--height", "64", "--width", "64", "--steps", "2", "--repeats", "1", "--device", "cpu"]
-    assert main(["bench", *small, "--preset", "own", "published"]) == 0
+    assert main(["bench", *small, "--preset", "own", "published", "-o", str(tmp_path / "found.json")]) == 0
     shown = capsys.readouterr().out
+    assert [run["preset"] for run in json.loads((tmp_path / "found.json").read_text())["runs"]] == ["own", "published"]
     assert "| images/s" in shown and "float32, published" in shown and "of peak" in shown
 
 
@@ -277,6 +280,7 @@ def test_a_floor_needs_no_model_and_no_machine(
         (["--floor", "fast"], "790e12,4.3e12"),
         (["--floor", "1e12,-1"], "790e12,4.3e12"),
         (["--batch", "0"], "--batch"),
+        (["-o", "nowhere/found.json"], "no folder 'nowhere'"),
         (["--preset", "quick"], "preset = 'quick'"),
         (["--steps", "0"], "steps = 0"),
         (["--sampler", "dream"], "sampler = 'dream'"),

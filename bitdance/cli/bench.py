@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from bitdance.cli import Parser
 from bitdance.cli.devices import usable_device
@@ -46,7 +47,10 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--yardstick", action="store_true", help="also time the published procedure, written plainly")
     parser.add_argument("--floor", metavar="F,B", help="run nothing: the floor at F operations and B bytes per second")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the JSON object to a file, too")
     options = parser.parse_args(argv)
+    if options.output and not options.output.absolute().parent.is_dir():
+        raise ValueError(f"output = {str(options.output)!r}: there is no folder {str(options.output.parent)!r}; make it first")
 
     import torch
 
@@ -89,7 +93,10 @@ def run(argv: Sequence[str]) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         found = study.measure(device, options.repeats, options.yardstick)
-    print(json.dumps(found, ensure_ascii=False, indent=2) if options.json else shown(found))
+    text = json.dumps(found, ensure_ascii=False, indent=2)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    print(text if options.json else shown(found))
     return 0
 
 
