@@ -22,7 +22,7 @@ from bitdance.bench.plain import generate_plain
 from bitdance.bench.shapes import SHAPES, Shape, bare_model, random_model
 from bitdance.bench.work import Order, Work, evaluations, work
 from bitdance.block_sampler import BlockSampler
-from bitdance.checkpoint import load_model
+from bitdance.checkpoint import DEMO, load_model
 from bitdance.cli import main
 from bitdance.generate import generate_bits
 from bitdance.head import HeadConfig
@@ -128,6 +128,16 @@ def test_operations_are_those_that_torch_counts(shape: Shape, sampling: Sampling
         for picture in bits:
             model.tokenizer.decode(picture[None])
     assert found["decode"].flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("folder", [DEMO, GOLDEN / "t2i_ckpt"], ids=["demo", "golden"])
+def test_a_folder_has_the_shape_of_its_model(folder: Path) -> None:
+    shape, model = Shape.of_folder(folder), load_model(folder, "cpu", generation_only=True)
+    for ours, theirs in zip(bare_model(shape).children(), model.children(), strict=True):
+        assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
+    attention = model.backbone.lm.base_model.layers[0].self_attn
+    assert shape.backbone["num_attention_heads"] * shape.head_dim == attention.q_proj.out_features
+    assert shape.key_heads * shape.head_dim == attention.k_proj.out_features
 
 
 def test_every_call_reads_its_weights_once() -> None:
@@ -280,6 +290,7 @@ def test_a_floor_needs_no_model_and_no_machine(
         (["--floor", "fast"], "790e12,4.3e12"),
         (["--floor", "1e12,-1"], "790e12,4.3e12"),
         (["--batch", "0"], "--batch"),
+        (["--height", "0"], "--height"),
         (["-o", "nowhere/found.json"], "no folder 'nowhere'"),
         (["--preset", "quick"], "preset = 'quick'"),
         (["--steps", "0"], "steps = 0"),

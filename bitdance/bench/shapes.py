@@ -46,7 +46,8 @@ class Shape:
         head, rule = check_folder(folder), rule_of_folder(folder)
         tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
         defaults = read_extras(folder).get("defaults", {})
-        return cls(folder.name, read_json(folder / LM_CONFIG), head, tokenizer, default_size(rule), defaults, folder)
+        backbone = AutoConfig.for_model(**read_json(folder / LM_CONFIG)).to_dict()  # with what the file leaves to defaults
+        return cls(folder.name, backbone, head, tokenizer, default_size(rule), defaults, folder)
 
     @property
     def head_dim(self) -> int:

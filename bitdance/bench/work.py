@@ -102,7 +102,8 @@ def _product(rows: float, n: int, m: int, itemsize: float, weight: float | None 
 
 
 def _backbone(shape: Shape, order: Order, new: int, lengths: Sequence[int]) -> Work:
-    """One call: `new` positions in each row, which see as many keys as its length."""
+    """One call: `new` positions in each row, which see as many keys as its length. Feed-forward layers are gated, as in all
+    families that `Backbone` names."""
     config, E, rows = shape.backbone, shape.head_dim, new * len(lengths)
     D, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     queries, keys = config["num_attention_heads"] * E, shape.key_heads * E
