@@ -27,9 +27,9 @@ _NF4_GROUP, _NF4_SCALES = 64, 256  # weights that share a scale, scales that sha
 _NF4_TABLES = 4 * (16 + 256 + 1)  # bytes per matrix: the codes of weights and scales, and the mean scale
 
 
-def check_kinds(backbone: str | None, head: str | None, device: torch.device | str) -> None:
+def check_kinds(quantize: str | None, quantize_head: str | None, device: torch.device | str) -> None:
     """ValueError for a kind that there is not, whose library is not installed, or that `device` cannot compute with."""
-    for option, kind, allowed in (("quantize", backbone, BACKBONE_KINDS), ("quantize_head", head, HEAD_KINDS)):
+    for option, kind, allowed in (("quantize", quantize, BACKBONE_KINDS), ("quantize_head", quantize_head, HEAD_KINDS)):
         if kind is None:
             continue
         if kind not in allowed:

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from bitdance.cli import UsageError, report
 from bitdance.cli.generate import Order, parser, read_order
-from bitdance.cli.making import Maker, _load, conclude, write_grid
+from bitdance.cli.loading import load
+from bitdance.cli.making import Maker, conclude, write_grid
 from bitdance.cli.outputs import OutputFolder
 from bitdance.cli.stop import Stopped, StopSignals
 from bitdance.jobs import Job, batches
@@ -32,7 +33,7 @@ class Painter:
     """A worker of Ray Data: it keeps the model, and makes the pictures of one block after the other."""
 
     def __init__(self, order: Order) -> None:
-        self.order, self.pipe = order, _load(order)
+        self.order, self.pipe = order, load(order)
         self.output = OutputFolder(order.output, order.model)
         self.jobs = {job.index: job for job in order.jobs}
 

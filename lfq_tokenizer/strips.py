@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lfq_tokenizer.blocks import AdaptiveGroupNorm, ResBlock, Upsample
+from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
 
@@ -189,4 +190,17 @@ def decode_in_strips(decoder: Decoder, bits_BChw: Tensor, noise_BChw: Tensor | N
     return torch.cat([_network(decoder, start[None], bits[None], rows) for start, bits in zip(start_BcHW, bits_BChw)])
 
 
-__all__ = ["decode_in_strips", "encode_in_strips"]
+def decoding_bytes(config: TokenizerConfig, height: int, width: int, itemsize: int, strips: bool) -> int:
+    """About what decoding one picture takes beside the weights, in bytes: whole, or in strips.
+
+    In activations of the picture's size, the widest convolution and a part that stops growing, all measured on a CPU with oneDNN.
+    """
+    activation = config.ch * height * width * itemsize
+    fixed = min(8 * activation, 100_000_000)
+    if not strips:
+        return int(5.2 * activation) + fixed
+    widest = config.ch * max(config.ch_mult)
+    return int(1.75 * activation) + fixed + 5 * 4 * 9 * widest**2
+
+
+__all__ = ["decode_in_strips", "decoding_bytes", "encode_in_strips"]

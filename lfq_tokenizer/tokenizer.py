@@ -59,11 +59,12 @@ class LFQTokenizer(nn.Module):
             return binarize(encode_in_strips(self.encoder, images_B3HW))
         return binarize(self.encoder(images_B3HW))
 
-    def decode(self, bits_BChw: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def decode(self, bits_BChw: Tensor, generator: torch.Generator | None = None, strips: bool | None = None) -> Tensor:
         """bits (B,C,h,w) in {-1,+1} → images (B,3,H,W), about [-1,1] (not clamped).
 
         A generative decoder draws its noise, of the bits' shape, from `generator` (on the generator's device).
-        Large pictures go through strips only where no gradient is wanted (`torch.no_grad()`); otherwise a warning says so.
+        `strips` says whether rows go one strip after another; None: where a picture has more than `strip_pixels` pixels. They
+        do only where no gradient is wanted (`torch.no_grad()`); otherwise a warning says so.
         """
         shape = tuple(bits_BChw.shape)
         if len(shape) != 4 or shape[1] != self.config.z_channels:
@@ -74,7 +75,9 @@ class LFQTokenizer(nn.Module):
         if self.config.gan_decoder:
             device = generator.device if generator is not None else bits_BChw.device
             noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(bits_BChw)
-        if shape[2] * shape[3] * self.downsampling**2 > self.strip_pixels:
+        if strips is None:
+            strips = shape[2] * shape[3] * self.downsampling**2 > self.strip_pixels
+        if strips:
             wanted = any(t.requires_grad for t in (bits_BChw, *self.decoder.parameters()))
             if not (wanted and torch.is_grad_enabled()):
                 return decode_in_strips(self.decoder, bits_BChw, noise)

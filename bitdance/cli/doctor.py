@@ -1,4 +1,10 @@
-"""`bitdance doctor [--json]`: versions, device, memory, attention backends, optional packages, and what fits."""
+"""`bitdance doctor`: versions, device, memory, attention backends, optional packages, and what fits.
+
+With a model or a shape it says instead what a batch of pictures takes, phase by phase, and `--measure` makes one to compare:
+
+    bitdance doctor --shape 14b-64x --dtype bfloat16 --quantize int8
+    bitdance doctor --model demo --batch-size 16 --device cpu --measure
+"""
 
 import importlib.util
 import json
@@ -9,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bitdance.cli import Parser
-from bitdance.cli.memory import GB, PUBLISHED, free_main_memory, largest_that_fits
+from bitdance.cli.batch import add_options, check_unused, show
+from bitdance.cli.memory import GB, free_main_memory
 
 OPTIONAL = {
     "flash_attn": "faster attention on NVIDIA GPUs",
@@ -26,7 +33,11 @@ def run(argv: Sequence[str]) -> int:
     """Print what this machine offers."""
     parser = Parser(prog="bitdance doctor", description="What this machine offers, and which published model fits.")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    add_options(parser)
     options = parser.parse_args(argv)
+    if options.model or options.shape:
+        return show(options)
+    check_unused(options)
     found = examine()
     if options.json:
         print(json.dumps(found, ensure_ascii=False, indent=2))
@@ -53,8 +64,17 @@ def examine() -> dict[str, Any]:
 
     devices = _devices()
     by_preference = sorted(devices, key=lambda device: (device["device"] == "cpu", -(device["free_bytes"] or 0)))
-    fitting = [(device["device"], largest_that_fits(device["free_bytes"] or 0)) for device in by_preference]
-    device, fits = next(((name, setting) for name, setting in fitting if setting), ("", None))
+    best = "cuda" if by_preference[0]["device"].startswith("cuda") else "cpu"
+    needs = {kind: published(kind) for kind in ("cpu", "cuda")}
+    fits = next(
+        (
+            {"setting": setting, "device": device["device"], "needs_bytes": needed}
+            for device in by_preference
+            for setting, needed in needs["cuda" if device["device"].startswith("cuda") else "cpu"].items()
+            if needed <= (device["free_bytes"] or 0)
+        ),
+        None,
+    )
     return {
         "bitdance": __version__,
         "python": platform.python_version(),
@@ -64,9 +84,25 @@ def examine() -> dict[str, Any]:
         "attention": _attention(),
         "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
         "bundled_model": (BUNDLED / "config.json").is_file(),
-        "fits": {"setting": fits.name, "device": device, "needs_bytes": fits.bytes} if fits else None,
-        "published": [{"setting": setting.name, "needs_bytes": setting.bytes} for setting in PUBLISHED],
+        "fits": fits,
+        "published": [{"setting": name, "needs_bytes": needed} for name, needed in needs[best].items()],
     }
+
+
+def published(kind: str) -> dict[str, int]:
+    """Settings of the published 64-token model for one picture → bytes on a device of this kind, from the largest down."""
+    from bitdance.bench.shapes import SHAPES
+    from bitdance.cli.needs import Setting, needs
+
+    settings = {
+        "1024×1024, float32": Setting(1024, 1024, dtype="float32", device=kind),
+        "1024×1024, bfloat16": Setting(1024, 1024, device=kind),
+        "512×512, bfloat16": Setting(512, 512, device=kind),
+        "1024×1024, bfloat16, --quantize int8": Setting(1024, 1024, device=kind, quantize="int8"),
+        "1024×1024, bfloat16, --quantize int4": Setting(1024, 1024, device=kind, quantize="int4"),
+        "512×512, bfloat16, --quantize int4": Setting(512, 512, device=kind, quantize="int4"),
+    }
+    return {f"14B-64x, {name}": needs(SHAPES["14b-64x"], setting).peak for name, setting in settings.items()}
 
 
 def _version(package: str) -> str | None:

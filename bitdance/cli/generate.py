@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from bitdance.sampling import Sampling
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZE, QUANTIZE_HEAD = ("int8", "int4"), ("int8", "fp8")  # those of `bitdance.quantize`, known without torch
 BATCH_SIZE = 8
 
 
@@ -57,10 +58,19 @@ class Order:
     output: Path
     grid: bool
     compile: bool | None
+    quantize: str | None = None
+    quantize_head: str | None = None
+    offload: bool = False
 
     def solver(self) -> dict[str, Any]:
         """The pipeline's arguments for `sampling`, but for steps and guidance."""
         return {name: getattr(self.sampling, name) for name in ("sampler", "guidance_interval", "last_steps")}
+
+    @property
+    def quantized(self) -> dict[str, str]:
+        """What was asked for under `quantize` and `quantize_head`; {} without, as pictures ever said."""
+        kinds = {"quantize": self.quantize, "quantize_head": self.quantize_head}
+        return {name: kind for name, kind in kinds.items() if kind}
 
     def metadata(self, job: Job) -> dict[str, Any]:
         """What the PNG of a job says. No absolute path and no time: the same job gives the same file."""
@@ -77,6 +87,7 @@ class Order:
             "model": "demo" if self.model == "demo" else self.folder.resolve().name,
             "model_fingerprint": self.fingerprint,
             "dtype": self.dtype,
+            **self.quantized,
             "version": __version__,
             "job_hash": self.hashes[job.index],
         }
@@ -123,6 +134,9 @@ def parser(prog: str = "bitdance generate") -> Parser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--no-compile", action="store_true", help="on cuda: no torch.compile, no CUDA graphs")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--quantize", choices=QUANTIZE, help="LLM in 8 or 4 bits: half or a quarter of bfloat16's memory")
+    parser.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="head in 8 bits")
+    parser.add_argument("--offload", action="store_true", help="model in main memory, on the device what a phase needs")
     parser.add_argument("--shard", metavar="I/N", default="0/1", help="only pictures I, I+N, I+2N, … of the whole list")
     parser.add_argument("--grid", action="store_true", help="also write grid.png, all pictures on one sheet")
     return parser
@@ -139,6 +153,7 @@ def read_order(options: argparse.Namespace) -> Order:
 
     from bitdance.checkpoint import check_folder, read_extras, resolve
     from bitdance.cli.model_files import fingerprint
+    from bitdance.quantize import check_kinds
     from bitdance.sizes import check_size, default_size, rule_of_folder
 
     folder = resolve(model)
@@ -159,13 +174,18 @@ def read_order(options: argparse.Namespace) -> Order:
 
     device = usable_device(options.device)
     dtype = options.dtype or picture.get("dtype") or ("bfloat16" if device.startswith("cuda") else "float32")
+    quantized = {name: getattr(options, name) or picture.get(name) for name in ("quantize", "quantize_head")}
+    check_kinds(**quantized, device=device)
+    if options.offload and device == "cpu":
+        raise UsageError("--offload needs a device beside main memory; leave it out on cpu")
+    said = {name: kind for name, kind in quantized.items() if kind}
     mark = fingerprint(folder)
     if picture.get("model_fingerprint", mark) != mark:
         report(f"{options.source} was made with other weights ({picture['model_fingerprint']}, not {mark})", "warning")
     return Order(
         jobs=[job for job in jobs if job.index % shard[1] == shard[0]],
         sampling=sampling,
-        hashes={job.index: job_hash(job, mark, dtype, _sampling_words(sampling)) for job in jobs},
+        hashes={job.index: job_hash(job, mark, dtype, _sampling_words(sampling) | said) for job in jobs},
         model=model,
         folder=folder,
         fingerprint=mark,
@@ -176,6 +196,8 @@ def read_order(options: argparse.Namespace) -> Order:
         output=Path(options.output),
         grid=options.grid,
         compile=False if options.no_compile else None,
+        offload=options.offload,
+        **quantized,
     )
 
 
@@ -279,7 +301,10 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
     if "last_steps" in found:
         settings["last_steps"] = check_number("steps", found["last_steps"], f"{source}: last_steps")
     settings |= {name: found[name] for name in ("model", "model_fingerprint") if isinstance(found.get(name), str)}
-    return settings | ({"dtype": found["dtype"]} if found.get("dtype") in DTYPES else {})
+    for name, allowed in (("dtype", DTYPES), ("quantize", QUANTIZE), ("quantize_head", QUANTIZE_HEAD)):
+        if found.get(name) in allowed:
+            settings[name] = found[name]
+    return settings
 
 
 def _model_of(picture: dict[str, Any], source: str) -> str:

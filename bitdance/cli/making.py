@@ -16,8 +16,7 @@ from tqdm import tqdm
 from bitdance.cli import report
 from bitdance.cli.finishing import Decoder, Finisher, Pixels
 from bitdance.cli.generate import Order
-from bitdance.cli.memory import GB, free_main_memory
-from bitdance.cli.model_files import parts
+from bitdance.cli.loading import load
 from bitdance.cli.outputs import OutputFolder
 from bitdance.cli.stop import Stopped, StopSignals
 from bitdance.jobs import Job, batches
@@ -42,7 +41,7 @@ def make(order: Order) -> int:
             output.check_writable()
             todo = output.missing(order.jobs, order.hashes)
             if todo:
-                pipe = _load(order)
+                pipe = load(order)
                 output.folder.mkdir(parents=True, exist_ok=True)
                 with tqdm(total=len(todo), unit="picture", disable=not sys.stderr.isatty()) as bar:
 
@@ -176,34 +175,6 @@ def _halved(batch: list[Job], queue: Iterable[list[Job]], error: Exception) -> d
         report(f"{len(batch)} pictures at once do not fit into memory; going on with {half}", "warning")
         waiting = [group[i : i + half] for group in waiting for i in range(0, len(group), half)]
     return deque([batch[:half], batch[half:], *waiting])
-
-
-def _load(order: Order) -> "BitDancePipeline":
-    import torch
-
-    from bitdance.checkpoint import load_model
-    from bitdance.pipeline import BitDancePipeline
-
-    dtype: torch.dtype = getattr(torch, order.dtype)
-    _check_memory(order, dtype.itemsize)
-    pipe = BitDancePipeline(load_model(order.folder, order.device, dtype, generation_only=True), order.compile)
-    pipe.set_progress_bar_config(disable=True)  # one bar, over pictures
-    return pipe
-
-
-def _check_memory(order: Order, itemsize: int) -> None:
-    """ValueError before gigabytes are read that cannot fit: the weights alone need more than is free."""
-    import torch
-
-    needed = itemsize * sum(part.parameters for part in parts(order.folder))
-    is_cuda = order.device.startswith("cuda")
-    free = torch.cuda.mem_get_info(torch.device(order.device))[0] if is_cuda else free_main_memory()
-    if free is not None and needed > free:
-        advice = "add --dtype bfloat16, or use" if itemsize > 2 else "use"
-        raise ValueError(
-            f"the weights of {order.model} need {needed / GB:.1f} GB in {order.dtype}, and {free / GB:.1f} GB are free "
-            f"on {order.device}; {advice} a machine with more memory (bitdance doctor shows what fits)"
-        )
 
 
 def write_grid(jobs: Sequence[Job], failures: Failures, output: OutputFolder) -> Path | None:

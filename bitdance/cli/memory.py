@@ -1,51 +1,9 @@
-"""How much memory there is, and how much the published models need. Bytes; GB means 10⁹ bytes."""
+"""How much memory there is. Bytes; GB means 10⁹ bytes."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 GB = 1_000_000_000
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A published model at one picture size: what has to be resident to make one picture with guidance.
-
-    Parameter counts are those of the published files (head, projector and tokenizer exactly, the 14B backbone without
-    its `lm_head`, which generation never uses). `tokens` is the length of the sequence; each of the two guidance
-    branches keeps `cache_bytes` per token at two bytes a number.
-    """
-
-    name: str
-    parameters: int
-    cache_bytes: int
-    tokens: int
-    itemsize: int
-
-    @property
-    def bytes(self) -> int:
-        """Weights + key-value cache of two branches + 10 % for activations (a rule of thumb, not measured)."""
-        cache = 2 * self.tokens * self.cache_bytes * self.itemsize // 2
-        return int(1.1 * (self.parameters * self.itemsize + cache))
-
-
-_BACKBONE_14B = 14_768_000_000 - 778_000_000
-_HEAD_64X, _PROJECTOR_14B, _TOKENIZER_D16C32 = 1_758_464_032, 26_388_480, 460_294_179
-_ALL_14B = _BACKBONE_14B + _HEAD_64X + _PROJECTOR_14B + _TOKENIZER_D16C32
-_CACHE_14B = 163_840  # bytes per token in bfloat16: 40 layers × 2 × 8 heads × 128 × 2
-_TEXT = 304  # a prompt and the prefix, so that 1024×1024 comes to 4,400 tokens
-
-# From the largest to the smallest.
-PUBLISHED = (
-    Setting("14B-64x, 1024×1024, float32", _ALL_14B, _CACHE_14B, _TEXT + 64 * 64, 4),
-    Setting("14B-64x, 1024×1024, bfloat16", _ALL_14B, _CACHE_14B, _TEXT + 64 * 64, 2),
-    Setting("14B-64x, 512×512, bfloat16", _ALL_14B, _CACHE_14B, _TEXT + 32 * 32, 2),
-)
-
-
-def largest_that_fits(free: int) -> Setting | None:
-    """The first of `PUBLISHED` that needs no more than `free` bytes."""
-    return next((setting for setting in PUBLISHED if setting.bytes <= free), None)
 
 
 def free_main_memory(root: Path = Path("/")) -> int | None:

@@ -1,0 +1,142 @@
+"""The part of `bitdance doctor` about a batch of pictures: what it takes by part, whether it fits, and what it really took."""
+
+import argparse
+import json
+from typing import Any
+
+from bitdance.cli import Parser, UsageError
+from bitdance.cli.devices import usable_device
+from bitdance.cli.generate import DTYPES, QUANTIZE, QUANTIZE_HEAD
+from bitdance.cli.memory import GB, free_main_memory
+
+MEASURED_STEPS = 2  # the peak does not depend on their number
+
+
+def add_options(parser: Parser) -> None:
+    """Those that describe a batch."""
+    group = parser.add_argument_group("what a batch of pictures takes")
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--model", metavar="DIR|demo", help="of this model")
+    source.add_argument("--shape", metavar="NAME", help="of a published shape: 14b-64x, 14b-16x, or mid; no weights needed")
+    group.add_argument("--height", type=_count, metavar="H", help="pixels; default: the model's")
+    group.add_argument("--width", type=_count, metavar="W", help="pixels; default: the model's")
+    group.add_argument("--batch-size", type=_count, metavar="B", help="pictures at once (default: 1)")
+    group.add_argument("--device", help="default: cuda where there is one, else cpu")
+    group.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    group.add_argument("--guidance", type=float, metavar="G", help="1 switches guidance off, which halves the cache")
+    group.add_argument("--quantize", choices=QUANTIZE, help="LLM in 8 or 4 bits")
+    group.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="head in 8 bits")
+    group.add_argument("--offload", action="store_true", help="model in main memory, on the device what a phase needs")
+    group.add_argument("--measure", action="store_true", help="make such a batch too; a shape gets random weights")
+
+
+def check_unused(options: argparse.Namespace) -> None:
+    """UsageError for an option that describes a batch of no model."""
+    for name, value in vars(options).items():
+        if name != "json" and value not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} describes a batch; add --model DIR, --model demo or --shape NAME")
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print the needs of a batch; exit code 1 when it does not fit."""
+    from bitdance.bench.shapes import SHAPES, Shape
+    from bitdance.cli.loading import free_bytes
+    from bitdance.cli.needs import Setting, needs, own_bytes
+    from bitdance.quantize import check_kinds
+
+    if options.shape is not None and options.shape not in SHAPES:
+        raise UsageError(f"shape {options.shape!r}; known are {', '.join(SHAPES)}")
+    shape = SHAPES[options.shape] if options.shape else Shape.of_folder(options.model)
+    height, width = options.height or shape.size[0], options.width or shape.size[1]
+    shape.check_size(height, width)
+    device = usable_device(options.device)
+    kind = "cuda" if device.startswith("cuda") else "cpu"
+    dtype = options.dtype or ("bfloat16" if kind == "cuda" else "float32")
+    if options.measure:
+        check_kinds(options.quantize, options.quantize_head, device)
+    quantized = {"quantize": options.quantize, "quantize_head": options.quantize_head}
+    guided = options.guidance is None or options.guidance > 1
+    setting = Setting(height, width, options.batch_size or 1, dtype, kind, guided, **quantized, offload=options.offload)
+    program, free = (own_bytes() or 0) if kind == "cpu" else 0, free_bytes(device)
+    found, main = needs(shape, setting, program), free_main_memory()
+    fits = (free is None or found.peak - program <= free) and (main is None or found.main <= main)
+    facts: dict[str, Any] = {
+        "shape": shape.name,
+        **{name: value for name, value in vars(setting).items() if name != "device"},
+        "device": device,
+        "needs_bytes": found.peak,
+        "main_memory_bytes": found.main,
+        "phase": found.phase,
+        "phases": found.phases,
+        "free_bytes": free,
+        "fits": fits,
+    }
+    if options.measure:
+        if not fits:
+            raise ValueError(f"needs {found.peak / GB:.1f} GB, {(free or 0) / GB:.1f} GB free on {device}: nothing to measure")
+        facts["measured_bytes"] = measure(shape, setting, device)
+    print(json.dumps(facts, ensure_ascii=False, indent=2) if options.json else _text(facts))
+    return 0 if fits else 1
+
+
+def measure(shape: Any, setting: Any, device: str) -> int:
+    """Bytes that a batch of `setting` took at most, the process included on a CPU. UsageError where the system does not say."""
+    import torch
+
+    from bitdance.bench.shapes import open_model
+    from bitdance.cli.needs import own_bytes
+    from bitdance.pipeline import DTYPES as TORCH_DTYPES
+    from bitdance.pipeline import BitDancePipeline
+    from bitdance.quantize import quantize_model
+
+    dtype, kinds = TORCH_DTYPES[setting.dtype], (setting.quantize, setting.quantize_head)
+    home = "cpu" if setting.offload else device
+    on_cuda = device.startswith("cuda")
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    model = open_model(shape, home, dtype)
+    if any(kinds):
+        quantize_model(model, *kinds, home, dtype)
+    pipe = BitDancePipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+    if setting.offload:
+        pipe.enable_model_cpu_offload(device)
+    guidance = 7.5 if setting.guided else 1.0
+    size = {"height": setting.height, "width": setting.width}
+    prompts = ["a red apple on a wooden table, 3D style"] * setting.batch
+    pipe(prompts, **size, num_inference_steps=MEASURED_STEPS, guidance_scale=guidance, seed=0)
+    taken = torch.cuda.max_memory_allocated(device) if on_cuda else own_bytes(peak=True)
+    if taken is None:
+        raise UsageError("this system does not say how much memory a process took (no /proc); --measure needs Linux on a CPU")
+    return taken
+
+
+def _text(facts: dict[str, Any]) -> str:
+    size = f"{facts['height']}×{facts['width']} pixels, {facts['dtype']}, {'with' if facts['guided'] else 'without'} guidance"
+    options = [f"{name} {facts[name]}" for name in ("quantize", "quantize_head") if facts[name]]
+    options += ["offload"] if facts["offload"] else []
+    lines = [f"{facts['shape']}: {facts['batch']} × {size}{''.join(f', {o}' for o in options)}, on {facts['device']}"]
+    phases = facts["phases"]
+    parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))
+    lines.append(f"{'GB':16}" + "".join(f"{name:>10}" for name in phases))
+    for part in parts:
+        lines.append(f"{part:16}" + "".join(f"{phase.get(part, 0) / GB:10.3f}" for phase in phases.values()))
+    lines.append(f"{'all':16}" + "".join(f"{sum(phase.values()) / GB:10.3f}" for phase in phases.values()))
+    free = "unknown" if facts["free_bytes"] is None else f"{facts['free_bytes'] / GB:.1f} GB"
+    lines.append(f"needs about {facts['needs_bytes'] / GB:.2f} GB, free {free}: {'fits' if facts['fits'] else 'does not fit'}")
+    if facts["main_memory_bytes"]:
+        lines.append(f"and {facts['main_memory_bytes'] / GB:.1f} GB of main memory for the weights")
+    if "measured_bytes" in facts:
+        measured = facts["measured_bytes"]
+        lines.append(f"measured {measured / GB:.3f} GB (predicted {facts['needs_bytes'] / measured - 1:+.1%})")
+    return "\n".join(lines)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_count.__name__ = "positive whole number"  # argparse names it in its error
