@@ -9,11 +9,12 @@ is kept till then, main memory ever holds the whole model at full precision. Emb
 and modulations, and the decoder stay: they are few bytes, or right before the sign.
 """
 
+import ctypes
 import importlib.util
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,7 @@ def quantize_model(
             linear.to(device=device, dtype=dtype).requires_grad_(False).eval()
             setattr(parent, name, _QUANTIZERS[kind](linear))
         _detach_from_file(getattr(model, part), device, dtype)
+    _give_back()
     model.quantized = {part: kind for part, kind in (("backbone", backbone), ("head", head)) if kind is not None}
 
 
@@ -67,6 +69,13 @@ def _detach_from_file(part: nn.Module, device: torch.device | str, dtype: torch.
                 if weight not in copies:
                     copies[weight] = nn.Parameter(weight.detach().to(device=device, dtype=dtype, copy=True), requires_grad=False)
                 setattr(module, name, copies[weight])
+
+
+def _give_back() -> None:
+    """Return to the system what was freed on the way: glibc's heap keeps by chance some of it or a lot (measured: up to a fifth of
+    a small model's peak). Nothing happens with another C library."""
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def large_linears(part: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
