@@ -96,7 +96,8 @@ class BlockSampler:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # thread_local: another thread may wait for its pictures meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             predicted_BPC = solve()
         return _Graph(cond_RPD, noise_SBPC, predicted_BPC, graph)
 

@@ -82,11 +82,16 @@ def generate_bits(
     return plan.unorder(tokens_BNC)
 
 
+def padded_length(tokens: int) -> int:
+    """Of the prefixes of a batch, the longest of which has so many tokens: few lengths, for libraries that keep a kernel for each."""
+    return -(-tokens // 16) * 16
+
+
 class _Rows:
     """Sequences of unequal length in one batch: padded on the left, positions counted without padding."""
 
     def __init__(self, ids: list[list[int]], P: int, device: torch.device) -> None:
-        self.P, self.length = P, max(map(len, ids))
+        self.P, self.length = P, padded_length(max(map(len, ids)))
         self.padding = [self.length - len(row) for row in ids]
         self.ids_RL = torch.tensor([[0] * n + row for n, row in zip(self.padding, ids)], device=device)
         self.padding_R1 = torch.tensor(self.padding, device=device)[:, None]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitdance.bench.peak import Peak
 from bitdance.bench.shapes import Shape
+from bitdance.generate import padded_length
 from bitdance.sampler import SAMPLERS, guided_velocity
 from bitdance.sampling import Sampling
 
@@ -67,7 +68,7 @@ def work(shape: Shape, order: Order) -> dict[str, Work]:
     M, P = shape.blocks(order.height, order.width), shape.head.parallel_num
     D, C, B = shape.head.ch_cond, shape.head.ch_target, order.batch
     prefixes = order.prefixes(P)
-    padded = [max(prefixes)] * len(prefixes)
+    padded = [padded_length(max(prefixes))] * len(prefixes)
     steps = [_backbone(shape, order, P, [n + m * P for n in prefixes]) for m in range(1, M)]
     projection = _product(B * P, C, D, order.itemsize) + _product(B * P, D, D, order.itemsize)
     return {
