@@ -83,7 +83,7 @@ def generate_bits(
 
 
 def padded_length(tokens: int) -> int:
-    """Of the prefixes of a batch, the longest of which has so many tokens: few lengths, for libraries that keep a kernel for each."""
+    """Of a batch's prefixes, the longest of which has so many: few lengths, since some libraries keep a kernel for each."""
     return -(-tokens // 16) * 16
 
 

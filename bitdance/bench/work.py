@@ -68,11 +68,11 @@ def work(shape: Shape, order: Order) -> dict[str, Work]:
     M, P = shape.blocks(order.height, order.width), shape.head.parallel_num
     D, C, B = shape.head.ch_cond, shape.head.ch_target, order.batch
     prefixes = order.prefixes(P)
-    padded = [padded_length(max(prefixes))] * len(prefixes)
+    padded = padded_length(max(prefixes))
     steps = [_backbone(shape, order, P, [n + m * P for n in prefixes]) for m in range(1, M)]
     projection = _product(B * P, C, D, order.itemsize) + _product(B * P, D, D, order.itemsize)
     return {
-        "prefill": _backbone(shape, order, max(prefixes), padded),
+        "prefill": _backbone(shape, order, padded, [padded] * len(prefixes)),
         "llm": sum(steps, Work()),
         "head": sum((_head(shape, order, n).times(count) for n, count in Counter(order.sampling.block_steps(M)).items()), Work()),
         "projector": projection.times(M - 1),
