@@ -72,8 +72,8 @@ def _detach_from_file(part: nn.Module, device: torch.device | str, dtype: torch.
 
 
 def _give_back() -> None:
-    """Return to the system what was freed on the way, of which glibc's heap keeps by chance some or a lot (measured: up to a fifth
-    of a small model's peak). Nothing happens with another C library."""
+    """Return to the system what was freed on the way; glibc's heap keeps by chance some or a lot of it (measured: up to a
+    fifth of a small model's peak). Nothing happens with another C library."""
     with suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
