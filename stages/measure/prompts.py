@@ -166,6 +166,11 @@ def main(argv: list[str]) -> int:
     prompts.add_argument("--guidance", type=float)
     prompts.add_argument("--grid", type=Path, help="write 32 taught and 32 held-out pictures")
     prompts.add_argument("--json", action="store_true")
+    commands.add_parser("solvers", help="what fewer sampler steps cost", add_help=False)
+    if argv[:1] == ["solvers"]:
+        from stages.measure.solvers import main as measure_solvers
+
+        return measure_solvers(argv[1:])
     a = parser.parse_args(argv)
     settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
     figures, pictures = measure(a.model, a.train, a.heldout, a.count, a.seed, **settings)
