@@ -14,12 +14,13 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from bitdance.backbone import Backbone
+from bitdance.formats.diffusers import as_official, is_diffusers
 from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
@@ -37,6 +38,9 @@ from lfq_tokenizer.weights import (
     write_safetensors,
 )
 
+if TYPE_CHECKING:
+    from bitdance.adapters import Adapter
+
 TOKENIZER_WEIGHTS = "ae.safetensors"
 HEAD_WEIGHTS = "vision_head.safetensors"
 PROJECTOR_WEIGHTS = "projector.safetensors"
@@ -47,7 +51,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def resolve(folder: Path | str) -> Path:
-    """The folder a user means; "demo" is the bundled model. FileNotFoundError says what was looked for."""
+    """The folder a user means, in the published layout; "demo" is the bundled model, and of a diffusers folder it is a view in
+    that layout. FileNotFoundError says what was looked for."""
     path = DEMO if str(folder) == "demo" else Path(folder)
     if not path.is_dir():
         files = ", ".join((LM_CONFIG, TOKENIZER_CONFIG, HEAD_CONFIG, PROJECTOR_WEIGHTS))
@@ -55,7 +60,7 @@ def resolve(folder: Path | str) -> Path:
             f"no model folder {str(folder)!r} (looked for {path.absolute()}); a model is a local folder with "
             f'{files} and their weights. "demo" names the bundled model.'
         )
-    return path
+    return as_official(path) if is_diffusers(path) else path
 
 
 def load_model(
@@ -65,12 +70,15 @@ def load_model(
     generation_only: bool = False,
     quantize: str | None = None,
     quantize_head: str | None = None,
+    lora: Path | str | None = None,
+    lora_scale: float = 1.0,
 ) -> BitDanceModel:
     """Read a model folder (or "demo"). `device=None` is CUDA where there is one, else CPU; `dtype=None` is bfloat16 on
     CUDA and float32 elsewhere, whatever the dtype on disk. `generation_only` leaves out what pictures do not need: the
     tokenizer's encoder and the LLM's text output (`lm_head`), which is neither read nor allocated. Such a model cannot be saved.
     `quantize` ("int8", "int4") and `quantize_head` ("int8", "fp8") keep the large matrices of LLM and head in 8 or 4 bits
-    (`bitdance.quantize`), made one by one on `device`.
+    (`bitdance.quantize`), made one by one on `device`. `lora` is the folder of an adapter that is added to the weights first,
+    `lora_scale` times (`bitdance.adapters`).
 
     The model comes back in eval mode; `model.extras` is the content of `bitdance.json`, {} where there is none.
     FileNotFoundError or ValueError name the file and the first ten tensors that are missing or of a wrong shape; they
@@ -83,6 +91,7 @@ def load_model(
         raise ValueError(f"dtype = {dtype}; a model computes in float32, bfloat16 or float16")
     check_kinds(quantize, quantize_head, target)
     config = check_folder(folder)
+    adapter = None if lora is None else _adapter(lora, lora_scale, folder)
     text_tokenizer = _load_text_tokenizer(folder, config)
     tokenizer = LFQTokenizer.from_pretrained(folder)
     if generation_only:
@@ -90,12 +99,23 @@ def load_model(
     head = _load(lambda: BinaryDiffusionHead(config), folder / HEAD_WEIGHTS)
     projector = _load(lambda: Projector(config.ch_target, config.ch_cond), folder / PROJECTOR_WEIGHTS)
     # weights that will be quantised stay in the file's dtype till then: mapped from the file, they take no memory of their own
-    backbone = Backbone.from_pretrained(folder, None if quantize else dtype, output_head=not generation_only)
+    kept = None if quantize or adapter else dtype  # an adapter is added before anything is rounded
+    backbone = Backbone.from_pretrained(folder, kept, output_head=not generation_only)
     model = BitDanceModel(tokenizer, text_tokenizer, projector, backbone, head)
-    model.extras = read_extras(folder)
+    model.extras, model.folder = read_extras(folder), folder
+    if adapter is not None:
+        adapter.add_to(model, dtype)
     if quantize or quantize_head:
         quantize_model(model, quantize, quantize_head, target, dtype)
     return model.to(device=target, dtype=dtype).eval()
+
+
+def _adapter(lora: Path | str, scale: float, folder: Path) -> "Adapter":
+    from bitdance.adapters import Adapter  # which tells models by their files, as this module knows them
+
+    adapter = Adapter.read(lora, scale)
+    adapter.check_base(folder)
+    return adapter
 
 
 def check_folder(folder: Path) -> HeadConfig:
