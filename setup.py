@@ -33,6 +33,7 @@ setup(
         "bitdance",
         "bitdance.bench",
         "bitdance.cli",
+        "bitdance.verify",
         "stages",
         "stages.data",
         "stages.generator",

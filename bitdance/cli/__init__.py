@@ -23,6 +23,7 @@ OWN = {
     "info": "what a model folder holds, or how a picture was made",
     "sizes": "picture sizes of a model",
     "doctor": "what this machine offers, and which model fits",
+    "verify": "is a model whole, does it equal another, do two dtypes agree",
     "bench": "where a picture's time goes, and how fast this machine could be",
 }
 FROM_ENTRY_POINTS = {

@@ -1,0 +1,244 @@
+"""`bitdance verify MODEL [--against OTHER]`: is a model folder sound, does it equal another, do two renditions agree.
+
+    bitdance verify DIR                                          files, shapes, parameter counts, finite values, SHA-256
+    bitdance verify DIR --against OTHER                          … and the difference of every tensor
+    bitdance verify DIR --dtype bfloat16 --pictures 4            … and how many bits bfloat16 predicts as float32 does
+    bitdance verify DIR --quantize int8 --at-least 0.99          … how many int8 does; exit code 1 below 99 %
+
+Exit codes: 0 nothing is wrong, 1 something is, 2 bad usage.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitdance.cli import Parser, UsageError
+from bitdance.cli.devices import usable_device
+from bitdance.cli.generate import DTYPES, QUANTIZE, QUANTIZE_HEAD
+
+SHOWN = 10
+PICTURES = 2  # that two renditions are compared on, unless --pictures says otherwise
+PROMPTS = ("a red fox in the snow", "a bowl of fruit on a wooden table", "a lighthouse at night", "an old map of an island")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Examine, compare, print."""
+    options = _options(argv)
+
+    from bitdance.checkpoint import check_folder, resolve
+    from bitdance.verify.compare import compare
+    from bitdance.verify.examine import examine
+
+    folder = resolve(options.model)
+    other = resolve(options.against) if options.against else None
+    if other is not None:
+        check_folder(other)
+    plan = _plan(options) if _wants_agreement(options) else None
+    facts = examine(folder)
+    facts["model"] = options.model if options.model == "demo" else facts["model"]
+    sound = not facts["problems"]
+    if sound and other is not None:
+        facts["difference"] = compare(folder, other)
+        facts["problems"] += facts["difference"].pop("problems")
+        _judge_difference(facts, options.tolerance)
+    if sound and plan is not None:
+        facts["agreement"] = _agreement(folder, other or folder, options, plan)
+        if options.at_least is not None and facts["agreement"]["agree"] < options.at_least:
+            share, asked = _percent(facts["agreement"]["agree"]), _percent(options.at_least)
+            facts["problems"].append(f"{share} of bits agree, at least {asked} were asked for")
+    print(json.dumps(facts, ensure_ascii=False, indent=2) if options.json else "\n".join(_lines(facts)))
+    return 1 if facts["problems"] else 0
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(
+        prog="bitdance verify",
+        description="Is a model folder whole and sound; does it equal another; do two renditions predict the same bits.",
+        epilog="exit codes: 0 nothing is wrong, 1 something is, 2 bad usage",
+    )
+    parser.add_argument("model", metavar="MODEL", help="model folder, or demo")
+    parser.add_argument("--against", metavar="OTHER", help="folder to compare with, tensor by tensor; other values are no error")
+    parser.add_argument("--tolerance", type=float, metavar="X", help="… unless they are more than X apart; 0: bit for bit")
+    parser.add_argument("--json", action="store_true", help="one JSON object with every tensor and every file")
+    group = parser.add_argument_group(
+        "bits that two renditions predict, teacher-forced",
+        "The reference is OTHER or, without --against, MODEL itself. It makes pictures, and both predict every block given the "
+        "reference's earlier bits and the same random draws.",
+    )
+    group.add_argument("--dtype", choices=DTYPES, help="of MODEL; default: bfloat16 on cuda, else float32")
+    group.add_argument("--quantize", choices=QUANTIZE, help="MODEL's LLM in 8 or 4 bits")
+    group.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="MODEL's head in 8 bits")
+    group.add_argument("--against-dtype", choices=DTYPES, help="of the reference; default: bfloat16 on cuda, else float32")
+    prompts = group.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="of the pictures, may be repeated")
+    prompts.add_argument("--prompts", metavar="FILE", help="one prompt per line; default: what the model knows, or four of ours")
+    group.add_argument("--pictures", type=int, metavar="N", help=f"default: one per prompt given, else {PICTURES}")
+    group.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next one (default: 0)")
+    group.add_argument("--height", type=int, metavar="H", help="pixels; default: the model's")
+    group.add_argument("--width", type=int, metavar="W", help="pixels; default: the model's")
+    group.add_argument("--steps", type=int, help="sampler steps per block; default: the model's")
+    group.add_argument("--device", help="default: cuda where there is one, else cpu")
+    group.add_argument("--at-least", type=float, metavar="SHARE", help="exit code 1 when a smaller share of bits agrees")
+    options = parser.parse_args(argv)
+    if options.tolerance is not None and (options.against is None or not options.tolerance >= 0):
+        raise UsageError("--tolerance is a number from 0 on, and needs --against OTHER")
+    if options.at_least is not None and not 0 <= options.at_least <= 1:
+        raise UsageError(f"--at-least {options.at_least:g}; a share lies between 0 and 1")
+    if options.pictures is not None and options.pictures < 1:
+        raise UsageError(f"--pictures {options.pictures}; at least 1 is needed")
+    return options
+
+
+def _wants_agreement(options: argparse.Namespace) -> bool:
+    """Any option of that group asks for it."""
+    names = ("dtype", "quantize", "quantize_head", "against_dtype", "prompt", "prompts", "pictures", "at_least")
+    return any(getattr(options, name) is not None for name in names)
+
+
+def _plan(options: argparse.Namespace) -> dict[str, Any]:
+    """Device and dtypes. UsageError, before anything is read, when nothing differs between the two."""
+    device = usable_device(options.device)
+    own = "bfloat16" if device.startswith("cuda") else "float32"
+    dtype, other = options.dtype or own, options.against_dtype or own
+    if options.against is None and dtype == other and not (options.quantize or options.quantize_head):
+        raise UsageError(
+            f"both sides would be the same model in {dtype}; add --against OTHER, --dtype, --quantize or --quantize-head"
+        )
+    from bitdance.quantize import check_kinds
+
+    check_kinds(options.quantize, options.quantize_head, device)
+    given = _prompts(options)
+    return {"device": device, "dtype": dtype, "against_dtype": other, "prompts": given}
+
+
+def _prompts(options: argparse.Namespace) -> list[str]:
+    """Those of the command line, [] where there are none."""
+    from bitdance.prompt import check_prompt
+
+    given: list[str] = options.prompt or []
+    if options.prompts:
+        path = Path(options.prompts)
+        if not path.is_file():
+            raise UsageError(f"--prompts {options.prompts}: there is no such file; give a text file with one prompt per line")
+        given = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if not given:
+            raise UsageError(f"--prompts {options.prompts}: the file holds no prompt")
+    for text in given:
+        check_prompt(text)
+    return given
+
+
+def _agreement(folder: Path, reference: Path, options: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:
+    """One model in memory at a time."""
+    import torch
+
+    from bitdance.checkpoint import load_model
+    from bitdance.sampling import choose
+    from bitdance.sizes import check_size, default_size, read_extras
+    from bitdance.verify.agree import agreement, forced_predictions, reference_bits
+
+    extras, wished = read_extras(reference), default_size(reference)
+    height, width = options.height or wished[0], options.width or wished[1]
+    check_size(reference, height, width)
+    sampling = choose(extras.get("defaults", {}), steps=options.steps)
+    known = extras.get("prompts")
+    prompts = plan["prompts"] or (known if isinstance(known, list) and known else list(PROMPTS))
+    count = options.pictures or (len(prompts) if plan["prompts"] else PICTURES)
+    prompts = [prompts[i % len(prompts)] for i in range(count)]
+    seeds = [options.seed + i for i in range(count)]
+
+    model = load_model(reference, plan["device"], getattr(torch, plan["against_dtype"]), generation_only=True)
+    assert model.tokenizer is not None
+    s = model.tokenizer.downsampling
+    bits_BChw = reference_bits(model, prompts, height // s, width // s, sampling, seeds)
+    expected_BMPC = forced_predictions(model, prompts, bits_BChw, sampling, seeds)
+    del model
+    model = load_model(
+        folder, plan["device"], getattr(torch, plan["dtype"]), True, options.quantize, options.quantize_head
+    )
+    found = agreement(expected_BMPC, forced_predictions(model, prompts, bits_BChw, sampling, seeds))
+    return {
+        "reference": {"model": options.against or options.model, "dtype": plan["against_dtype"]},
+        "compared": {
+            "model": options.model,
+            "dtype": plan["dtype"],
+            "quantize": options.quantize,
+            "quantize_head": options.quantize_head,
+        },
+        "device": plan["device"],
+        "height": height,
+        "width": width,
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "prompts": prompts,
+        "seeds": seeds,
+        **found,
+    }
+
+
+def _judge_difference(facts: dict[str, Any], tolerance: float | None) -> None:
+    if tolerance is None:
+        return
+    rows = facts["difference"]["tensors"]
+    bad = [row for row in rows if not row["equal"] and (tolerance == 0 or row["max"] is None or row["max"] > tolerance)]
+    if bad:
+        names = ", ".join(f"{row['part']} {row['name']}" for row in bad[:SHOWN])
+        more = f", and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        facts["problems"].append(f"{len(bad)} tensors are more than {tolerance:g} apart: {names}{more}")
+
+
+def _lines(facts: dict[str, Any]) -> list[str]:
+    counts = f"{facts['parameters']:,} parameters in {facts['tensors']} tensors"
+    lines = [f"{facts['model']}: {counts}, fingerprint {facts['fingerprint']}"]
+    for name, part in facts["parts"].items():
+        dtypes = ", ".join(part["dtypes"])
+        line = f"  {name:<10} {part['parameters']:>14,}  {dtypes}"
+        if known := part["published"]:
+            line += f"   {'as' if known['equal'] else 'NOT as'} published: {known['name']}, {known['parameters']:,}"
+        lines.append(line)
+    lines += [f"  {file['sha256']}  {name}" for name, file in facts["files"].items()]
+    if "difference" in facts:
+        lines += _difference_lines(facts["difference"])
+    if "agreement" in facts:
+        lines += _agreement_lines(facts["agreement"])
+    lines += [f"warning: {text}" for text in facts["warnings"]]
+    lines += [f"wrong: {text}" for text in facts["problems"]] or ["nothing wrong"]
+    return lines
+
+
+def _difference_lines(found: dict[str, Any]) -> list[str]:
+    rows = found["tensors"]
+    lines = [f"against {found['against']}: {found['equal']} of {len(rows)} tensors are equal bit for bit"]
+    apart = [row for row in rows if not row["equal"]]
+    apart.sort(key=lambda row: float("-inf") if row["max"] is None else -row["max"])
+    for row in apart[:SHOWN]:
+        size = "not comparable" if row["max"] is None else f"max {row['max']:.3g}, mean {row['mean']:.3g}"
+        dtypes = row["dtype"] if row["dtype"] == row["other_dtype"] else f"{row['dtype']}, {row['other_dtype']}"
+        lines.append(f"  {row['part']} {row['name']}: {size} ({dtypes})")
+    if len(apart) > SHOWN:
+        lines.append(f"  and {len(apart) - SHOWN} more, all of them with --json")
+    for i, (key, (own, other)) in enumerate(found["configs"].items()):
+        if i == SHOWN:
+            lines.append(f"  and {len(found['configs']) - SHOWN} more config values")
+            break
+        lines.append(f"  {key}: {json.dumps(own, ensure_ascii=False)}, {json.dumps(other, ensure_ascii=False)}")
+    return lines
+
+
+def _agreement_lines(found: dict[str, Any]) -> list[str]:
+    compared, reference = found["compared"], found["reference"]
+    how = [compared["dtype"]]
+    how += [f"{part} {compared[key]}" for part, key in (("LLM", "quantize"), ("head", "quantize_head")) if compared[key]]
+    return [
+        f"{compared['model']} ({', '.join(how)}) against {reference['model']} ({reference['dtype']}), teacher-forced: "
+        f"{_percent(found['agree'])} of {found['bits']:,} bits agree, "
+        f"predictions differ by {found['mean_difference']:.3g} on average",
+        f"  {len(found['seeds'])} pictures of {found['height']}×{found['width']}, {found['steps']} steps, guidance "
+        f"{found['guidance']:g}, on {found['device']}; the least agreeing one: {_percent(min(found['agree_by_picture']))}",
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3f} %"
