@@ -34,6 +34,15 @@ def test_the_published_model_needs_what_its_parts_weigh():
     assert 33 * GB < needs(PUBLISHED, LARGE).peak < 36 * GB
 
 
+def test_a_batch_decoded_beside_the_next_needs_room_for_both():
+    alone, beside = (needs(PUBLISHED, replace(LARGE, batch=4, many=many)) for many in (False, True))
+    loop = alone.phases["loop"]
+    assert beside.phases["decode"]["next batch"] == loop["cache"] + loop["activations"]
+    assert beside.phases["loop"] == loop and beside.peak > alone.peak
+    for change in ({"offload": True}, {"device": "cpu"}):  # there a batch is decoded before the next begins
+        assert needs(PUBLISHED, replace(LARGE, many=True, **change)) == needs(PUBLISHED, replace(LARGE, **change))
+
+
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4.13)])
 def test_a_quantised_llm_needs_its_bits(kind, bits):
     found = needs(PUBLISHED, replace(LARGE, quantize=kind)).phases["loop"]["LLM"]

@@ -41,6 +41,7 @@ class Setting:
     quantize: str | None = None
     quantize_head: str | None = None
     offload: bool = False
+    many: bool = False  # batch after batch: on CUDA one is decoded beside the loop of the next, unless there is offload
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,8 @@ def needs(shape: Shape, setting: Setting, program: int = 0) -> Needs:
     pixels = {"activations": _decoding(shape, s, itemsize), "pictures": pictures}
     if on_cpu:
         pixels["heap"] = int(HEAP * sum(loop.values()))
+    elif s.many and not s.offload:
+        pixels |= {"next batch": sum(loop.values())}
     if s.offload:
         kept = {name: weights[name] for name in ("projector", "head")}
         prompt, loop, pixels = {**weights, **prompt}, {**weights, **loop}, {**kept, "decoder": decoder.bytes, **pixels}
