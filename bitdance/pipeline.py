@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from bitdance.adapters import Adapter, restore
 from bitdance.block_sampler import BlockSampler
 from bitdance.checkpoint import load_model, save_model
 from bitdance.generate import generate_bits
@@ -65,6 +66,7 @@ class BitDancePipeline:
         use_onednn(model.backbone, model.projector, model.head)
         self._progress: dict[str, Any] = {}
         self.offload: PhaseOffload | None = None
+        self._without_lora: dict[str, Tensor] | None = None  # weights that a loaded adapter has changed
 
     @classmethod
     def from_pretrained(
@@ -75,16 +77,20 @@ class BitDancePipeline:
         compile: bool | None = None,
         quantize: str | None = None,
         quantize_head: str | None = None,
+        lora: Path | str | None = None,
+        lora_scale: float = 1.0,
     ) -> "BitDancePipeline":
         """A model folder in the published layout, or "demo", the bundled model. Nothing is downloaded.
 
         `device=None` is CUDA where there is one, else CPU. `dtype=None` is bfloat16 on CUDA, float32 elsewhere.
         `compile=None` compiles the head on CUDA (a minute at the first picture); False leaves that out.
         `quantize` ("int8" or "int4") keeps the LLM's matrices in 8 or 4 bits, `quantize_head` ("int8" or "fp8") the head's.
+        `lora` adds an adapter for good, before anything is quantised; see `load_lora_weights`.
         FileNotFoundError when there is no such folder or file; ValueError when a file is broken or does not fit its
         config.
         """
-        model = load_model(folder, device, _dtype(dtype), quantize=quantize, quantize_head=quantize_head)
+        more: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "lora": lora, "lora_scale": lora_scale}
+        model = load_model(folder, device, _dtype(dtype), **more)
         return cls(model, compile)
 
     def save_pretrained(self, folder: Path | str, overwrite: bool = False) -> None:
@@ -111,6 +117,34 @@ class BitDancePipeline:
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device = {str(device)!r} cannot be used here ({str(error).splitlines()[0]})") from None
         self.offload = PhaseOffload(self.model, device)
+
+    def load_lora_weights(self, folder: Path | str, scale: float = 1.0) -> None:
+        """Add the adapter in `folder`, `scale` times, to the weights (`bitdance.adapters`): pictures take no longer, and have the
+        bits of the merged and exported model. What the weights were is kept in main memory for `unload_lora_weights`.
+
+        FileNotFoundError or ValueError, before a weight is changed, for an adapter that is broken or of another base, and where
+        weights are quantised or offloaded (load the model with `lora=` then), or an adapter is loaded already.
+        """
+        if self._without_lora is not None:
+            raise ValueError("an adapter is loaded already; call unload_lora_weights() or fuse_lora() first")
+        if self.offload is not None:
+            raise ValueError("the model moves by phases; load the adapter with the model: from_pretrained(…, lora=…)")
+        adapter = Adapter.read(folder, scale)
+        if (own := getattr(self.model, "folder", None)) is not None:
+            adapter.check_base(own)
+        self._without_lora = adapter.add_to(self.model)
+
+    def unload_lora_weights(self) -> None:
+        """The weights of before `load_lora_weights`, bit for bit. Nothing happens without a loaded adapter."""
+        if self._without_lora is not None:
+            if self.offload is not None:
+                raise ValueError("the model moves by phases; load it again, without the adapter")
+            restore(self.model, self._without_lora)
+        self._without_lora = None
+
+    def fuse_lora(self) -> None:
+        """Keep the loaded adapter for good and let go of the weights of before. It is part of the weights already."""
+        self._without_lora = None
 
     @property
     def device(self) -> torch.device:

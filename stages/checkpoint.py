@@ -18,6 +18,7 @@ from lfq_tokenizer.weights import read_json, replace_folder, write_json
 from stages import processes
 
 INCOMPLETE = ".incomplete"
+ADAPTER = "adapter"  # what a checkpoint of LoRA holds in place of model/
 
 
 def step_folder(run: Path, step: int) -> Path:
@@ -96,10 +97,15 @@ def newest(path: Path) -> Path:
 
 
 def model_folder(place: Path | str) -> Path:
-    """The model that `place` means: a folder in the published layout, "demo", a checkpoint, or a run (its newest)."""
+    """The model that `place` means: a folder in the published layout, "demo", a checkpoint, or a run (its newest).
+
+    ValueError when that holds an adapter and no model of its own."""
     path = Path(place)
     if (path / "manifest.json").is_file() or (path / "latest").is_file():
-        return newest(path) / "model"
+        folder = newest(path)
+        if (folder / ADAPTER).is_dir():
+            raise ValueError(f"{place} holds an adapter, not a model; merge it with its base first: bitdance export {place} OUT")
+        return folder / "model"
     return resolve(place)
 
 

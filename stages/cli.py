@@ -86,11 +86,19 @@ def _export(argv: list[str]) -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as trained (float32)")
     parser.add_argument("--extras", type=Path, help="JSON file merged into bitdance.json: defaults, sizes, prompts, card")
     parser.add_argument("--decoder", type=Path, help="tokenizer whose decoder replaces the model's own (same encoder)")
+    parser.add_argument("--adapter", action="store_true", help="of a run with [generator.lora]: its adapter alone, not merged")
+    parser.add_argument("--base", help="model that an adapter is merged with (default: generator.init of its run)")
     arguments = parser.parse_args(argv)
 
-    from stages.export import export_checkpoint
+    from stages.export import export_adapter, export_checkpoint
 
-    export_checkpoint(arguments.checkpoint, arguments.out, arguments.dtype, arguments.extras, arguments.decoder)
+    rest = (arguments.dtype, arguments.extras, arguments.decoder, arguments.base)
+    if arguments.adapter:
+        if any(value is not None for value in rest):
+            raise ValueError("--adapter writes the adapter as it is; --dtype, --extras, --decoder and --base are for merging")
+        export_adapter(arguments.checkpoint, arguments.out)
+    else:
+        export_checkpoint(arguments.checkpoint, arguments.out, *rest)
     print(arguments.out)
     return 0
 

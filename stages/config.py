@@ -166,6 +166,28 @@ PARTS = ("backbone", "projector", "head")
 
 
 @dataclass(frozen=True)
+class LoraTraining:
+    """[generator.lora]: instead of the model's own weights, train low-rank changes s·B·A of its linear layers, s = alpha / rank.
+
+    `targets`: "backbone" and "head" mean all linear layers of the LLM's layers and of the head's blocks; any other name means the
+    linear layers whose name ends in it, for instance "q_proj", "attn.wqkv" or "head.net.final_layer.linear".
+    """
+
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0  # of what goes into A
+    targets: tuple[str, ...] = ("backbone", "head")
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"generator.lora.rank = {self.rank}; it must be at least 1; leave [generator.lora] out to train all")
+        if self.alpha <= 0 or not 0 <= self.dropout < 1:
+            raise ValueError(f"generator.lora: alpha = {self.alpha} must be positive and dropout = {self.dropout} in [0, 1)")
+        if not self.targets:
+            raise ValueError('generator.lora.targets is empty; name layers, or leave it out for ["backbone", "head"]')
+
+
+@dataclass(frozen=True)
 class GeneratorTraining:
     """Recipe 'generator': velocity loss + text cross-entropy on top of a frozen tokenizer.
 
@@ -184,6 +206,7 @@ class GeneratorTraining:
     head: Mapping[str, Any] = field(default_factory=dict)
     init: str = ""  # the stage before: a run, a checkpoint or a folder in the published layout
     freeze: tuple[str, ...] = ()  # parts that do not learn: backbone, projector, head
+    lora: LoraTraining | None = None  # train an adapter to the model of `init`, which stays as it is
     checkpoint_activations: bool = False  # recompute a layer's inside in the backward pass instead of keeping it
     attention: str = "auto"  # "dense", "flex"; auto: flex on CUDA, dense elsewhere
     kernels: str = "auto"  # "none"; auto: fused kernels of Liger on CUDA where it is installed
@@ -204,6 +227,10 @@ class GeneratorTraining:
                 raise ValueError(f"generator.{name} = {value!r}; allowed are {', '.join(map(repr, allowed))}")
         if unknown := sorted(set(self.freeze) - set(PARTS)):
             raise ValueError(f"generator.freeze names {unknown}; parts are {', '.join(PARTS)}")
+        if self.lora and not self.init:
+            raise ValueError("generator.lora trains an adapter to a finished model; name that model in generator.init")
+        if self.lora and self.freeze:
+            raise ValueError("generator.freeze beside generator.lora: all but the adapter is frozen; choose by lora.targets")
 
 
 # recipe → the command that trains it
@@ -233,6 +260,8 @@ class TrainingConfig:
             raise ValueError("data.train and data.sources are both given; name the shards in one of them")
         if not self.data.train and not self.data.sources:
             raise ValueError('data.train is empty; name the shards, for example data.train = ["shards/*.tar"]')
+        if self.generator.lora and self.recipe != "generator":
+            raise ValueError(f"generator.lora is not for recipe {self.recipe!r}; it belongs to recipe 'generator'")
 
 
 Schema = TypeVar("Schema", bound=TrainingConfig)
@@ -317,6 +346,8 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _convert(hint: Any, value: Any, name: str) -> Any:
+    if isinstance(hint, types.UnionType):  # SECTION | None
+        (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return _build(typing.cast(type, hint), value, name + ".")

@@ -33,7 +33,9 @@ STATES = ("exp_avg", "exp_avg_sq", "average")
 def description(recipe: Recipe, config: TrainingConfig) -> dict[str, Any]:
     """What a run is, for its checkpoints."""
     run, world = config.run, processes.world()
+    base = getattr(recipe, "base", "")  # fingerprint of the model whose frozen weights are read anew instead of saved
     return {
+        **({"base": base} if base else {}),
         "data": recipe.hash,
         "samples_per_step": run.batch_size * run.accumulation * world,
         "processes": world,
@@ -49,7 +51,7 @@ def save(learners: dict[str, Learner], state: dict[str, Any], folder: Path) -> N
     if processes.rank() == 0:
         write_json(state, folder / "state.json")
     for name, learner in learners.items():
-        _save(learner, folder / f"{name}_{processes.rank():05d}.safetensors")
+        _save(learner, folder / f"{name}_{processes.rank():05d}.safetensors", with_frozen="base" not in state)
 
 
 def load(learners: dict[str, Learner], state: dict[str, Any], folder: Path, accumulation: int) -> None:
@@ -72,12 +74,21 @@ def load(learners: dict[str, Learner], state: dict[str, Any], folder: Path, accu
             f"{folder} took {saved['samples_per_step']} samples per step, this run takes {state['samples_per_step']} "
             f"(batch_size × accumulation × processes); {way}, or start again with --resume no"
         )
+    if saved.get("base") != state.get("base"):
+        raise ValueError(
+            f"{folder} trains {_trained(saved)}, this run {_trained(state)}; restore generator.init and [generator.lora], or "
+            "start again with --resume no"
+        )
     for name, learner in learners.items():
         with ExitStack() as opened:
-            _load(learner, _Saved(folder / "resume", name, opened))
+            _load(learner, _Saved(folder / "resume", name, opened), with_frozen="base" not in state)
 
 
-def _save(learner: Learner, path: Path) -> None:
+def _trained(state: dict[str, Any]) -> str:
+    return f"an adapter to the model with fingerprint {state['base']}" if "base" in state else "a model's own weights"
+
+
+def _save(learner: Learner, path: Path, with_frozen: bool) -> None:
     zero = learner.engine.zero_optimization_stage()
     first = processes.rank() == 0
     parameters = dict(learner.module.named_parameters())
@@ -97,7 +108,7 @@ def _save(learner: Learner, path: Path) -> None:
                 keep(kind, fragment, state[kind])
         if "step" in state:
             tensors[f"step/{fragment.name}"] = state["step"]
-    for fragment in partitions.frozen(learner.engine) if zero == 3 or first else []:
+    for fragment in partitions.frozen(learner.engine) if with_frozen and (zero == 3 or first) else []:
         keep("frozen", fragment, fragment.flat)
     if first:
         tensors |= {f"buffer/{name}": tensor for name, tensor in _buffers(learner).items()}
@@ -107,8 +118,8 @@ def _save(learner: Learner, path: Path) -> None:
         write_safetensors(tensors, path, {"places": json.dumps(places)})
 
 
-def _load(learner: Learner, saved: "_Saved") -> None:
-    parameters = learner.module.named_parameters()
+def _load(learner: Learner, saved: "_Saved", with_frozen: bool) -> None:
+    parameters = [(name, p) for name, p in learner.module.named_parameters() if p.requires_grad or with_frozen]
     expected = {f"{'weight' if p.requires_grad else 'frozen'}/{name}": (partitions.size(p),) for name, p in parameters}
     expected |= {f"buffer/{name}": tuple(tensor.shape) for name, tensor in _buffers(learner).items()}
     check_shapes(expected, saved.shapes("weight", "frozen", "buffer"), saved.folder)
@@ -129,7 +140,7 @@ def _load(learner: Learner, saved: "_Saved") -> None:
                         # an average that was not kept so far begins with the weights
                         if kind in state and f"{kind}/{fragment.name}" in saved:
                             fragment.write(state[kind], saved.stretch(kind, fragment))
-        for fragment in partitions.frozen(learner.engine):
+        for fragment in partitions.frozen(learner.engine) if with_frozen else []:
             fragment.write(fragment.flat.detach(), saved.stretch("frozen", fragment))
 
 

@@ -34,6 +34,7 @@ from bitdance.jobs import (
 )
 
 if TYPE_CHECKING:
+    from bitdance.adapters import Adapter
     from bitdance.sampling import Sampling
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -61,6 +62,7 @@ class Order:
     quantize: str | None = None
     quantize_head: str | None = None
     offload: bool = False
+    adapter: "Adapter | None" = None
 
     def solver(self) -> dict[str, Any]:
         """The pipeline's arguments for `sampling`, but for steps and guidance."""
@@ -71,6 +73,12 @@ class Order:
         """What was asked for under `quantize` and `quantize_head`; {} without, as pictures ever said."""
         kinds = {"quantize": self.quantize, "quantize_head": self.quantize_head}
         return {name: kind for name, kind in kinds.items() if kind}
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Arguments of `load_model` that change the weights."""
+        lora = {} if self.adapter is None else {"lora": self.adapter.folder, "lora_scale": self.adapter.strength}
+        return {"quantize": self.quantize, "quantize_head": self.quantize_head, **lora}
 
     def metadata(self, job: Job) -> dict[str, Any]:
         """What the PNG of a job says. No absolute path and no time: the same job gives the same file."""
@@ -88,6 +96,7 @@ class Order:
             "model_fingerprint": self.fingerprint,
             "dtype": self.dtype,
             **self.quantized,
+            **_adapter_words(self.adapter),
             "version": __version__,
             "job_hash": self.hashes[job.index],
         }
@@ -136,6 +145,8 @@ def parser(prog: str = "bitdance generate") -> Parser:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
     parser.add_argument("--quantize", choices=QUANTIZE, help="LLM in 8 or 4 bits: half or a quarter of bfloat16's memory")
     parser.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="head in 8 bits")
+    parser.add_argument("--lora", metavar="DIR", help="folder of an adapter (bitdance export RUN DIR --adapter) to the model")
+    parser.add_argument("--lora-scale", metavar="S", help="strength of the adapter; 1 (default) is as trained")
     parser.add_argument("--offload", action="store_true", help="model in main memory, on the device what a phase needs")
     parser.add_argument("--shard", metavar="I/N", default="0/1", help="only pictures I, I+N, I+2N, … of the whole list")
     parser.add_argument("--grid", action="store_true", help="also write grid.png, all pictures on one sheet")
@@ -178,7 +189,9 @@ def read_order(options: argparse.Namespace) -> Order:
     check_kinds(**quantized, device=device)
     if options.offload and device == "cpu":
         raise UsageError("--offload needs a device beside main memory; leave it out on cpu")
-    said = {name: kind for name, kind in quantized.items() if kind}
+    adapter = _adapter(options, picture, folder)
+    said = {name: kind for name, kind in quantized.items() if kind} | _adapter_words(adapter)
+    said.pop("lora", None)  # its name changes no picture
     mark = fingerprint(folder)
     if picture.get("model_fingerprint", mark) != mark:
         report(f"{options.source} was made with other weights ({picture['model_fingerprint']}, not {mark})", "warning")
@@ -197,8 +210,35 @@ def read_order(options: argparse.Namespace) -> Order:
         grid=options.grid,
         compile=False if options.no_compile else None,
         offload=options.offload,
+        adapter=adapter,
         **quantized,
     )
+
+
+def _adapter(options: argparse.Namespace, picture: dict[str, Any], model: Path) -> "Adapter | None":
+    """That of --lora. A picture of --from that was made with one is not made again without."""
+    if options.lora is None:
+        if options.lora_scale is not None:
+            raise UsageError("--lora-scale is the strength of an adapter; name that with --lora DIR")
+        if "lora_fingerprint" in picture:
+            name = picture.get("lora", "")
+            raise UsageError(f"{options.source} was made with the adapter {name!r}; say where that is with --lora DIR")
+        return None
+    from bitdance.adapters import Adapter
+
+    try:
+        scale = picture.get("lora_scale", 1.0) if options.lora_scale is None else float(options.lora_scale)
+    except ValueError:
+        raise UsageError(f"--lora-scale {options.lora_scale!r}; a number is allowed, 1 is as trained") from None
+    adapter = Adapter.read(options.lora, scale)
+    adapter.check_base(model)
+    if (mark := picture.get("lora_fingerprint", adapter.fingerprint)) != adapter.fingerprint:
+        report(f"{options.source} was made with another adapter ({mark}, not {adapter.fingerprint})", "warning")
+    return adapter
+
+
+def _adapter_words(adapter: "Adapter | None") -> dict[str, Any]:
+    return {} if adapter is None else adapter.words
 
 
 def _sampling(options: argparse.Namespace, picture: dict[str, Any], defaults: dict[str, Any]) -> "Sampling":
@@ -300,7 +340,10 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
         settings["guidance_interval"] = _interval(found["guidance_interval"], f"{source}: guidance_interval")
     if "last_steps" in found:
         settings["last_steps"] = check_number("steps", found["last_steps"], f"{source}: last_steps")
-    settings |= {name: found[name] for name in ("model", "model_fingerprint") if isinstance(found.get(name), str)}
+    words = ("model", "model_fingerprint", "lora", "lora_fingerprint")
+    settings |= {name: found[name] for name in words if isinstance(found.get(name), str)}
+    if "lora_scale" in found:
+        settings["lora_scale"] = found["lora_scale"]
     for name, allowed in (("dtype", DTYPES), ("quantize", QUANTIZE), ("quantize_head", QUANTIZE_HEAD)):
         if found.get(name) in allowed:
             settings[name] = found[name]

@@ -26,8 +26,7 @@ def load(order: Order) -> "BitDancePipeline":
         "cpu" if order.offload else order.device,
         getattr(torch, order.dtype),
         generation_only=True,
-        quantize=order.quantize,
-        quantize_head=order.quantize_head,
+        **order.loading,
     )
     pipe = BitDancePipeline(model, order.compile)
     if order.offload:
@@ -97,7 +96,7 @@ def _setting(order: Order, height: int, width: int, guided: bool) -> "Setting":
     batch = min(order.batch_size, len(order.jobs))
     kind = "cuda" if order.device.startswith("cuda") else "cpu"
     options = (order.quantize, order.quantize_head, order.offload)
-    return Setting(height, width, batch, order.dtype, kind, guided, *options)
+    return Setting(height, width, batch, order.dtype, kind, guided, *options, many=len(order.jobs) > batch)
 
 
 def _needs(shape: "Shape", setting: "Setting") -> "Needs":

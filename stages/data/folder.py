@@ -45,8 +45,8 @@ class FolderSource:
     """The captioned pictures of a folder as a `PictureSource`.
 
     Without a table every picture needs a .txt of the same name, one caption a line. A table has the columns `file` and
-    `caption` or `captions` (in JSONL a list, in CSV one text); further columns become attributes. A table may only name
-    files inside the folder.
+    `caption` or `captions` (in JSONL a list, in CSV one text), or `prompt`, as manifest.jsonl of `bitdance generate` has; further
+    columns become attributes. A table may only name files inside the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], options: FolderOptions = FolderOptions()) -> None:
@@ -178,7 +178,7 @@ def _json_lines(stream: Any, name: str) -> Iterator[dict[str, Any]]:
 
 def _row(record: dict[str, Any], name: str, number: int) -> tuple[str, list[str] | None, dict[str, Any]]:
     file = record.get("file")
-    captions = record.get("captions", record.get("caption"))
+    captions = record.get("captions", record.get("caption", record.get("prompt")))
     captions = [captions] if isinstance(captions, str) else captions
     if not isinstance(file, str) or not file:
         raise ValueError(f"{name}, row {number}: no column `file`; found {', '.join(map(str, record))}")

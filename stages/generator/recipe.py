@@ -25,12 +25,14 @@ from bitdance.sizes import rule_of_model
 from lfq_tokenizer import LFQTokenizer
 from stages import processes
 from stages.chain import check_bits, next_card
+from stages.checkpoint import ADAPTER
 from stages.config import DataConfig, TrainingConfig
 from stages.data.buckets import Buckets
 from stages.data.mixture import Mixture, Source
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.generator.documents import Documents, Drawn, GeneratorBatch, slot_generator
 from stages.generator.judging import heldout_losses
+from stages.generator.lora import base_of, save_adapter
 from stages.generator.objective import GeneratorObjective
 from stages.generator.start import start_model
 from stages.plan.flops import token_flops
@@ -58,6 +60,8 @@ class GeneratorRecipe:
         assert model.tokenizer is not None
         self.tokenizer: LFQTokenizer = model.tokenizer.eval().requires_grad_(False)
         self._before = getattr(model, "extras", {})
+        self._base = base_of(self.training) if self.training.lora else {}
+        self.base = self._base.get("fingerprint", "")
         for source in self.sources:
             check_bits([shard.address for shard in source.data.index.shards], self.tokenizer)
         for part in self.training.freeze:
@@ -104,14 +108,16 @@ class GeneratorRecipe:
         return self.documents.batch(drawn)
 
     def defaults(self) -> dict[str, Any]:
-        """Of generation: size of the largest pictures, and what the config says."""
+        """Of generation: size of the largest pictures, and what the config says; with an adapter, what its base says."""
+        if self.training.lora:
+            return {**self._before.get("defaults", {}), **self.training.defaults}
         height, width = max(self._sizes, key=lambda size: (size[0] * size[1], size))
         return {"height": height, "width": width, "num_inference_steps": 20, "guidance_scale": 3.0, **self.training.defaults}
 
     def settings(self) -> dict[str, Any]:
         """What the card says of how the model was trained; no place of this machine."""
         training = dataclasses.asdict(self.training)
-        return {"training": {name: value for name, value in training.items() if name not in PLACES}}
+        return {"training": {name: value for name, value in training.items() if name not in PLACES and value is not None}}
 
     def _heldout(self, mix: dict[int, float]) -> Mixture | None:
         """Every resolution of the mix gets an equal part, as far as the held-out shards have it."""
@@ -201,11 +207,16 @@ class GeneratorRecipe:
         run = self.config.run
         images = step * run.batch_size * run.accumulation * processes.world()
         stages = next_card(self._before, self.training.stage, self.config, step, images)
+        card = {"recipe": self.config.recipe, **stages, **self.settings()}
+        if self.training.lora:
+            extras = {"base": self._base, "prompts": self._prompts_known, "card": card}
+            save_adapter(model, folder.with_name(ADAPTER), self.training.lora, extras)
+            return
         model.extras = {
             "defaults": self.defaults(),
             "sizes": [list(size) for size in self._sizes] if len(self._sizes) <= LISTED_SIZES else [],
             "prompts": self._prompts_known,
-            "card": {"recipe": self.config.recipe, **stages, **self.settings()},
+            "card": card,
         }
         save_model(model, folder)
 

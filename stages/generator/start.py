@@ -17,6 +17,7 @@ from lfq_tokenizer.weights import read_json
 from stages.chain import check_chain
 from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining
+from stages.generator.lora import add_lora, check_lora
 
 LARGEST_SIDE = 4096  # pixels; the published vocabularies name sides up to this
 
@@ -31,11 +32,16 @@ def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]],
     if t.init:
         model = load_model(model_folder(t.init), device="cpu", dtype=torch.float32).train()
         named = LFQTokenizer.from_pretrained(model_folder(t.tokenizer)).float() if t.tokenizer else None
-        model.head.config = check_chain(model, t, named)
+        head = check_chain(model, t, named)
+        if t.lora:
+            check_lora(t, model, head)
+        model.head.config = head
         if t.resolution_tokens > len(model.special.res_ids):
             model = with_sides(model, t.resolution_tokens)
         for part in (model.backbone, model.projector, model.head):
             part.to(dtype)
+        if t.lora:
+            add_lora(model, t.lora)
         return model
     if not t.tokenizer:
         raise ValueError("generator.tokenizer is empty; name a folder with ae_config.json and ae.safetensors")

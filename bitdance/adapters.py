@@ -1,0 +1,159 @@
+"""LoRA adapters (arXiv 2106.09685): a few MB that change the linear layers of a model, in the layout of the package peft.
+
+    adapter_config.json          rank r, alpha, names of the layers
+    adapter_model.safetensors    base_model.model.LAYER.lora_A.weight (r, in) and base_model.model.LAYER.lora_B.weight (out, r)
+    bitdance.json                ours, optional: name and fingerprint of the base, what the adapter was trained on
+
+An adapter that is loaded is added to the weights: W + s·B·A, with s = alpha / r, the product and the sum in float64 on the CPU.
+So generation is as fast as without, needs no peft, and computes with the very weights that a merged and exported model holds.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitdance.cli.model_files import fingerprint
+from bitdance.model import BitDanceModel
+from bitdance.sizes import read_extras
+from lfq_tokenizer.weights import read_json, read_safetensors, read_shapes
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+SHOWN = 10  # offenders listed in an error
+# what peft can do beside W + s·B·A, and how its config says that it does not
+PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "use_dora": (None, False),
+    "fan_in_fan_out": (None, False),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The folder of an adapter, checked as far as that goes without the model. `strength` 1 is as trained."""
+
+    folder: Path
+    factor: float  # s
+    strength: float
+    base: str  # fingerprint of the model it was trained on; "" where the folder does not say
+    base_name: str
+    fingerprint: str
+
+    @classmethod
+    def read(cls, folder: Path | str, strength: float = 1.0) -> "Adapter":
+        """FileNotFoundError or ValueError name the file and what is wrong with it; only headers and JSON are read."""
+        folder = Path(folder)
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise FileNotFoundError(
+                f"no adapter in {str(folder)!r}, which lacks {ADAPTER_CONFIG}; `bitdance export RUN OUT --adapter` writes "
+                f"a folder with that and {ADAPTER_WEIGHTS}"
+            )
+        if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
+            raise ValueError(f"the adapter's scale = {strength!r}; a finite number is allowed, 1 is as trained")
+        config = read_json(folder / ADAPTER_CONFIG)
+        where = folder / ADAPTER_CONFIG
+        if not isinstance(config, dict):
+            raise ValueError(f"{where} holds no JSON object; export the adapter again")
+        for name, allowed in PLAIN.items():
+            if config.get(name, allowed[0]) not in allowed:
+                raise ValueError(f"{where}: {name} = {config[name]!r}; only plain LoRA is read ({name} = {allowed[0]!r})")
+        rank, alpha = config.get("r"), config.get("lora_alpha")
+        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+            raise ValueError(f"{where}: r = {rank!r}, lora_alpha = {alpha!r}; a whole number from 1 and a number are needed")
+        names = read_shapes(folder / ADAPTER_WEIGHTS)
+        if odd := [name for name in names if not (name.startswith(PREFIX) and name.endswith((A, B)))]:
+            raise ValueError(f"{folder / ADAPTER_WEIGHTS} holds {_listed(odd)}, which is no part of a LoRA adapter")
+        base = read_extras(folder).get("base", {})
+        factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        mark, name = (str(base.get(key, "")) if isinstance(base, dict) else "" for key in ("fingerprint", "name"))
+        return cls(folder, factor, float(strength), mark, name, fingerprint(folder))
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What a picture says of the adapter that it was made with."""
+        words: dict[str, Any] = {"lora": self.folder.resolve().name, "lora_fingerprint": self.fingerprint}
+        return words if self.strength == 1 else {**words, "lora_scale": self.strength}
+
+    def check_base(self, model: Path) -> None:
+        """ValueError when the adapter says that it was trained on another model than the one in the folder `model`."""
+        if self.base and self.base != (found := fingerprint(model)):
+            called = f" ({self.base_name!r})" if self.base_name else ""
+            raise ValueError(
+                f"the adapter {self.folder} was trained on the model with fingerprint {self.base}{called}, {model} has {found}; "
+                "name that model with --model"
+            )
+
+    @torch.no_grad()
+    def add_to(self, model: BitDanceModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Add the adapter to the weights, in place, and return what they were, on the CPU. With `dtype` the changed weights come
+        out in it, rounded from float32.
+
+        ValueError, before a weight is changed, lists the first ten layers that the model lacks or has in another shape.
+        """
+        if getattr(model, "quantized", {}):
+            raise ValueError("an adapter is added before weights are quantised: load the model again, with quantize and lora")
+        layers, tensors = dict(adaptable(model)), read_safetensors(self.folder / ADAPTER_WEIGHTS)
+        pairs = self._pairs(layers, tensors)
+        before = {}
+        for name, (a_RI, b_OR) in pairs.items():
+            layer = layers[name]
+            old_OI = before[name] = layer.weight.detach().to("cpu", copy=True)
+            change_OI = (self.strength * self.factor) * (b_OR.double() @ a_RI.double())
+            new_OI = change_OI.add_(old_OI).float().to(dtype or old_OI.dtype)
+            if new_OI.dtype == layer.weight.dtype:
+                layer.weight.copy_(new_OI)  # in place: CUDA graphs hold the address
+            else:
+                layer.weight = nn.Parameter(new_OI.to(layer.weight.device), requires_grad=layer.weight.requires_grad)
+        return before
+
+    def _pairs(self, layers: dict[str, nn.Linear], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        names = list(dict.fromkeys(key.removeprefix(PREFIX).removesuffix(A).removesuffix(B) for key in tensors))
+        pairs, wrong = {}, []
+        for name in names:
+            a, b = tensors.get(PREFIX + name + A), tensors.get(PREFIX + name + B)
+            if name not in layers:
+                wrong.append(f"{name} is no layer of this model")
+            elif a is None or b is None:
+                wrong.append(f"{name} lacks its {'A' if a is None else 'B'}")
+            elif (b.shape[0], a.shape[-1]) != layers[name].weight.shape or b.shape[-1] != a.shape[0]:
+                shape = f"{list(b.shape)} · {list(a.shape)}"
+                wrong.append(f"{name} has shapes {shape}, the model's layer {list(layers[name].weight.shape)}")
+            else:
+                pairs[name] = a, b
+        if wrong:
+            raise ValueError(f"the adapter {self.folder} does not fit this model: {_listed(wrong)}; it belongs to another one")
+        return pairs
+
+
+@torch.no_grad()
+def restore(model: BitDanceModel, before: dict[str, Tensor]) -> None:
+    """Put weights back that `Adapter.add_to` returned, bit for bit."""
+    layers = dict(adaptable(model))
+    for name, weight_OI in before.items():
+        layers[name].weight.copy_(weight_OI)
+
+
+def adaptable(model: BitDanceModel) -> Iterator[tuple[str, nn.Linear]]:
+    """(name, layer) of all linear layers that an adapter may change: those of the LLM but its text output, which may be its
+    embedding too, and those of the head but the embedding of times, whose results samplers keep."""
+    lm = model.backbone.lm
+    for name, module in lm.base_model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield f"backbone.lm.{lm.base_model_prefix}.{name}", module
+    for name, module in model.head.named_modules():
+        if isinstance(module, nn.Linear) and "time_embed" not in name:
+            yield f"head.{name}", module
+
+
+def _listed(items: list[str]) -> str:
+    more = f"; and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return "; ".join(items[:SHOWN]) + more
