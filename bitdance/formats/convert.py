@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitdance.card import CARD, card_text, facts_of
 from bitdance.formats import diffusers
 from bitdance.formats.source import (
     CONVERSION_FILE,
@@ -41,14 +42,15 @@ DTYPES = {
 class Format:
     """`stems`: part → its weight file without ending. `place`: small file → where it goes. `finish` writes what is its own."""
 
+    name: str
     stems: dict[str, str]
     place: Callable[[str], str]
     finish: Callable[[Source, Path], None]
 
 
 FORMATS = {
-    "official": Format(STEMS, lambda name: name, lambda source, folder: None),
-    "diffusers": Format(diffusers.STEMS, diffusers.place, diffusers.finish),
+    "official": Format("official", STEMS, lambda name: name, lambda source, folder: None),
+    "diffusers": Format("diffusers", diffusers.STEMS, diffusers.place, diffusers.finish),
 }
 
 
@@ -122,6 +124,9 @@ def _write(source: Source, kind: Format, files: Files, folder: Path, dtype: torc
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(index, folder / f"{stem}.safetensors.index.json")
     kind.finish(source, folder)
+    if source.is_pipeline():
+        text = card_text(source.bitdance_json(), {**facts_of(source.folder), "format": kind.name})
+        (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def _files(source: Source, kind: Format, dtype: torch.dtype | None, limit: int) -> Files:

@@ -10,7 +10,6 @@
 Inside a component tensors have the names of the published files. Nothing here needs diffusers.
 """
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -52,7 +51,7 @@ def place(name: str) -> str:
 
 
 def finish(source: Source, folder: Path) -> None:
-    """Write what only this layout has: component configs, model_index.json, the files that name our classes, a model card."""
+    """Write what only this layout has: component configs, model_index.json, the files that name our classes."""
     for part, name in CLASSES.items():
         config = read_json(folder / part / "config.json") if part != PROJECTOR else _projector(source)
         write_json({"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION, **config}, folder / part / "config.json")
@@ -64,7 +63,6 @@ def finish(source: Source, folder: Path) -> None:
     for part, name in CLASSES.items():
         module = f"modeling_{part}"
         (package / f"{module}.py").write_text(_shim(f"bitdance_diffusers.{module}", name), encoding="utf-8")
-    (folder / "README.md").write_text(_card(source), encoding="utf-8")
 
 
 def _projector(source: Source) -> dict[str, Any]:
@@ -75,6 +73,7 @@ def _projector(source: Source) -> dict[str, Any]:
 def _index(source: Source) -> dict[str, Any]:
     architectures = read_json(source.folder / TEXT_CONFIG).get("architectures") or ["Qwen3ForCausalLM"]
     kind = read_json(source.folder / "tokenizer_config.json").get("tokenizer_class", "")
+    extras = source.bitdance_json()
     fast = "Qwen2TokenizerFast" if kind.startswith("Qwen2Tokenizer") else "PreTrainedTokenizerFast"
     return {
         "_class_name": ["pipeline", PIPELINE],
@@ -82,37 +81,12 @@ def _index(source: Source) -> dict[str, Any]:
         **{part: [f"bitdance_diffusers.modeling_{part}", name] for part, name in CLASSES.items()},
         TEXT: ["transformers", architectures[0]],
         TOKENIZER: ["transformers", fast],
+        "settings": {key: extras[key] for key in ("defaults", "sizes") if key in extras},
     }
 
 
 def _shim(module: str, name: str) -> str:
     return _SHIM.format(what=name, module=module, name=name)
-
-
-def _card(source: Source) -> str:
-    card = source.bitdance_json().get("card", {})
-    facts = f"\n```json\n{json.dumps(card, ensure_ascii=False, indent=2)}\n```\n" if card else ""
-    return f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
----
-
-# BitDance
-
-Text to picture with binary tokens. Needs `pip install 'bitdance[diffusers]'`.
-
-```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
-pipe("a red house", generator=torch.Generator().manual_seed(1)).images[0].save("house.png")
-```
-
-`trust_remote_code` lets diffusers run `pipeline.py`, which imports the installed package and nothing else. Without it:
-`from bitdance_diffusers import {PIPELINE}` and `{PIPELINE}.from_pretrained("FOLDER")`. diffusers wants a folder: of a model
-on the Hub, `huggingface_hub.snapshot_download` gives it.
-{facts}"""
 
 
 _views: list[tempfile.TemporaryDirectory[str]] = []  # they live as long as the process
