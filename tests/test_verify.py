@@ -11,6 +11,7 @@ import torch
 
 from bitdance.checkpoint import load_model
 from bitdance.cli import main
+from bitdance.formats import Source, convert
 from bitdance.generate import generate_bits
 from bitdance.patches import PatchPlan
 from bitdance.sampling import Sampling
@@ -233,3 +234,11 @@ def test_bad_usage_is_one_line_and_exit_code_2(argv: list[str], said: str, capsy
     assert main(["verify", *argv]) == 2
     shown = capsys.readouterr()
     assert said in shown.err and len(shown.err.splitlines()) == 1 and shown.out == ""
+
+
+def test_a_diffusers_folder_equals_the_one_it_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(Source.open(MODEL), tmp_path / "port", "diffusers")
+    facts = verify(capsys, str(tmp_path / "port"), "--against", str(MODEL), "--tolerance", "0")
+    assert facts["difference"]["equal"] == len(facts["difference"]["tensors"]) == facts["tensors"]
+    assert facts["difference"]["configs"] == {} and facts["model"] == "port"
+    assert "diffusion_head/diffusion_pytorch_model.safetensors" in facts["files"]

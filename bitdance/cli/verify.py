@@ -36,8 +36,7 @@ def run(argv: Sequence[str]) -> int:
     if other is not None:
         check_folder(other)
     plan = _plan(options) if _wants_agreement(options) else None
-    facts = examine(folder)
-    facts["model"] = options.model if options.model == "demo" else facts["model"]
+    facts = examine(folder, folder if options.model == "demo" else Path(options.model))
     sound = not facts["problems"]
     if sound and other is not None:
         facts["difference"] = compare(folder, other)

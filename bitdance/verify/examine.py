@@ -44,9 +44,10 @@ class Place:
     file: Path
 
 
-def examine(folder: Path) -> dict[str, Any]:
+def examine(folder: Path, own: Path | None = None) -> dict[str, Any]:
     """What `bitdance verify --json` says of one folder. "problems" make a model unusable or wrong, "warnings" are worth a look;
-    both are lists of sentences. Files that can be read are looked at even when others are missing or broken.
+    both are lists of sentences. Files that can be read are looked at even when others are missing or broken. `own`: the folder as
+    the user has it, where `folder` is a view of it in the published layout; its files are hashed.
     """
     problems, warnings = _structure(folder)
     places = list(_readable(folder, problems))
@@ -82,8 +83,8 @@ def examine(folder: Path) -> dict[str, Any]:
         "not_finite": odd,
         "constant": constant,
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(folder.iterdir())
+            path.relative_to(own or folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
+            for path in sorted((own or folder).rglob("*"))
             if path.is_file()
         },
         "fingerprint": fingerprint(folder),
