@@ -28,7 +28,7 @@ test: $(VENV)/.installed-test
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
-	$(BIN)/mypy lfq_tokenizer bitdance stages distill
+	$(BIN)/mypy lfq_tokenizer bitdance bitdance_diffusers stages distill
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
 
 # An interrupted `venv` leaves a folder without pip, hence the check for a working one.

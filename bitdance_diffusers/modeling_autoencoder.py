@@ -32,7 +32,7 @@ class BitDanceAutoencoder(Component):
         return self(bits_BChw, generator, strips)
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        """Pictures (B,3,H,W) in [-1,1] → bits (B,C,h,w). For hooks that sit on `forward`, call it on the device of the weights."""
+        """Pictures (B,3,H,W) in [-1,1] → bits (B,C,h,w). No hook on `forward` fires here: the weights must be there."""
         return self.inner.encode(images_B3HW.to(_dtype(self)))
 
 

@@ -42,7 +42,6 @@ class BitDanceDiffusionPipeline(DiffusionPipeline):
 
     # Head and projector work between calls of the text encoder: they come once, and nothing leaves for them.
     model_cpu_offload_seq = "text_encoder->autoencoder"
-    _callback_tensor_inputs = list(CALLBACK_INPUTS)
 
     def __init__(
         self,

@@ -74,16 +74,18 @@ def tokenizer(argv: Sequence[str] | None = None) -> int:
 
 
 def export(argv: Sequence[str] | None = None) -> int:
-    """`bitdance export CHECKPOINT OUT --format official`."""
+    """`bitdance export CHECKPOINT OUT --format official|diffusers`."""
     return guarded("bitdance export", _export, argv)
 
 
 def _export(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bitdance export", description="Training checkpoint → published layout.")
-    parser.add_argument("checkpoint", type=Path, help="a folder step_NNNNNNNN of a run, or the run (its newest checkpoint)")
+    parser = argparse.ArgumentParser(prog="bitdance export", description="Training checkpoint or model folder → model folder.")
+    parser.add_argument("checkpoint", type=Path, help="a folder step_NNNNNNNN of a run, the run (its newest), or a model folder")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--format", choices=["official"], default="official")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: as trained (float32)")
+    parser.add_argument("--format", choices=["official", "diffusers"], default="official")
+    dtypes = ["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
+    parser.add_argument("--dtype", choices=dtypes, help="default: that of every tensor (checkpoints: float32)")
+    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged (default), or as trained last")
     parser.add_argument("--extras", type=Path, help="JSON file merged into bitdance.json: defaults, sizes, prompts, card")
     parser.add_argument("--decoder", type=Path, help="tokenizer whose decoder replaces the model's own (same encoder)")
     parser.add_argument("--adapter", action="store_true", help="of a run with [generator.lora]: its adapter alone, not merged")
@@ -98,7 +100,7 @@ def _export(argv: list[str]) -> int:
             raise ValueError("--adapter writes the adapter as it is; --dtype, --extras, --decoder and --base are for merging")
         export_adapter(arguments.checkpoint, arguments.out)
     else:
-        export_checkpoint(arguments.checkpoint, arguments.out, *rest)
+        export_checkpoint(arguments.checkpoint, arguments.out, *rest, arguments.format, arguments.weights)
     print(arguments.out)
     return 0
 

@@ -1,19 +1,28 @@
-"""Training checkpoint → a folder in the published layout.
+"""Training checkpoint or model folder → a model folder in a layout of `bitdance.formats`.
 
-A checkpoint holds its (averaged) model in that layout already; exporting verifies the checkpoint, changes the dtype and adds what
-is known about the model to `bitdance.json`.
+Tensors are streamed from file to file; only the merging of an adapter holds a whole model.
 """
 
+import hashlib
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from bitdance.checkpoint import load_model, save_model
-from lfq_tokenizer import LFQTokenizer
+from bitdance.checkpoint import resolve, save_model
+from bitdance.formats import Source, convert
+from bitdance.formats.convert import DTYPES
+from bitdance.formats.source import AUTOENCODER
+from bitdance.formats.stored import pieces
 from lfq_tokenizer.weights import read_json
 from stages import checkpoint
-from stages.generator.lora import merged_model
+from stages.raw_weights import take_raw_weights
+
+Weights = Literal["ema", "raw"]
 
 
 def export_checkpoint(
@@ -23,30 +32,71 @@ def export_checkpoint(
     extras: Path | None = None,
     decoder: Path | None = None,
     base: str | None = None,
+    format: str = "official",
+    weights: Weights = "ema",
 ) -> None:
-    """Write the model of a checkpoint to the new folder `out`. `decoder` names a tokenizer (a run,
-    a checkpoint or a folder) whose decoder takes the place of the model's own; its encoder must be the same, tensor for tensor.
-    An adapter is merged with its base: `base`, or the run's `generator.init`.
+    """Write a model to the new folder `out`: of a checkpoint, of a run's newest one, or of a model folder in any layout.
 
-    ValueError if the checkpoint is damaged, `out` is not empty, or the encoders differ.
+    `weights`: "ema" is the average that a checkpoint's model/ holds, "raw" what its processes trained, put together from
+    resume/. `decoder` names a tokenizer (a run, a checkpoint or a folder) whose decoder takes the place of the model's own; its
+    encoder must be the same, tensor for tensor. An adapter is merged with its base: `base`, or the run's `generator.init`.
+
+    ValueError or FileNotFoundError if the source is damaged or lacks something, `out` is not empty, the encoders differ, a number
+    is not finite, or the disk is too small; they come before `out` exists.
     """
-    folder = checkpoint.newest(path)
-    checkpoint.verify(folder)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another folder")
-    number, adapted = getattr(torch, dtype) if dtype else torch.float32, (folder / checkpoint.ADAPTER).is_dir()
-    if not adapted and not (folder / "model" / "vision_head_config.json").is_file():
-        LFQTokenizer.from_pretrained(folder / "model").to(number).save_pretrained(out)
+    number = DTYPES[dtype] if dtype else None
+    with _opened(path, out, weights, base) as source:
+        if weights == "raw" and number is None:
+            number = torch.float32  # as resume/ has them, whatever model/ says
+        if extras is not None:
+            known, more = source.bitdance_json(), read_json(extras)
+            source.extras = {**known, **more, "card": {**known.get("card", {}), **more.get("card", {})}}
+        if decoder is not None:
+            _take_decoder(source, Source.open(checkpoint.model_folder(decoder)), decoder)
+        convert(source, out, format, number)
+
+
+@contextmanager
+def _opened(path: Path, out: Path, weights: Weights, base: str | None) -> Iterator[Source]:
+    saved = (path / "manifest.json").is_file() or any(path.glob("step_*"))
+    if not saved:
+        if weights == "raw":
+            raise ValueError(f"--weights raw: {path} is no checkpoint; a model folder has one set of weights")
+        yield Source.open(_model(path))
         return
-    model = merged_model(folder, base) if adapted else load_model(folder / "model", device="cpu", dtype=torch.float32)
-    if extras is not None:
-        known, more = model.extras, read_json(extras)
-        card = {**known.get("card", {}), **more.get("card", {})}
-        model.extras = {**known, **more, "card": card}
-    if decoder is not None:
-        assert model.tokenizer is not None
-        _take_decoder(model.tokenizer, LFQTokenizer.from_pretrained(checkpoint.model_folder(decoder)).float(), decoder)
-    save_model(model, out, dtype=number)
+    folder = checkpoint.newest(path)
+    step = checkpoint.verify(folder)
+    manifest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
+    origin = {"kind": "checkpoint", "step": step, "weights": weights, "manifest_sha256": manifest}
+    if not (folder / checkpoint.ADAPTER).is_dir():
+        source = Source.open(folder / "model")
+        source.origin = origin
+        if weights == "raw":
+            take_raw_weights(source, folder)
+        yield source
+        return
+    if weights == "raw":
+        raise ValueError("--weights raw: a checkpoint of [generator.lora] is merged as its adapter/ has it")
+    from stages.generator.lora import merged_model
+
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    merged = out.absolute().parent / f".{out.name}.merged-{os.getpid()}"
+    try:
+        save_model(merged_model(folder, base), merged)
+        source = Source.open(merged)
+        source.origin = {**origin, "kind": "adapter, merged"}
+        yield source
+    finally:
+        shutil.rmtree(merged, ignore_errors=True)
+
+
+def _model(path: Path) -> Path:
+    try:
+        return resolve(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is neither a checkpoint, nor a run with one, nor a model folder ({error})") from None
 
 
 def export_adapter(path: Path, out: Path) -> None:
@@ -60,11 +110,17 @@ def export_adapter(path: Path, out: Path) -> None:
     shutil.copytree(folder / checkpoint.ADAPTER, out, dirs_exist_ok=True)
 
 
-def _take_decoder(own: LFQTokenizer, other: LFQTokenizer, place: Path) -> None:
-    ours, theirs = own.encoder.state_dict(), other.encoder.state_dict()
-    if own.config != other.config or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+def _take_decoder(source: Source, other: Source, place: Path) -> None:
+    own, theirs = source.parts[AUTOENCODER], other.parts[AUTOENCODER]
+    shapes = [{name: held.shape for name, held in tensors.items()} for tensors in (own, theirs)]
+    encoder = [name for name in own if name.startswith("encoder.")]
+    if shapes[0] != shapes[1] or not all(
+        torch.equal(a.float(), b.float())
+        for name in encoder
+        for a, b in zip(pieces(own[name]), pieces(theirs[name]), strict=True)
+    ):
         raise ValueError(
             f"--decoder {place}: its encoder is not the one that the model was trained with, so its decoder reads other bits; "
             "train the decoder with tokenizer.freeze_encoder"
         )
-    own.decoder.load_state_dict(other.decoder.state_dict())
+    source.parts[AUTOENCODER] = {**own, **{name: held for name, held in theirs.items() if name.startswith("decoder.")}}

@@ -118,8 +118,7 @@ def _write(source: Source, kind: Format, files: Files, folder: Path, dtype: torc
     stem = kind.stems.get(TEXT, "")
     shards = {file: names for file, names in files.items() if file.startswith(f"{stem}-")}
     if shards:
-        held = source.parts[TEXT]
-        size = sum(_nbytes(held[name], dtype) for names in shards.values() for _, name in names)
+        size = sum(_nbytes(held, dtype) for held in source.parts[TEXT].values())
         weight_map = {name: Path(file).name for file, names in shards.items() for _, name in names}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(index, folder / f"{stem}.safetensors.index.json")
