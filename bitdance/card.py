@@ -126,7 +126,9 @@ pipe("a red house", generator=torch.Generator().manual_seed(1)).images[0].save("
 
 This needs `pip install 'bitdance[diffusers]'`. `trust_remote_code` lets diffusers run `pipeline.py`, which imports the installed
 package and nothing else. Without it: `from bitdance_diffusers import BitDanceDiffusionPipeline`, then its
-`from_pretrained("FOLDER")`. diffusers wants a folder: of a model on the Hub, `huggingface_hub.snapshot_download` gives it. Without diffusers:
+`from_pretrained("FOLDER")`. diffusers wants a folder: of a model on the Hub, `huggingface_hub.snapshot_download` gives it.
+
+Without diffusers:
 
 """
         + _use()
