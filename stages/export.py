@@ -15,7 +15,7 @@ import torch
 
 from bitdance.checkpoint import resolve, save_model
 from bitdance.formats import Source, convert
-from bitdance.formats.convert import DTYPES
+from bitdance.formats.conversion import DTYPES
 from bitdance.formats.source import AUTOENCODER
 from bitdance.formats.stored import pieces
 from lfq_tokenizer.weights import read_json

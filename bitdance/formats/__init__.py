@@ -6,7 +6,7 @@
     diffusers.py   the layout of a diffusers pipeline: its names, its configs, and a view of it as the published one
 """
 
-from bitdance.formats.convert import FORMATS, convert
+from bitdance.formats.conversion import FORMATS, convert
 from bitdance.formats.source import KEY_MAP_VERSION, Source
 
 __all__ = ["FORMATS", "KEY_MAP_VERSION", "Source", "convert"]
