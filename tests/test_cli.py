@@ -145,6 +145,18 @@ def test_shards_together_make_everything_once(tmp_path: Path) -> None:
     assert (tmp_path / "o" / "grid-1-of-2.png").is_file()
 
 
+def test_a_picture_of_a_preset_can_be_made_again_from_its_metadata(tmp_path: Path) -> None:
+    small = ["--height", "32", "--width", "32", "--guidance", "2", "--device", "cpu", "--model", MODEL]
+    said = ["--preset", "balanced", "--guidance-interval", "0.1", "0.7", "--last-steps", "3"]
+    assert generate(tmp_path / "a", "a cat", "--seed", "7", *said, small=small) == 0
+    (picture,) = (tmp_path / "a").glob("*.png")
+    found = read_metadata(picture)
+    settings = {name: found[name] for name in ("sampler", "steps", "guidance_interval", "last_steps")}
+    assert settings == {"sampler": "dpmpp_2m_sde", "steps": 8, "guidance_interval": [0.1, 0.7], "last_steps": 3}
+    assert main(["generate", "--from", str(picture), "--model", MODEL, "--device", "cpu", "-o", str(tmp_path / "b")]) == 0
+    assert sums(tmp_path / "a") == sums(tmp_path / "b") != {}
+
+
 def test_a_picture_can_be_made_again_from_its_metadata(tmp_path: Path) -> None:
     assert generate(tmp_path / "a", "a cat", "--seed", "3") == 0
     picture = tmp_path / "a" / "0000-a-cat-3.png"

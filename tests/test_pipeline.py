@@ -104,6 +104,17 @@ def test_bfloat16_makes_pictures_and_moves_back():
     pipe("a red cube", **SMALL, seed=1)
 
 
+def test_a_preset_of_the_model_holds_until_another_is_named(pipe, monkeypatch):
+    monkeypatch.setattr(pipe.model, "extras", {"defaults": {"preset": "balanced", "guidance_scale": 1.5}})
+    bits = lambda **said: pipe("a", 32, 32, seed=1, output_type="bits", **said).bits  # noqa: E731
+    balanced = {"sampler": "dpmpp_2m_sde", "num_inference_steps": 8}
+    assert torch.equal(bits(), bits(preset="published", guidance_scale=1.5, **balanced))
+    assert torch.equal(bits(num_inference_steps=3), bits(preset="balanced", num_inference_steps=3))
+    published = bits(preset="published")
+    assert torch.equal(published, bits(preset="published", sampler="euler_maruyama", num_inference_steps=50))
+    assert not torch.equal(published, bits())
+
+
 def test_defaults_of_the_model_are_used(pipe, monkeypatch):
     defaults = {"height": 32, "width": 16, "num_inference_steps": 2, "guidance_scale": 1.5}
     monkeypatch.setattr(pipe.model, "extras", {"defaults": defaults, "sizes": [[32, 16]]})
