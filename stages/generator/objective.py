@@ -49,6 +49,8 @@ class GeneratorObjective(nn.Module):
         return losses.vision, {}
 
     def forward(self, batch: GeneratorBatch, generator: torch.Generator, step: int) -> Losses:
+        if self._training.lora and self._training.lora.dropout:  # drawn from torch's global source
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
         losses = self.losses(batch)
         learned, more = self.vision(losses, batch, step)
         # Means over all processes: a process that happens to hold more blocks or more text counts for more.

@@ -70,6 +70,8 @@ def document_flops(model: BitDanceModel, document: Document, encoder: float = 0.
     base, config = model.backbone.lm.base_model, model.backbone.lm.config
     trains = [any(p.requires_grad for p in part.parameters()) for part in (model.projector, model.backbone, model.head)]
     projector, backbone, head = (_passes(trains[i], any(trains[:i])) for i in range(3))
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        return _beside_frozen(model, document, encoder, trains[1])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layers = 2 * _products(base) * document.length
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * document.pairs
@@ -83,6 +85,27 @@ def document_flops(model: BitDanceModel, document: Document, encoder: float = 0.
         (blocks + once) * head,
         encoder,
         layers + attention + blocks,
+    )
+
+
+def _beside_frozen(model: BitDanceModel, document: Document, encoder: float, below: bool) -> Flops:
+    """The same where an adapter trains: gradients pass through frozen matrices, and no one needs those of the matrices themselves.
+    `below`: the backbone has a part of the adapter."""
+    base, config, net = model.backbone.lm.base_model, model.backbone.lm.config, model.head.net
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * document.pairs
+    text = 2 * model.backbone.hidden_size * model.backbone.vocabulary_size * document.text
+    forward, trained = (2 * _products(base, only) * document.length for only in (False, True))
+    blocks, once = _head(model, document)
+    rows = 2 * document.image * model.head.config.diff_batch_mul
+    return Flops(
+        (2 * forward + trained) if below else forward,
+        attention * (3 if below else 1),
+        text * (2 if below else 1),
+        2 * _products(model.projector) * document.image,
+        2 * (blocks + once) + rows * _products(net, trained=True),
+        encoder,
+        forward + attention + blocks,
     )
 
 
@@ -122,9 +145,10 @@ def _passes(trains: bool, below: bool) -> int:
     return 3 if trains else 2 if below else 1
 
 
-def _products(module: nn.Module) -> int:
-    """Multiplications of all linear layers for one row."""
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+def _products(module: nn.Module, trained: bool = False) -> int:
+    """Multiplications of all linear layers for one row, or of those that train."""
+    linears = (m for m in module.modules() if isinstance(m, nn.Linear))
+    return sum(m.in_features * m.out_features for m in linears if m.weight.requires_grad or not trained)
 
 
 def _head(model: BitDanceModel, document: Document) -> tuple[float, float]:

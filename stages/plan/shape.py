@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -20,6 +21,7 @@ from lfq_tokenizer.weights import read_json
 from stages.chain import check_backbone, stage_head
 from stages.checkpoint import model_folder
 from stages.config import PARTS, GeneratorTraining, TrainingConfig
+from stages.generator.lora import add_lora
 from stages.generator.start import LARGEST_SIDE
 
 
@@ -97,6 +99,9 @@ class Shape:
         model = BitDanceModel(tokenizer, text_tokenizer, projector, backbone, head).train()
         for part in training.freeze:
             getattr(model, part).requires_grad_(False)
+        if training.lora:
+            with _default(dtype), patch.object(torch.nn.Module, "to", lambda module, *_, **__: module):  # as above
+                add_lora(model, training.lora)
         if training.checkpoint_activations:
             backbone.checkpoint_activations()
             head.net.grad_checkpointing = True
