@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = [name for name in ("lfq_tokenizer", "bitdance", "stages", "distill") if (ROOT / name).is_dir()]
+PACKAGES = [name for name in ("lfq_tokenizer", "bitdance", "bitdance_diffusers", "stages", "distill") if (ROOT / name).is_dir()]
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 
 

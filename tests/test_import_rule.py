@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["lfq_tokenizer", "bitdance", "stages", "distill"]
+ORDER = ["lfq_tokenizer", "bitdance", "bitdance_diffusers", "stages", "distill"]
 PRESENT = [name for name in ORDER if (ROOT / name).is_dir()]
 HEAVY = ("deepspeed", "webdataset", "flash_attn", "liger_kernel", "gradio")
 # On a busy or slow machine the same code takes longer; CI may say by how much.
