@@ -73,9 +73,9 @@ def report(models: dict[str, str], a: argparse.Namespace) -> tuple[dict[str, Any
             "vision": vision_loss(pipe, unseen),
         }
         for steps in a.steps:
-            found, _ = follow(pipe, gallery, a.count, 0, num_inference_steps=steps)
+            found, _ = follow(pipe, gallery, a.count, 0, preset="published", num_inference_steps=steps)
             row[f"steps_{steps}"] = {kind: found[kind] for kind in ("taught", "heldout_pairs")}
-        images = pipe(prompts, *size, num_inference_steps=a.steps[0], seed=SEED).images
+        images = pipe(prompts, *size, preset="published", num_inference_steps=a.steps[0], seed=SEED).images
         assert isinstance(images, list)
         pictures += images
         figures[name] = row

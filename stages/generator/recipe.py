@@ -112,7 +112,9 @@ class GeneratorRecipe:
         if self.training.lora:
             return {**self._before.get("defaults", {}), **self.training.defaults}
         height, width = max(self._sizes, key=lambda size: (size[0] * size[1], size))
-        return {"height": height, "width": width, "num_inference_steps": 20, "guidance_scale": 3.0, **self.training.defaults}
+        said = self.training.defaults
+        steps = {} if "preset" in said else {"num_inference_steps": 20}
+        return {"height": height, "width": width, **steps, "guidance_scale": 3.0, **said}
 
     def settings(self) -> dict[str, Any]:
         """What the card says of how the model was trained; no place of this machine."""

@@ -164,6 +164,7 @@ def main(argv: list[str]) -> int:
     prompts.add_argument("--seed", type=int, default=0)
     prompts.add_argument("--steps", type=int)
     prompts.add_argument("--guidance", type=float)
+    prompts.add_argument("--preset", help="default: the model's own")
     prompts.add_argument("--grid", type=Path, help="write 32 taught and 32 held-out pictures")
     prompts.add_argument("--json", action="store_true")
     commands.add_parser("solvers", help="what fewer sampler steps cost", add_help=False)
@@ -172,7 +173,7 @@ def main(argv: list[str]) -> int:
 
         return measure_solvers(argv[1:])
     a = parser.parse_args(argv)
-    settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance}
+    settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "preset": a.preset}
     figures, pictures = measure(a.model, a.train, a.heldout, a.count, a.seed, **settings)
     if a.grid:
         grid(pictures, columns=8).save(a.grid)
