@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from test_debug_run import draw
 
 import stages.cli
@@ -92,6 +93,24 @@ def test_every_stage_leaves_a_whole_checkpoint_and_says_what_it_did(place: Path,
     assert [row["step"] for row in judged] == [2, 4]
     assert {"heldout/text", "heldout/bit_accuracy", "heldout/vision/8", "heldout/vision/16"} <= judged[-1].keys()
     assert (run / "samples" / "grid_00000004.png").is_file()
+
+
+@pytest.mark.parametrize("stage", STAGES)  # of which each trains under another stage of ZeRO
+def test_raw_weights_are_put_together_from_both_processes(place: Path, trained: Any, stage: str, tmp_path: Path) -> None:
+    assert stages.cli.export([str(place / stage), str(tmp_path / "raw"), "--weights", "raw"]) == 0
+    step = newest(place / stage)
+    numbers: dict[str, torch.Tensor] = {}
+    for rank in range(2):
+        with safe_open(str(step / "resume" / f"learner_{rank:05d}.safetensors"), framework="pt") as file:
+            for key, (start, size) in json.loads(file.metadata()["places"]).items():
+                part = file.get_tensor(key)
+                whole = numbers.setdefault(key, torch.full((size,), float("nan")))
+                whole[start : start + len(part)] = part
+    names = {"model": "backbone.lm.", "projector": "projector.", "vision_head": "head."}
+    for file_name, prefix in names.items():
+        raw, averaged = (read_safetensors(where / f"{file_name}.safetensors") for where in (tmp_path / "raw", step / "model"))
+        assert all(torch.equal(t.flatten(), numbers[f"weight/model.{prefix}{name}"]) for name, t in raw.items())
+        assert raw.keys() == averaged.keys() and not any(torch.equal(raw[name], averaged[name]) for name in raw)
 
 
 def test_a_stage_goes_on_from_the_averaged_weights_of_the_one_before(place: Path, trained: Any) -> None:
