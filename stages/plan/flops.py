@@ -89,7 +89,7 @@ def document_flops(model: BitDanceModel, document: Document, encoder: float = 0.
 
 
 def _beside_frozen(model: BitDanceModel, document: Document, encoder: float, below: bool) -> Flops:
-    """The same where an adapter trains: gradients pass through frozen matrices, and no one needs those of the matrices themselves.
+    """The same where an adapter trains: gradients pass through frozen matrices, and none are made of the matrices themselves.
     `below`: the backbone has a part of the adapter."""
     base, config, net = model.backbone.lm.base_model, model.backbone.lm.config, model.head.net
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
