@@ -118,7 +118,7 @@ def _tensors(state: object) -> list[Tensor]:
 
 
 def _by_torchao(kind: str, linear: nn.Linear) -> nn.Linear:
-    with _quiet():
+    with quietly():
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerRow, quantize_
 
         config = (
@@ -131,7 +131,7 @@ def _by_torchao(kind: str, linear: nn.Linear) -> nn.Linear:
 
 
 def _int4(linear: nn.Linear) -> nn.Linear:
-    with _quiet():
+    with quietly():
         from bitsandbytes.nn import Linear4bit, Params4bit
     weight = linear.weight
     with torch.device("meta"):
@@ -149,7 +149,7 @@ _QUANTIZERS = {"int8": lambda x: _by_torchao("int8", x), "fp8": lambda x: _by_to
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Both libraries report kernels that they do not find; and bitsandbytes must not fetch one (through `kernels`)."""
     level, kernels = logging.root.manager.disable, sys.modules.get("kernels")
     logging.disable(logging.WARNING)
@@ -163,4 +163,13 @@ def _quiet() -> Iterator[None]:
             sys.modules.pop("kernels", None)
 
 
-__all__ = ["BACKBONE_KINDS", "HEAD_KINDS", "check_kinds", "held_bytes", "large_linears", "quantize_model", "quantized_bytes"]
+__all__ = [
+    "BACKBONE_KINDS",
+    "HEAD_KINDS",
+    "check_kinds",
+    "held_bytes",
+    "large_linears",
+    "quantize_model",
+    "quantized_bytes",
+    "quietly",
+]

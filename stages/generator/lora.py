@@ -16,7 +16,7 @@ from bitdance.checkpoint import DEMO, load_model
 from bitdance.cli.model_files import fingerprint
 from bitdance.head import HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.quantize import _quiet
+from bitdance.quantize import quietly
 from bitdance.sizes import EXTRAS_FILE, read_extras
 from lfq_tokenizer.weights import read_json, write_json, write_safetensors
 from stages.checkpoint import ADAPTER, model_folder
@@ -30,7 +30,7 @@ def add_lora(model: BitDanceModel, lora: LoraTraining) -> None:
     """Wrap the targeted layers, freeze everything else. A starts random from torch's global source, B at zero: the first step
     computes what the model computes. ValueError for targets that there are not."""
     try:
-        with _quiet():  # peft imports the libraries of quantised weights where they are
+        with quietly():  # peft imports the libraries of quantised weights where they are
             from peft import inject_adapter_in_model
     except ImportError:
         raise ValueError('generator.lora needs peft: pip install "bitdance[train]"') from None
