@@ -247,12 +247,13 @@ def batches(jobs: Iterable[Job], size: int, length: Callable[[Job], int] = lambd
 
     Settings come in order of first appearance, inside them jobs from short to long, equal lengths as given. Prompts are
     padded to the longest of their batch: neighbours in length waste little. The jobs of a setting are shared out
-    evenly (9 jobs at size 8: 5 and 4), so that no batch runs nearly empty.
+    evenly (9 jobs at size 8: 5 and 4), so that no batch runs nearly empty; inside a batch they stand as given.
     """
     groups: dict[tuple[int, int, int, float], list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.settings, []).append(job)
-    return [batch for group in groups.values() for batch in _shared_out(sorted(group, key=length), size)]
+    shared = [batch for group in groups.values() for batch in _shared_out(sorted(group, key=length), size)]
+    return [sorted(batch, key=lambda job: job.index) for batch in shared]
 
 
 def _shared_out(jobs: list[Job], size: int) -> list[list[Job]]:

@@ -227,7 +227,7 @@ def test_phases_are_all_of_the_time_and_the_hooks_go() -> None:
 
 def test_the_command_says_it_all_as_json(capsys: pytest.CaptureFixture[str], few_repeats: None) -> None:
     small = ["--height", "64", "--width", "64", "--steps", "2", "--repeats", "1", "--threads", "1", "--device", "cpu"]
-    settings = ["--batch", "1", "2", "--dtype", "float32", "bfloat16", "--yardstick", "--json"]
+    settings = ["--preset", "published", "--batch", "1", "2", "--dtype", "float32", "bfloat16", "--yardstick", "--json"]
     assert main(["bench", *small, *settings]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["shape"], found["weights"], found["blocks"]) == ("demo", "trained", 4)

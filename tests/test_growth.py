@@ -90,7 +90,7 @@ def test_a_grown_model_is_saved_loaded_and_draws(tmp_path: Path) -> None:
     model = load_model("demo", device="cpu")
     grown = grow(model, 8, {"fingerprint": "0123"})
     assert grown.extras["sizes"] == [[64, 64]], "96 pixels are 12 tokens, no multiple of 8"
-    assert "height" not in grown.extras["defaults"] and grown.extras["defaults"]["num_inference_steps"] == 20
+    assert "height" not in grown.extras["defaults"] and grown.extras["defaults"]["preset"] == "balanced"
     assert grown.extras["card"]["teacher"] == {"fingerprint": "0123"}
     settings = {"num_inference_steps": 2, "seed": 3, "output_type": "bits"}
     pipe = BitDancePipeline(grown)

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,8 @@ def test_batches_hold_prompts_of_similar_length_and_pad_little(tmp_path: Path, p
     Maker(order, OutputFolder(tmp_path, "m")).make(calls, order.jobs)  # type: ignore[arg-type]
     lengths = [[len(conditional_ids(pipe.model.text_tokenizer, p)) for p in batch] for batch in calls.batches]
     assert [len(batch) for batch in lengths] == [4, 4, 4, 4]
-    made = [length for batch in lengths for length in batch]
-    assert made == sorted(made)
+    assert all(max(short) <= min(long) for short, long in pairwise(lengths))
+    assert all(batch == sorted(batch, key=prompts.index) for batch in calls.batches)
     padding = sum(max(batch) * len(batch) - sum(batch) for batch in lengths)
     as_given = [[len(conditional_ids(pipe.model.text_tokenizer, p)) for p in prompts[i : i + 4]] for i in range(0, 16, 4)]
     assert padding < 0.3 * sum(max(batch) * len(batch) - sum(batch) for batch in as_given)

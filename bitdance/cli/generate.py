@@ -335,6 +335,10 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
         if name in found:
             settings[name] = check_number(name, found[name], source)
     if "sampler" in found:
+        from bitdance.sampler import SAMPLERS
+
+        if found["sampler"] not in list(SAMPLERS):
+            raise UsageError(f"{source} was made with sampler {found['sampler']!r}; there are {', '.join(SAMPLERS)}")
         settings["sampler"] = found["sampler"]
     if "guidance_interval" in found:
         settings["guidance_interval"] = _interval(found["guidance_interval"], f"{source}: guidance_interval")
