@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from bitdance.cli.model_files import fingerprint
 from bitdance.model import BitDanceModel
 from bitdance.sizes import read_extras
-from lfq_tokenizer.weights import read_json, read_safetensors, read_shapes
+from lfq_tokenizer.weights import listed, read_json, read_safetensors, read_shapes
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-SHOWN = 10  # offenders listed in an error
 # what peft can do beside W + s·B·A, and how its config says that it does not
 PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
@@ -71,7 +70,7 @@ class Adapter:
             raise ValueError(f"{where}: r = {rank!r}, lora_alpha = {alpha!r}; a whole number from 1 and a number are needed")
         names = read_shapes(folder / ADAPTER_WEIGHTS)
         if odd := [name for name in names if not (name.startswith(PREFIX) and name.endswith((A, B)))]:
-            raise ValueError(f"{folder / ADAPTER_WEIGHTS} holds {_listed(odd)}, which is no part of a LoRA adapter")
+            raise ValueError(f"{folder / ADAPTER_WEIGHTS} holds {listed(odd)}, which is no part of a LoRA adapter")
         base = read_extras(folder).get("base", {})
         factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         mark, name = (str(base.get(key, "")) if isinstance(base, dict) else "" for key in ("fingerprint", "name"))
@@ -130,7 +129,7 @@ class Adapter:
             else:
                 pairs[name] = a, b
         if wrong:
-            raise ValueError(f"the adapter {self.folder} does not fit this model: {_listed(wrong)}; it belongs to another one")
+            raise ValueError(f"the adapter {self.folder} does not fit this model: {listed(wrong)}; it belongs to another one")
         return pairs
 
 
@@ -152,8 +151,3 @@ def adaptable(model: BitDanceModel) -> Iterator[tuple[str, nn.Linear]]:
     for name, module in model.head.named_modules():
         if isinstance(module, nn.Linear) and "time_embed" not in name:
             yield f"head.{name}", module
-
-
-def _listed(items: list[str]) -> str:
-    more = f"; and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return "; ".join(items[:SHOWN]) + more

@@ -18,9 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from bitdance.attention import ATTENTION, padding_runs
 from bitdance.cache import StaticCache
-from lfq_tokenizer.weights import read_json, read_shapes, write_json
+from lfq_tokenizer.weights import listed, read_json, read_shapes, write_json
 
-_SHOWN = 10  # offenders listed in an error
 _INDEX = "model.safetensors.index.json"
 
 
@@ -312,7 +311,7 @@ def _check_files(folder: Path) -> None:
         found[shard] = set(read_shapes(folder / shard))
     lost = [f"{name} in {shard}" for name, shard in weight_map.items() if name not in found[shard]]
     if lost:
-        raise ValueError(f"{index} names weights that its files do not hold: {_listed(lost)}")
+        raise ValueError(f"{index} names weights that its files do not hold: {listed(lost)}")
 
 
 def _check_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -324,11 +323,6 @@ def _check_report(report: Mapping[str, Any], folder: Path) -> None:
     problems += list(report.get("error_msgs") or [])
     if problems:
         raise ValueError(
-            f"the weights in {folder} do not fit its config.json: {_listed(problems)}. "
+            f"the weights in {folder} do not fit its config.json: {listed(problems)}. "
             "Weights and config must come from the same model."
         )
-
-
-def _listed(problems: list[str]) -> str:
-    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return "; ".join(problems[:_SHOWN]) + more

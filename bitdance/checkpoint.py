@@ -10,8 +10,6 @@ Source: published checkpoints; `bitdance.json` is absent there.
 """
 
 import math
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,11 +27,12 @@ from bitdance.quantize import check_kinds, quantize_model
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_config, read_extras, rule_of_folder
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.weights import (
+    check_room,
     check_shapes,
     read_json,
     read_safetensors,
     read_shapes,
-    replace_folder,
+    whole_folder,
     write_json,
     write_safetensors,
 )
@@ -169,18 +168,9 @@ def save_model(
     modules: tuple[nn.Module, ...] = (tokenizer, model.projector, model.backbone.lm, model.head)
     tensors = [t for module in modules for t in module.state_dict().values()]
     needed = sum(t.numel() * max(t.element_size(), dtype.itemsize if dtype else 0) for t in tensors)
-    if (free := shutil.disk_usage(folder.absolute().parent).free) < needed * 1.02 + 2**24:
-        raise ValueError(
-            f"{folder} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room first"
-        )
-    temporary = folder.absolute().parent / f".{folder.name}.incomplete-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    check_room(folder, needed)
+    with whole_folder(folder) as temporary:
         _write(model, tokenizer, temporary, dtype)
-        replace_folder(temporary, folder.absolute())
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(model: BitDanceModel, tokenizer: LFQTokenizer, folder: Path, dtype: torch.dtype | None) -> None:

@@ -1,9 +1,11 @@
 """safetensors and JSON in and out: strict, atomic, with errors that name the file. Nothing here can execute code."""
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,44 @@ def _umask() -> int:
     return mask
 
 
+def sha256(path: Path | str) -> str:
+    """Of the whole file, in hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk. Nothing happens on Windows, where folders cannot be opened."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_room(target: Path, needed: int) -> None:
+    """ValueError when the disk has not room for `needed` bytes, and a little more, beside `target`."""
+    free = shutil.disk_usage(target.absolute().parent).free
+    if free < needed * 1.02 + 2**24:
+        raise ValueError(f"{target} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room first")
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write in, beside `target`, which gets that name when the block ends. If it fails nothing is left behind."""
+    target = target.absolute()
+    temporary = target.parent / f".{target.name}.incomplete-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def replace_folder(new: Path, target: Path) -> None:
     """Give the folder `new` the name `target`, by one rename. What stood there, and was not empty, comes back if that fails."""
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
@@ -90,6 +130,12 @@ def replace_folder(new: Path, target: Path) -> None:
     shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
+def listed(items: Sequence[str], separator: str = "; ") -> str:
+    """The first ten, and how many more there are."""
+    more = f"{separator}and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return separator.join(items[:SHOWN]) + more
+
+
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path | str) -> None:
     """ValueError listing the first ten names that are missing, unexpected or of another shape."""
     problems = [f"missing {name} {list(expected[name])}" for name in expected if name not in found]
@@ -100,10 +146,8 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
         if name in found and tuple(found[name]) != tuple(expected[name])
     ]
     if problems:
-        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise ValueError(
-            f"{source} does not fit its config: " + "; ".join(problems[:SHOWN]) + more + ". "
-            "Weights and config must come from the same model."
+            f"{source} does not fit its config: {listed(problems)}. Weights and config must come from the same model."
         )
 
 

@@ -7,14 +7,13 @@
 The resume state inside (resume_state.py) is private to the run and never a format to share.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bitdance.checkpoint import resolve
-from lfq_tokenizer.weights import read_json, replace_folder, write_json
+from lfq_tokenizer.weights import fsync, read_json, replace_folder, sha256, write_json
 from stages import processes
 
 INCOMPLETE = ".incomplete"
@@ -46,7 +45,7 @@ def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path
         manifest = {str(p.relative_to(working)): {"bytes": p.stat().st_size, "sha256": digests[p]} for p in files}
         write_json({"step": step, "files": manifest}, working / "manifest.json")
         for path in [*files, working / "manifest.json"]:
-            _fsync(path)
+            fsync(path)
         replace_folder(working, final)
         pointer = run / "latest.tmp"
         pointer.write_text(final.name + "\n")
@@ -154,15 +153,5 @@ def _check_room(run: Path) -> None:
 
 def _digests(paths: Sequence[Path]) -> dict[Path, str]:
     """SHA-256 of files; the processes share the reading, and all get every answer."""
-    mine = {path: _sha256(path) for path in paths[processes.rank() :: processes.world()]}
+    mine = {path: sha256(path) for path in paths[processes.rank() :: processes.world()]}
     return {path: digest for part in processes.everyone(mine) for path, digest in part.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from bitdance.formats.source import AUTOENCODER, HEAD, PROJECTOR, TEXT, Source
 from bitdance.formats.stored import Held, Stored, open_stored, read_metadata
-from lfq_tokenizer.weights import read_json
+from lfq_tokenizer.weights import listed, read_json
 
 KINDS = ("weight", "frozen", "buffer")
-SHOWN = 10
 # What the modules of the recipes call the parts. The tokenizer of a generator's run does not train: it stays as model/ has it.
 GENERATOR = {TEXT: "model.backbone.lm.", HEAD: "model.head.", PROJECTOR: "model.projector."}
 TOKENIZER = {AUTOENCODER: "tokenizer."}
@@ -76,14 +75,11 @@ def take_raw_weights(source: Source, checkpoint: Path) -> None:
                 found[name] = Joined(held.shape, tuple(sorted(stretches[key], key=lambda stretch: stretch[0])))
         source.parts[of] = found
     if wrong:
-        more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         state = folder / "state.json"
         count = read_json(state).get("processes", "?") if state.is_file() else "?"
         raise ValueError(
-            f"{folder} (files of {len(files)} processes; the run had {count}) does not hold the whole model: "
-            + "; ".join(wrong[:SHOWN])
-            + more
-            + ". Restore the files, or use --weights ema."
+            f"{folder} (files of {len(files)} processes; the run had {count}) does not hold the whole model: {listed(wrong)}. "
+            "Restore the files, or use --weights ema."
         )
 
 

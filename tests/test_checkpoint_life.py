@@ -101,10 +101,10 @@ CUTS = {
     "before writing": (cut_before_writing, 1),
     "while writing": (cut_while_writing, 1),
     "disk full": (disk_full, 1),
-    "while hashing": (_patched("_sha256"), 1),
+    "while hashing": (_patched("sha256"), 1),
     "while listing": (_patched("write_json"), 1),
     "list written, not renamed": (_replace("manifest.json"), 1),
-    "before the files are on disk": (_patched("_fsync"), 1),
+    "before the files are on disk": (_patched("fsync"), 1),
     "at the rename": (_replace("step_00000002"), 1),
     "at the pointer": (_replace("latest"), 1),
 }

@@ -10,6 +10,7 @@ from PIL import Image
 
 from bitdance.jobs import Job
 from bitdance.picture import read_metadata, write_png
+from lfq_tokenizer.weights import fsync
 
 MANIFEST = "manifest.jsonl"
 HASH_KEY = "job_hash"
@@ -59,8 +60,8 @@ class OutputFolder:
         """The PNG first (`.tmp`, then renamed, then synced), then its line of the manifest."""
         path = self.folder / job.file
         write_png(picture, path, metadata)
-        _sync(path)
-        _sync(self.folder)
+        fsync(path)
+        fsync(self.folder)
         self._append(job, round(seconds, 3))
 
     def write_failures(self, failures: Sequence[tuple[Job, str]]) -> None:
@@ -119,13 +120,3 @@ class OutputFolder:
             except (ValueError, KeyError, TypeError):  # blank or torn line
                 continue
         return files
-
-
-def _sync(path: Path) -> None:
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

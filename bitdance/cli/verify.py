@@ -17,8 +17,8 @@ from typing import Any
 from bitdance.cli import Parser, UsageError
 from bitdance.cli.devices import usable_device
 from bitdance.cli.generate import DTYPES, QUANTIZE, QUANTIZE_HEAD
+from lfq_tokenizer.weights import SHOWN, listed
 
-SHOWN = 10
 PICTURES = 2  # that two renditions are compared on, unless --pictures says otherwise
 PROMPTS = ("a red fox in the snow", "a bowl of fruit on a wooden table", "a lighthouse at night", "an old map of an island")
 
@@ -183,9 +183,8 @@ def _judge_difference(facts: dict[str, Any], tolerance: float | None) -> None:
     rows = facts["difference"]["tensors"]
     bad = [row for row in rows if not row["equal"] and (tolerance == 0 or row["max"] is None or row["max"] > tolerance)]
     if bad:
-        names = ", ".join(f"{row['part']} {row['name']}" for row in bad[:SHOWN])
-        more = f", and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        facts["problems"].append(f"{len(bad)} tensors are more than {tolerance:g} apart: {names}{more}")
+        names = listed([f"{row['part']} {row['name']}" for row in bad], ", ")
+        facts["problems"].append(f"{len(bad)} tensors are more than {tolerance:g} apart: {names}")
 
 
 def _lines(facts: dict[str, Any]) -> list[str]:

@@ -3,7 +3,6 @@
 Everything is written to a folder beside the destination, which gets its name by one rename when all of it is on disk.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,10 +26,9 @@ from bitdance.formats.source import (
 )
 from bitdance.formats.stored import Held, pieces, write_pieces
 from bitdance.sizes import EXTRAS_FILE
-from lfq_tokenizer.weights import read_json, replace_folder, write_json
+from lfq_tokenizer.weights import SHOWN, check_room, fsync, read_json, whole_folder, write_json
 
 SHARD_BYTES = 5 * 10**9  # largest file of the backbone; what transformers chose for the published models
-SHOWN = 10  # offenders listed in an error
 Files = dict[str, list[tuple[str, str]]]  # file → (part, tensor) of what it holds
 DTYPES = {
     **{name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")},
@@ -78,22 +76,17 @@ def convert(
         raise ValueError(f"{out} exists and is not empty; choose another folder")
     files = _files(source, kind, dtype, shard_bytes)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    _check_room(source, out, dtype)
-    temporary = out.absolute().parent / f".{out.name}.incomplete-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    check_room(out, _bytes(source, dtype))
     try:
-        _write(source, kind, files, temporary, dtype)
-        write_json(_conversion(source, format, dtype), temporary / CONVERSION_FILE)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _fsync(path)
-        replace_folder(temporary, out.absolute())
-        _fsync(out.absolute().parent)
+        with whole_folder(out) as folder:
+            _write(source, kind, files, folder, dtype)
+            write_json(_conversion(source, format, dtype), folder / CONVERSION_FILE)
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    fsync(path)
+        fsync(out.absolute().parent)
     except _NotFinite:
         raise ValueError(_offenders(source, dtype)) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(source: Source, kind: Format, files: Files, folder: Path, dtype: torch.dtype | None) -> None:
@@ -181,10 +174,8 @@ def _offenders(source: Source, dtype: torch.dtype | None) -> str:
     return f"{source.folder} holds NaN or infinite numbers in {listed}; export an older checkpoint"
 
 
-def _check_room(source: Source, out: Path, dtype: torch.dtype | None) -> None:
-    needed = sum(_nbytes(held, dtype) for _, _, held in source.tensors()) + sum(p.stat().st_size for p in source.small_files())
-    if (free := shutil.disk_usage(out.absolute().parent).free) < needed * 1.01 + 2**20:
-        raise ValueError(f"{out} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room first")
+def _bytes(source: Source, dtype: torch.dtype | None) -> int:
+    return sum(_nbytes(held, dtype) for _, _, held in source.tensors()) + sum(p.stat().st_size for p in source.small_files())
 
 
 def _name_dtype(path: Path, dtype: torch.dtype) -> None:
@@ -209,14 +200,6 @@ def _conversion(source: Source, format: str, dtype: torch.dtype | None) -> dict[
         "dtype": found,
         "source": {**source.origin, "tensors_sha256": source.sha256()},
     }
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 __all__ = ["DTYPES", "FORMATS", "SHARD_BYTES", "Format", "convert"]

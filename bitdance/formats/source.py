@@ -10,7 +10,7 @@ import torch
 
 from bitdance.formats.stored import Held, open_stored, pieces
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_extras
-from lfq_tokenizer.weights import read_json
+from lfq_tokenizer.weights import listed, read_json
 
 # Version of the map from tensor names here to those of the published files; 1 is the identity in every part and format.
 KEY_MAP_VERSION = 1
@@ -86,5 +86,5 @@ def _tensors(folder: Path, stem: str) -> Mapping[str, Held]:
     weight_map = read_json(index)["weight_map"]  # which check_folder found in order
     files = {name: open_stored(folder / name) for name in sorted(set(weight_map.values()))}
     if lost := [f"{name} in {file}" for name, file in weight_map.items() if name not in files[file]]:
-        raise ValueError(f"{index} names weights that its files do not hold: {'; '.join(lost[:10])}")
+        raise ValueError(f"{index} names weights that its files do not hold: {listed(lost)}")
     return {name: held for tensors in files.values() for name, held in tensors.items()}

@@ -9,9 +9,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitdance.checkpoint import LM_CONFIG
+from bitdance.formats.stored import PIECE
 from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
-from bitdance.verify.examine import PIECE, Place, places_of
-from lfq_tokenizer.weights import SHOWN, read_json
+from bitdance.verify.examine import Place, places_of
+from lfq_tokenizer.weights import listed, read_json
 
 TEXTS = (
     "a red fox in the snow, 35 mm photograph",
@@ -34,16 +35,16 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     rows = [_row(ours[key], theirs[key]) for key in ours if key in theirs]
     only = [sorted(" ".join(key) for key in one.keys() - other.keys()) for one, other in ((ours, theirs), (theirs, ours))]
     problems = [
-        f"{len(names)} tensors are in {which} only: {_listed(names)}"
+        f"{len(names)} tensors are in {which} only: {listed(names, ', ')}"
         for which, names in zip(("the model", "the other"), only, strict=True)
         if names
     ]
     shapes = [f"{r['part']} {r['name']} {r['shape']} and {r['other_shape']}" for r in rows if r["shape"] != r["other_shape"]]
     if shapes:
-        problems.append(f"{len(shapes)} tensors have another shape: {_listed(shapes)}")
+        problems.append(f"{len(shapes)} tensors have another shape: {listed(shapes, ', ')}")
     texts = _texts(first, second)
     if texts:
-        problems.append(f"the text tokenizers give other tokens for {_listed([repr(text) for text in texts])}")
+        problems.append(f"the text tokenizers give other tokens for {listed([repr(text) for text in texts], ', ')}")
     return {
         "against": second.name,
         "problems": problems,
@@ -114,7 +115,3 @@ def _texts(first: Path, second: Path) -> list[str]:
 
     one, other = (AutoTokenizer.from_pretrained(str(folder), local_files_only=True) for folder in (first, second))
     return [text for text in TEXTS if one(text)["input_ids"] != other(text)["input_ids"]]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f", and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,6 +1,5 @@
 """One model folder: structure, shapes, parameter counts, values, hashes. Read tensor by tensor; no model is built."""
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,14 +12,22 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitdance.bench.shapes import SHAPES
-from bitdance.checkpoint import LM_CONFIG, LM_INDEX, LM_WEIGHTS, check_folder
+from bitdance.checkpoint import (
+    HEAD_WEIGHTS,
+    LM_CONFIG,
+    LM_INDEX,
+    LM_WEIGHTS,
+    PROJECTOR_WEIGHTS,
+    TOKENIZER_WEIGHTS,
+    check_folder,
+)
 from bitdance.cli.model_files import fingerprint, parts
+from bitdance.formats.stored import PIECE
 from bitdance.head import HeadConfig
 from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
 from lfq_tokenizer import TokenizerConfig
-from lfq_tokenizer.weights import SHOWN, read_json, read_shapes
+from lfq_tokenizer.weights import listed, read_json, read_shapes, sha256
 
-PIECE = 2**22  # numbers looked at at once
 _TABLES = ("embed_tokens", "lm_head")  # their rows are the vocabulary, which differs between models of one shape
 _BACKBONE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
 _HEAD = ("ch_target", "ch_cond", "ch_latent", "depth_latent", "depth_adanln", "use_swiglu")
@@ -62,10 +69,10 @@ def examine(folder: Path, own: Path | None = None) -> dict[str, Any]:
         elif low == high and tensor.numel() > 1:
             constant.append(f"{place.part} {place.name} = {low:g}")
     if odd:
-        first = ", ".join(f"{row['part']} {row['name']} ({row['numbers']:,} of {row['of']:,})" for row in odd[:SHOWN])
-        problems.append(f"{len(odd)} tensors hold NaN or infinity: {_more(first, len(odd))}")
+        rows = [f"{row['part']} {row['name']} ({row['numbers']:,} of {row['of']:,})" for row in odd]
+        problems.append(f"{len(odd)} tensors hold NaN or infinity: {listed(rows, ', ')}")
     if constant:
-        warnings.append(f"{len(constant)} tensors hold one number only: {_more(', '.join(constant[:SHOWN]), len(constant))}")
+        warnings.append(f"{len(constant)} tensors hold one number only: {listed(constant, ', ')}")
     networks = {name: {**facts, "dtypes": dict(dtypes.get(name, {}))} for name, facts in _parts(folder, places).items()}
     for name, facts in networks.items():
         if facts["published"] and not facts["published"]["equal"]:
@@ -103,12 +110,6 @@ def value_range(tensor: Tensor) -> tuple[float, float, int]:
     return low, high, wrong
 
 
-def sha256(path: Path) -> str:
-    """Of the whole file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def places_of(folder: Path) -> dict[tuple[str, str], Place]:
     """(part, name) → where it lies, for every tensor of a folder that `check_folder` accepts."""
     return {
@@ -137,7 +138,7 @@ def _structure(folder: Path) -> tuple[list[str], list[str]]:
             warnings.append(f"{LM_INDEX} is not read, because there is {LM_WEIGHTS}")
     spare = sorted(path.name for path in folder.glob("*.safetensors") if files and path not in files)
     if spare:
-        warnings.append(f"no part reads {_more(', '.join(spare[:SHOWN]), len(spare))}")
+        warnings.append(f"no part reads {listed(spare, ', ')}")
     return problems, warnings
 
 
@@ -148,7 +149,7 @@ def _index(folder: Path) -> list[str]:
     said = read_json(folder / LM_INDEX)["weight_map"]
     found = {name: file for file in sorted(set(said.values())) for name in read_shapes(folder / file)}
     wrong = sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name))
-    return [f"{LM_INDEX} names the wrong file for {_more(', '.join(wrong[:SHOWN]), len(wrong))}"] if wrong else []
+    return [f"{LM_INDEX} names the wrong file for {listed(wrong, ', ')}"] if wrong else []
 
 
 def _readable(folder: Path, problems: list[str]) -> Iterator[Place]:
@@ -164,7 +165,7 @@ def _readable(folder: Path, problems: list[str]) -> Iterator[Place]:
 
 def _files(folder: Path) -> dict[str, list[Path]]:
     """Part → its files, also where the folder is incomplete."""
-    named = {"head": "vision_head.safetensors", "projector": "projector.safetensors", "tokenizer": "ae.safetensors"}
+    named = {"head": HEAD_WEIGHTS, "projector": PROJECTOR_WEIGHTS, "tokenizer": TOKENIZER_WEIGHTS}
     backbone = [folder / LM_WEIGHTS]
     if not backbone[0].is_file() and (folder / LM_INDEX).is_file():
         try:
@@ -222,7 +223,3 @@ def _published(folder: Path) -> dict[str, tuple[str, int]]:
     if tokenizer in TOKENIZERS:
         known["tokenizer"] = TOKENIZERS[tokenizer]
     return known
-
-
-def _more(listed: str, count: int) -> str:
-    return listed + (f", and {count - SHOWN} more" if count > SHOWN else "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfq_tokenizer.weights import replace_folder
+from lfq_tokenizer.weights import replace_folder, sha256
 from stages.data.metadata import MEMBER_LIMITS
 from stages.data.sample import CaptionedPicture, PictureSource, Skipped
 
@@ -98,7 +97,7 @@ def _write(source: PictureSource, folder: Path, name: str, options: PackOptions)
         os.fsync(stream.fileno())
         stream.close()
         path = Path(stream.name)
-        shards.append({"name": path.name, "samples": in_shard, "bytes": path.stat().st_size, "sha256": _sha256(path)})
+        shards.append({"name": path.name, "samples": in_shard, "bytes": path.stat().st_size, "sha256": sha256(path)})
         writer = None
 
     try:
@@ -196,8 +195,3 @@ def _with_progress(source: PictureSource, progress: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(source, total=source.expected, unit="picture", smoothing=0.05)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

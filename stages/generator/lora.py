@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from bitdance.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, SHOWN, adaptable
+from bitdance.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, adaptable
 from bitdance.checkpoint import DEMO, load_model
 from bitdance.cli.model_files import fingerprint
 from bitdance.head import HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.quantize import quietly
 from bitdance.sizes import EXTRAS_FILE, read_extras
-from lfq_tokenizer.weights import read_json, write_json, write_safetensors
+from lfq_tokenizer.weights import SHOWN, read_json, write_json, write_safetensors
 from stages.checkpoint import ADAPTER, model_folder
 from stages.config import GeneratorTraining, LoraTraining
 
