@@ -121,14 +121,8 @@ class Backbone(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
         """`.to(dtype)` of any module above passes here. Rotary frequencies stay float32: in bfloat16 the angle at
         position 1000 is off by whole radians, and transformers protects them only while loading."""
-        exact = {name: buffer for name, buffer in self.lm.named_buffers() if name.endswith("inv_freq")}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            path, _, leaf = name.rpartition(".")
-            owner = self.lm.get_submodule(path)
-            after = getattr(owner, leaf)
-            if after.dtype != before.dtype:
-                setattr(owner, leaf, before.to(after.device))
+        with exact_frequencies(self.lm):
+            super()._apply(fn, recurse)
         return self
 
     @property
@@ -176,15 +170,20 @@ class Backbone(nn.Module):
         if mask is None and causal and length and L > 1:
             # SDPA aligns its own causal mask with the first key, which is right only for an empty cache.
             mask = torch.ones(L, length + L, dtype=torch.bool, device=inputs_embeds_BLD.device).tril(length)[None, None]
-        return self.lm.base_model(
-            inputs_embeds=inputs_embeds_BLD,
+        return self._states(
+            inputs_embeds_BLD,
             attention_mask=mask,
             position_ids=position_BL,
             use_cache=cache is not None,
             is_causal=causal,
             **({} if padding is None else {"runs": padding_runs(padding)}),
             **{self._cache_name: cache},
-        ).last_hidden_state
+        )
+
+    def _states(self, inputs_embeds_BLD: Tensor, **arguments: Any) -> Tensor:
+        """The call itself: inputs → states after the final norm, in the terms of transformers."""
+        states_BLD: Tensor = self.lm.base_model(inputs_embeds=inputs_embeds_BLD, **arguments).last_hidden_state
+        return states_BLD
 
     def logits(self, hidden_KD: Tensor) -> Tensor:
         """Hidden states (…,D) → scores (…,V) of the next text token."""
@@ -235,6 +234,19 @@ class Backbone(nn.Module):
         for module in (self.lm, self.lm.base_model):
             if hasattr(module, "vocab_size"):
                 module.vocab_size = size
+
+
+@contextmanager
+def exact_frequencies(lm: nn.Module) -> Iterator[None]:
+    """Whatever converts `lm` in this block, its rotary frequencies keep their dtype; they move with it."""
+    exact = {name: buffer for name, buffer in lm.named_buffers() if name.endswith("inv_freq")}
+    yield
+    for name, before in exact.items():
+        path, _, leaf = name.rpartition(".")
+        owner = lm.get_submodule(path)
+        after = getattr(owner, leaf)
+        if after.dtype != before.dtype:
+            setattr(owner, leaf, before.to(after.device))
 
 
 @contextmanager

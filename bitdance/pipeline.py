@@ -264,12 +264,15 @@ class BitDancePipeline:
         """
         self._enter("decode")
         tokenizer = self._tokenizer
-        bits_BChw = bits_BChw.to(next(tokenizer.decoder.parameters()))
+        bits_BChw = bits_BChw.to(self.device, next(tokenizer.decoder.parameters()).dtype)
         height, width = (side * tokenizer.downsampling for side in bits_BChw.shape[2:])
         whole = decoding_bytes(tokenizer.config, height, width, bits_BChw.itemsize, strips=False)
         strips = True if whole > DECODE_BYTES else None
-        pictures = [tokenizer.decode(bits[None], g, strips) for bits, g in zip(bits_BChw, generators, strict=True)]
+        pictures = [self._decode_one(bits[None], g, strips) for bits, g in zip(bits_BChw, generators, strict=True)]
         return torch.cat(pictures).float()
+
+    def _decode_one(self, bits_1Chw: Tensor, generator: torch.Generator, strips: bool | None) -> Tensor:
+        return self._tokenizer.decode(bits_1Chw, generator, strips)
 
     def _bar(self, total: int) -> tqdm:
         return tqdm(total=total, **{"desc": "blocks", "disable": not sys.stderr.isatty(), **self._progress})

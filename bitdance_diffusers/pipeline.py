@@ -13,13 +13,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bitdance.backbone import exact_frequencies
 from bitdance.model import BitDanceModel
-from bitdance.pipeline import DECODE_BYTES, BitDancePipeline
+from bitdance.pipeline import BitDancePipeline
 from bitdance_diffusers.backbone import HookedBackbone
 from bitdance_diffusers.modeling_autoencoder import BitDanceAutoencoder
 from bitdance_diffusers.modeling_diffusion_head import BitDanceDiffusionHead
 from bitdance_diffusers.modeling_projector import BitDanceProjector
-from lfq_tokenizer.strips import decoding_bytes
 
 __all__ = ["BitDanceDiffusionPipeline", "BitDancePipelineOutput"]
 OUTPUT_TYPES = ("pil", "np", "pt", "bits", "latent")
@@ -74,12 +74,8 @@ class BitDanceDiffusionPipeline(DiffusionPipeline):
 
     def to(self, *args: Any, **kwargs: Any) -> "BitDanceDiffusionPipeline":
         """As of every pipeline; the frequencies of the rotary positions stay float32, on which far positions depend."""
-        exact = {name: buffer for name, buffer in self.text_encoder.named_buffers() if name.endswith("inv_freq")}
-        super().to(*args, **kwargs)
-        for name, before in exact.items():
-            path, _, leaf = name.rpartition(".")
-            owner = self.text_encoder.get_submodule(path)
-            setattr(owner, leaf, before.to(getattr(owner, leaf).device))
+        with exact_frequencies(self.text_encoder):
+            super().to(*args, **kwargs)
         return self
 
     @torch.no_grad()
@@ -156,14 +152,8 @@ class _Runner(BitDancePipeline):
     def _bar(self, total: int) -> tqdm:
         return self._host.progress_bar(total=total)
 
-    @torch.no_grad()
-    def decode(self, bits_BChw: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        autoencoder, place = self._host.autoencoder, self._host._execution_device
-        weight = next(autoencoder.parameters())
-        height, width = (side * self._tokenizer.downsampling for side in bits_BChw.shape[2:])
-        whole = decoding_bytes(self._tokenizer.config, height, width, weight.itemsize, strips=False)
-        strips = True if whole > DECODE_BYTES else None
-        if weight.is_meta:
+    def _decode_one(self, bits_1Chw: Tensor, generator: torch.Generator, strips: bool | None) -> Tensor:
+        autoencoder = self._host.autoencoder
+        if next(autoencoder.parameters()).is_meta:
             strips = False  # weights that come layer by layer are not there for strips
-        pictures = [autoencoder(bits[None].to(place), g, strips) for bits, g in zip(bits_BChw, generators, strict=True)]
-        return torch.cat(pictures).float()
+        return autoencoder(bits_1Chw, generator, strips)
