@@ -48,6 +48,17 @@ class Sampling:
         last = self.steps if self.last_steps is None else self.last_steps
         return [round(self.steps + (last - self.steps) * m / max(M - 1, 1)) for m in range(M)]
 
+    def arguments(self) -> dict[str, Any]:
+        """Those of `BitDancePipeline` for exactly this, whatever the model's defaults."""
+        return {
+            "preset": "published",
+            "num_inference_steps": self.steps,
+            "guidance_scale": self.guidance,
+            "sampler": self.sampler,
+            "guidance_interval": self.guidance_interval,
+            "last_steps": self.last_steps or self.steps,
+        }
+
     def changed(self, **values: Any) -> "Sampling":
         """The same but for the values that are not None."""
         return replace(self, **{name: value for name, value in values.items() if value is not None})

@@ -257,7 +257,7 @@ def test_a_full_disk_ends_the_run_with_a_message(
 def test_the_memory_is_checked_before_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], no_model: None
 ) -> None:
-    monkeypatch.setattr("bitdance.cli.loading.free_main_memory", lambda: 4_000_000)
+    monkeypatch.setattr("bitdance.cli.memory.free_main_memory", lambda: 4_000_000)
     assert generate(tmp_path / "o", "a") == 2
     error = capfd.readouterr().err
     assert re.search(r"needs about \d\d MB, 4 MB free on cpu: no option makes it fit", error)

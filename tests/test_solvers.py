@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bitdance.sampling import PRESETS, Sampling, choose
-from stages.measure.solvers import arguments, difference, parse_setting, variety, work
+from stages.measure.solvers import difference, parse_setting, variety, work
 
 
 def drawn(p_KN, seeds, seed):
@@ -46,7 +46,7 @@ def test_settings_are_read_and_mistakes_named():
 
 def test_the_pipeline_is_asked_for_exactly_this():
     for sampling in (*PRESETS.values(), Sampling(5, 2.0, "heun", (0.2, 0.9), 3)):
-        said = arguments(sampling)
+        said = sampling.arguments()
         names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
         chosen = choose({"preset": "published"}, **{names.get(name, name): value for name, value in said.items()})
         assert chosen == sampling.changed(last_steps=sampling.last_steps or sampling.steps)

@@ -59,17 +59,7 @@ def pipeline(pipe: BitDancePipeline, sampling: Sampling, height: int, width: int
     def make(clock: PhaseClock) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
         bits_BChw = pipe(
-            [prompt] * batch,
-            height,
-            width,
-            num_inference_steps=sampling.steps,
-            guidance_scale=sampling.guidance,
-            sampler=sampling.sampler,
-            guidance_interval=sampling.guidance_interval,
-            last_steps=sampling.last_steps or sampling.steps,
-            preset="published",
-            generator=generators,
-            output_type="bits",
+            [prompt] * batch, height, width, **sampling.arguments(), generator=generators, output_type="bits"
         ).bits
         clock.mark("head")
         _write(pipe.decode(bits_BChw, generators), clock)

@@ -120,11 +120,11 @@ class Study:
         return work(self.shape, Order(self.height, self.width, batch, sampling, text, DTYPES[dtype].itemsize, *weights))
 
     def _check_memory(self, device: torch.device, dtypes: Sequence[str]) -> None:
-        from bitdance.cli.memory import free_main_memory
+        from bitdance.cli.memory import free_bytes
 
         numbers = sum(weight.numel() for weight in bare_model(self.shape).parameters())
         needed = numbers * sum(DTYPES[dtype].itemsize for dtype in dtypes)
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_main_memory()
+        free = free_bytes(str(device))
         if free is not None and needed > free:
             raise ValueError(
                 f"{self.shape.name} takes {needed / GB:.1f} GB of weights in {' and '.join(dtypes)}, and {device} has "

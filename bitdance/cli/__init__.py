@@ -47,6 +47,16 @@ class UsageError(ValueError):
     """A command line that cannot be carried out."""
 
 
+def count(text: str) -> int:
+    """For `type=` of an argument: a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError  # argparse names the option and the value
+    return int(text)
+
+
+count.__name__ = "positive whole number"  # as argparse calls it in its error
+
+
 def report(message: str, kind: str = "error") -> None:
     """One line on standard error: `bitdance: error: …`."""
     line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode("utf-8")

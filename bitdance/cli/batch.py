@@ -4,10 +4,10 @@ import argparse
 import json
 from typing import Any
 
-from bitdance.cli import Parser, UsageError
+from bitdance.cli import Parser, UsageError, count
 from bitdance.cli.devices import usable_device
 from bitdance.cli.generate import DTYPES, QUANTIZE, QUANTIZE_HEAD
-from bitdance.cli.memory import GB, free_main_memory
+from bitdance.cli.memory import GB, free_bytes, free_main_memory
 
 MEASURED_STEPS = 2  # the peak does not depend on their number
 
@@ -18,9 +18,9 @@ def add_options(parser: Parser) -> None:
     source = group.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="DIR|demo", help="of this model")
     source.add_argument("--shape", metavar="NAME", help="of a published shape: 14b-64x, 14b-16x, or mid; no weights needed")
-    group.add_argument("--height", type=_count, metavar="H", help="pixels; default: the model's")
-    group.add_argument("--width", type=_count, metavar="W", help="pixels; default: the model's")
-    group.add_argument("--batch-size", type=_count, metavar="B", help="pictures at once (default: 1)")
+    group.add_argument("--height", type=count, metavar="H", help="pixels; default: the model's")
+    group.add_argument("--width", type=count, metavar="W", help="pixels; default: the model's")
+    group.add_argument("--batch-size", type=count, metavar="B", help="pictures at once (default: 1)")
     group.add_argument("--device", help="default: cuda where there is one, else cpu")
     group.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
     group.add_argument("--guidance", type=float, metavar="G", help="1 switches guidance off, which halves the cache")
@@ -40,7 +40,6 @@ def check_unused(options: argparse.Namespace) -> None:
 def show(options: argparse.Namespace) -> int:
     """Print the needs of a batch; exit code 1 when it does not fit."""
     from bitdance.bench.shapes import SHAPES, Shape
-    from bitdance.cli.loading import free_bytes
     from bitdance.cli.needs import Setting, needs, own_bytes
     from bitdance.quantize import check_kinds
 
@@ -130,13 +129,3 @@ def _text(facts: dict[str, Any]) -> str:
         measured = facts["measured_bytes"]
         lines.append(f"measured {measured / GB:.3f} GB (predicted {facts['needs_bytes'] / measured - 1:+.1%})")
     return "\n".join(lines)
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_count.__name__ = "positive whole number"  # argparse names it in its error

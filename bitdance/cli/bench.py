@@ -5,11 +5,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitdance.cli import Parser
+from bitdance.cli import Parser, count
 from bitdance.cli.devices import usable_device
+from bitdance.cli.generate import DTYPES, QUANTIZE, QUANTIZE_HEAD
 
 OWN = "own"
-DTYPES = ("float32", "bfloat16", "float16")
 
 EPILOG = """\
 --shape needs no weights: random ones of that shape take the same time. --floor needs no machine either:
@@ -30,20 +30,20 @@ def run(argv: Sequence[str]) -> int:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="DIR", help='a model folder; default "demo", the bundled model')
     source.add_argument("--shape", metavar="NAME", help="random weights of a shape: 14b-64x, 14b-16x, mid")
-    parser.add_argument("--height", type=_count, metavar="N", help="pixels; default: the model's own")
-    parser.add_argument("--width", type=_count, metavar="N", help="pixels; default: the model's own")
+    parser.add_argument("--height", type=count, metavar="N", help="pixels; default: the model's own")
+    parser.add_argument("--width", type=count, metavar="N", help="pixels; default: the model's own")
     parser.add_argument("--steps", type=int, help="sampler steps per block; default: the model's own")
     parser.add_argument("--guidance", type=float, help="default: the model's own; <= 1 leaves guidance out")
     parser.add_argument("--sampler", help="default euler_maruyama")
     parser.add_argument("--preset", nargs="+", default=[OWN], help="one or more; own (the default): the model's settings")
-    parser.add_argument("--batch", type=_count, nargs="+", default=[1], metavar="N", help="pictures at once, one or more sizes")
+    parser.add_argument("--batch", type=count, nargs="+", default=[1], metavar="N", help="pictures at once, one or more sizes")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="one or more; default bfloat16 on CUDA, else float32")
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="the LLM's matrices in 8 or 4 bits")
-    parser.add_argument("--quantize-head", choices=("int8", "fp8"), help="the head's matrices in 8 bits")
+    parser.add_argument("--quantize", choices=QUANTIZE, help="the LLM's matrices in 8 or 4 bits")
+    parser.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="the head's matrices in 8 bits")
     parser.add_argument("--no-compile", action="store_true", help="on CUDA: no torch.compile, no CUDA graphs")
     parser.add_argument("--device", help="default: CUDA where there is one")
-    parser.add_argument("--threads", type=_count, metavar="N", help="of a CPU; default: torch's own choice")
-    parser.add_argument("--repeats", type=_count, default=3, metavar="N", help="runs of which the median counts, default 3")
+    parser.add_argument("--threads", type=count, metavar="N", help="of a CPU; default: torch's own choice")
+    parser.add_argument("--repeats", type=count, default=3, metavar="N", help="runs of which the median counts, default 3")
     parser.add_argument("--yardstick", action="store_true", help="also time the published procedure, written plainly")
     parser.add_argument("--floor", metavar="F,B", help="run nothing: the floor at F operations and B bytes per second")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -98,12 +98,3 @@ def run(argv: Sequence[str]) -> int:
         options.output.write_text(text + "\n", encoding="utf-8")
     print(text if options.json else shown(found))
     return 0
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError  # argparse names the option and the value
-    return int(text)
-
-
-_count.__name__ = "positive whole number"  # as argparse calls it

@@ -64,10 +64,6 @@ class Order:
     offload: bool = False
     adapter: "Adapter | None" = None
 
-    def solver(self) -> dict[str, Any]:
-        """The pipeline's arguments for `sampling`, but for steps and guidance."""
-        return {name: getattr(self.sampling, name) for name in ("sampler", "guidance_interval", "last_steps")}
-
     @property
     def quantized(self) -> dict[str, str]:
         """What was asked for under `quantize` and `quantize_head`; {} without, as pictures ever said."""
@@ -245,9 +241,9 @@ def _sampling(options: argparse.Namespace, picture: dict[str, Any], defaults: di
     """Flags, else the picture of --from, else the preset, else the model's defaults."""
     from bitdance.sampling import choose
 
-    said = {name: picture[name] for name in ("sampler", "guidance_interval", "last_steps") if name in picture}
-    if options.preset is not None or picture:
-        said = said if options.preset is None else {}
+    said: dict[str, Any] = {}
+    if picture and options.preset is None:  # a picture says what it does not have from the published procedure
+        said = {name: picture[name] for name in ("sampler", "guidance_interval", "last_steps") if name in picture}
         defaults = {name: value for name, value in defaults.items() if name != "preset"}
     if options.sampler is not None:
         said["sampler"] = options.sampler

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bitdance.cli.generate import Order
-from bitdance.cli.memory import GB, free_main_memory
+from bitdance.cli.memory import GB, free_bytes, free_main_memory
 
 if TYPE_CHECKING:
     from bitdance.bench.shapes import Shape
@@ -79,15 +79,6 @@ def remedies(setting: "Setting") -> Iterator[tuple[str, "Setting"]]:
         flags[flag] = value
         changes |= change
         yield " ".join(f"{flag} {value}".strip() for flag, value in flags.items()), replace(setting, **changes)  # type: ignore[arg-type]
-
-
-def free_bytes(device: str) -> int | None:
-    """Free memory of a device, None where it cannot be told."""
-    if not device.startswith("cuda"):
-        return free_main_memory()
-    import torch
-
-    return torch.cuda.mem_get_info(torch.device(device))[0]
 
 
 def _setting(order: Order, height: int, width: int, guided: bool) -> "Setting":

@@ -6,6 +6,15 @@ from pathlib import Path
 GB = 1_000_000_000
 
 
+def free_bytes(device: str) -> int | None:
+    """Free memory of a device, None where it cannot be told."""
+    if not device.startswith("cuda"):
+        return free_main_memory()
+    import torch
+
+    return torch.cuda.mem_get_info(torch.device(device))[0]
+
+
 def free_main_memory(root: Path = Path("/")) -> int | None:
     """Bytes that a process can still take: the kernel's estimate, or less by a control group. None if unknown."""
     available = _meminfo(root / "proc/meminfo")

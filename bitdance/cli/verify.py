@@ -114,19 +114,17 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def _prompts(options: argparse.Namespace) -> list[str]:
     """Those of the command line, [] where there are none."""
+    from bitdance.jobs import read_requests
     from bitdance.prompt import check_prompt
 
-    given: list[str] = options.prompt or []
     if options.prompts:
         path = Path(options.prompts)
         if not path.is_file():
             raise UsageError(f"--prompts {options.prompts}: there is no such file; give a text file with one prompt per line")
-        given = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        if not given:
-            raise UsageError(f"--prompts {options.prompts}: the file holds no prompt")
-    for text in given:
+        return [request.prompt for request in read_requests(options.prompts, path.read_bytes())]
+    for text in options.prompt or []:
         check_prompt(text)
-    return given
+    return options.prompt or []
 
 
 def _agreement(folder: Path, reference: Path, options: argparse.Namespace, plan: dict[str, Any]) -> dict[str, Any]:

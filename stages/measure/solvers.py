@@ -65,21 +65,9 @@ def bits_of(pipe: BitDancePipeline, captions: Sequence[str], size: tuple[int, in
     wanted = [(caption, seed) for caption in captions for seed in seeds]
     for start in range(0, len(wanted), BATCH):
         texts, numbers = zip(*wanted[start : start + BATCH], strict=True)
-        bits_BChw = pipe(list(texts), *size, seed=list(numbers), output_type="bits", **arguments(sampling)).bits
+        bits_BChw = pipe(list(texts), *size, seed=list(numbers), output_type="bits", **sampling.arguments()).bits
         found.append(bits_BChw.flatten(1) > 0)
     return torch.cat(found).unflatten(0, (len(captions), len(seeds)))
-
-
-def arguments(sampling: Sampling) -> dict[str, Any]:
-    """The pipeline's, for exactly this sampling."""
-    return {
-        "preset": "published",
-        "num_inference_steps": sampling.steps,
-        "guidance_scale": sampling.guidance,
-        "sampler": sampling.sampler,
-        "guidance_interval": sampling.guidance_interval,
-        "last_steps": sampling.last_steps or sampling.steps,
-    }
 
 
 def difference(a_KSN: Tensor, b_KSN: Tensor) -> tuple[float, float]:
@@ -119,7 +107,7 @@ def study(
         begun = time.process_time()
         bits_KSN = bits_of(pipe, captions, gallery.size, range(AGAIN, AGAIN + a.seeds), sampling)
         seconds = (time.process_time() - begun) / (a.captions * a.seeds)
-        followed, _ = follow(pipe, gallery, a.count, a.seed, **arguments(sampling))
+        followed, _ = follow(pipe, gallery, a.count, a.seed, **sampling.arguments())
         both = [followed[group] for group in ("taught", "heldout_pairs")]
         bias, errors = difference(bits_KSN, reference_KSN)
         figures[name] = {
