@@ -60,19 +60,21 @@ class BlockSampler:
         self.head = head
         self.compile = compile
         self._trunk: Trunk | None = None
-        self._times: dict[tuple[Any, ...], Tensor] = {}
+        self._of: tuple[Any, ...] = ()  # the weights that times and graphs belong to
+        self._times: dict[float, Tensor] = {}
         self._graphs: OrderedDict[tuple[Any, ...], _Graph] = OrderedDict()
         self._pool: Any = None
 
     @torch.no_grad()
     def __call__(self, cond_RPD: Tensor, noise_SBPC: Tensor, sampling: Sampling, steps: int) -> Tensor:
         """Predicted bits (B,P,C) of one block, float32. `noise_SBPC`: the initial noise, then one draw per stochastic step."""
+        self._forget_old()
         compiled = cond_RPD.is_cuda if self.compile is None else self.compile
         if compiled and self._trunk is None:
             self._trunk = _Compiled(self.head.net.trunk)
         if not (compiled and cond_RPD.is_cuda):
             return self._solve(cond_RPD, noise_SBPC, sampling, steps, self._trunk if compiled else None)
-        key = (*self._weights(), cond_RPD.shape, cond_RPD.dtype, noise_SBPC.shape, sampling, steps)
+        key = (cond_RPD.shape, cond_RPD.dtype, noise_SBPC.shape, sampling, steps)
         if key not in self._graphs:
             self._graphs[key] = self._record(cond_RPD, noise_SBPC, sampling, steps)
             if len(self._graphs) > GRAPHS_KEPT:
@@ -113,14 +115,16 @@ class BlockSampler:
         return solve(velocity, next(draws), steps, draws.__next__, head.config.time_shift)
 
     def _time(self, t: float) -> Tensor:
-        key = (t, *self._weights())
-        if key not in self._times:
-            if len(self._times) >= TIMES_KEPT:
-                self._times.clear()
-            self._times[key] = self.head.embed_time(t)
-        return self._times[key]
+        if t not in self._times:
+            self._times[t] = self.head.embed_time(t)
+        return self._times[t]
 
-    def _weights(self) -> tuple[Any, ...]:
-        """Changes when the head is moved, converted, loaded or trained."""
+    def _forget_old(self) -> None:
+        """What belongs to weights that were moved, converted, loaded or trained since. Graphs read the embedded times, so both go
+        together."""
         weight = self.head.net.time_embed.mlp[0].weight
-        return weight.data_ptr(), weight.device, weight.dtype, weight._version
+        of = weight.data_ptr(), weight.device, weight.dtype, weight._version
+        if of != self._of or len(self._times) >= TIMES_KEPT:
+            self._of = of
+            self._times.clear()
+            self._graphs.clear()

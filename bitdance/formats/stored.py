@@ -71,6 +71,7 @@ def pieces(held: Held) -> Iterator[Tensor]:
 def open_stored(path: Path) -> dict[str, Stored]:
     """Name → tensor of a file, by its header. FileNotFoundError or ValueError name the file."""
     header, data = _header(path)
+    header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
@@ -82,18 +83,15 @@ def open_stored(path: Path) -> dict[str, Stored]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """What a file's header says beside its tensors."""
-    read_shapes(path)
-    with path.open("rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
+    metadata: dict[str, str] = _header(path)[0].get("__metadata__", {})
+    return metadata
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     read_shapes(path)  # the library's own checks: header, offsets, length of the file
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
+        return json.loads(file.read(length)), 8 + length
 
 
 def write_pieces(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype, Iterable[Tensor]]]) -> None:
