@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from bitdance.cli.model_files import fingerprint
 from bitdance.model import BitDanceModel
 from bitdance.sizes import read_extras
-from lfq_tokenizer.weights import listed, read_json, read_safetensors, read_shapes
+from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.text import listed
+from lfq_tokenizer.weights import read_safetensors, read_shapes
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"

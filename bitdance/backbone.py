@@ -18,7 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from bitdance.attention import ATTENTION, padding_runs
 from bitdance.cache import StaticCache
-from lfq_tokenizer.weights import listed, read_json, read_shapes, write_json
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.text import listed
+from lfq_tokenizer.weights import read_shapes
 
 _INDEX = "model.safetensors.index.json"
 

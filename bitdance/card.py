@@ -31,7 +31,8 @@ def facts_of(folder: Path) -> dict[str, Any]:
     """What configs and headers of a folder in the published layout say: parts and their parameters, dtypes, sizes."""
     from bitdance.cli.model_files import parts
     from bitdance.head import HeadConfig
-    from lfq_tokenizer.weights import read_json, read_shapes
+    from lfq_tokenizer.json_file import read_json
+    from lfq_tokenizer.weights import read_shapes
 
     head, rule = HeadConfig.from_dict(read_json(folder / HEAD_CONFIG)), rule_of_folder(folder)
     networks = parts(folder)

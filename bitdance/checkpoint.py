@@ -26,16 +26,9 @@ from bitdance.prompt import SpecialTokens, save_text_tokenizer, vision_prefix_id
 from bitdance.quantize import check_kinds, quantize_model
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_config, read_extras, rule_of_folder
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
-from lfq_tokenizer.weights import (
-    check_room,
-    check_shapes,
-    read_json,
-    read_safetensors,
-    read_shapes,
-    whole_folder,
-    write_json,
-    write_safetensors,
-)
+from lfq_tokenizer.files import check_room, whole_folder
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.weights import check_shapes, read_safetensors, read_shapes, write_safetensors
 
 if TYPE_CHECKING:
     from bitdance.adapters import Adapter

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfq_tokenizer.weights import read_json, write_json
+from lfq_tokenizer.json_file import read_json, write_json
 
 MAX_PROMPT_TOKENS = 1024
 

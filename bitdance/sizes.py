@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from bitdance.head import HeadConfig
 from lfq_tokenizer import TokenizerConfig
-from lfq_tokenizer.weights import read_json
+from lfq_tokenizer.json_file import read_json
 
 Size = tuple[int, int]  # (height, width) in pixels
 TOKENIZER_CONFIG = "ae_config.json"

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from lfq_tokenizer.config import TokenizerConfig
+from lfq_tokenizer.text import SHOWN
 from lfq_tokenizer.tokenizer import LFQTokenizer
-from lfq_tokenizer.weights import SHOWN, check_shapes
+from lfq_tokenizer.weights import check_shapes
 
 STATE_DICTS = ("ema", "model", "state_dict")  # the averaged weights come first, as in the published sampling script
 PREFIXES = ("", "vae.")

@@ -10,15 +10,9 @@ from lfq_tokenizer.binarize import binarize
 from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
+from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.strips import decode_in_strips, encode_in_strips
-from lfq_tokenizer.weights import (
-    check_shapes,
-    read_json,
-    read_safetensors,
-    read_shapes,
-    write_json,
-    write_safetensors,
-)
+from lfq_tokenizer.weights import check_shapes, read_safetensors, read_shapes, write_safetensors
 
 CONFIG_FILE = "ae_config.json"
 WEIGHTS_FILE = "ae.safetensors"

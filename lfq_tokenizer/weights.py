@@ -1,11 +1,6 @@
-"""safetensors and JSON in and out: strict, atomic, with errors that name the file. Nothing here can execute code."""
+"""Tensors in and out of safetensors: strict, atomic, with errors that name the file. Nothing here can execute code."""
 
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +8,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-SHOWN = 10  # offenders listed in an error
-
-
-def read_json(path: Path | str) -> Any:
-    """The JSON value of a file. FileNotFoundError or ValueError name the file."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; a model folder in the published layout holds it")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); download or export it again") from error
-
-
-def write_json(value: Any, path: Path | str) -> None:
-    """Write JSON atomically: the file is either the old one or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+from lfq_tokenizer.files import whole_path
+from lfq_tokenizer.text import listed
 
 
 def read_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
@@ -62,78 +39,9 @@ def _opened(path: Path | str) -> Any:
 
 def write_safetensors(state: Mapping[str, Tensor], path: Path | str, metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors atomically: the file is either the old one or the whole new one. `metadata` goes into its header."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    save_file(tensors, str(temporary), metadata={"format": "pt", **(metadata or {})})
-    temporary.chmod(0o666 & ~_umask())  # the library writes it for its owner alone
-    os.replace(temporary, path)
-
-
-def _umask() -> int:
-    """The permission bits that new files of this process do not get."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def sha256(path: Path | str) -> str:
-    """Of the whole file, in hexadecimal digits."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk. Nothing happens on Windows, where folders cannot be opened."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def check_room(target: Path, needed: int) -> None:
-    """ValueError when the disk has not room for `needed` bytes, and a little more, beside `target`."""
-    free = shutil.disk_usage(target.absolute().parent).free
-    if free < needed * 1.02 + 2**24:
-        raise ValueError(f"{target} needs {needed / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; make room first")
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write in, beside `target`, which gets that name when the block ends. If it fails nothing is left behind."""
-    target = target.absolute()
-    temporary = target.parent / f".{target.name}.incomplete-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        replace_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def replace_folder(new: Path, target: Path) -> None:
-    """Give the folder `new` the name `target`, by one rename. What stood there, and was not empty, comes back if that fails."""
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        os.replace(new, target)
-        return
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    os.replace(target, old)
-    try:
-        os.replace(new, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-
-def listed(items: Sequence[str], separator: str = "; ") -> str:
-    """The first ten, and how many more there are."""
-    more = f"{separator}and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return separator.join(items[:SHOWN]) + more
+    with whole_path(path) as temporary:
+        save_file(tensors, str(temporary), metadata={"format": "pt", **(metadata or {})})
 
 
 def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], source: Path | str) -> None:

@@ -11,7 +11,7 @@ import torch
 from bitdance.head import HeadConfig
 from bitdance.model import BitDanceModel
 from lfq_tokenizer import LFQTokenizer
-from lfq_tokenizer.weights import read_json
+from lfq_tokenizer.json_file import read_json
 from stages.config import GeneratorTraining, TrainingConfig
 from stages.data.pack import MANIFEST
 from stages.tokenizer.coding import weights_hash

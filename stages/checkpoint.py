@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bitdance.checkpoint import resolve
-from lfq_tokenizer.weights import fsync, read_json, replace_folder, sha256, write_json
+from lfq_tokenizer.files import fsync, replace_folder, sha256
+from lfq_tokenizer.json_file import read_json, write_json
 from stages import processes
 
 INCOMPLETE = ".incomplete"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lfq_tokenizer.weights import write_json
+from lfq_tokenizer.json_file import write_json
 from stages import checkpoint, processes, resume_state
 from stages.config import TrainingConfig, as_dict
 from stages.learner import Learner

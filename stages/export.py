@@ -18,7 +18,7 @@ from bitdance.formats import Source, convert
 from bitdance.formats.conversion import DTYPES
 from bitdance.formats.source import AUTOENCODER
 from bitdance.formats.stored import pieces
-from lfq_tokenizer.weights import read_json
+from lfq_tokenizer.json_file import read_json
 from stages import checkpoint
 from stages.raw_weights import take_raw_weights
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bitdance.formats.source import AUTOENCODER, HEAD, PROJECTOR, TEXT, Source
 from bitdance.formats.stored import Held, Stored, open_stored, read_metadata
-from lfq_tokenizer.weights import listed, read_json
+from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.text import listed
 
 KINDS = ("weight", "frozen", "buffer")
 # What the modules of the recipes call the parts. The tokenizer of a generator's run does not train: it stays as model/ has it.

@@ -20,7 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lfq_tokenizer.weights import check_shapes, read_json, write_json, write_safetensors
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.weights import check_shapes, write_safetensors
 from stages import partitions, processes
 from stages.config import TrainingConfig
 from stages.learner import Learner

@@ -11,11 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bitdance.checkpoint
-import lfq_tokenizer.weights
+import lfq_tokenizer.files
 from bitdance.checkpoint import check_folder, load_model, save_model
 from bitdance.generate import generate_bits
 from bitdance.sampling import Sampling
-from lfq_tokenizer.weights import read_json, read_safetensors, read_shapes, write_json
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.weights import read_safetensors, read_shapes
 
 PUBLISHED = GOLDEN / "t2i_ckpt"
 WEIGHTS = ("ae.safetensors", "vision_head.safetensors", "projector.safetensors", "model.safetensors")
@@ -260,8 +261,8 @@ def test_a_failed_save_leaves_everything_as_it_was(model, tmp_path, monkeypatch,
 
 def test_a_disk_that_is_too_small_is_noticed_beforehand(model, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(lfq_tokenizer.weights.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(ValueError, match=r"needs 0\.0\d GB and the disk has 0\.00 GB free"):
+    monkeypatch.setattr(lfq_tokenizer.files.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"needs \d+\.\d MB and the disk has 1\.0 MB free"):
         save_model(model, tmp_path / "saved")
     assert not list(tmp_path.iterdir())
 

@@ -20,7 +20,8 @@ from bitdance.cli import main as bitdance
 from distill.cli import main as distill
 from distill.config import load_config
 from distill.recipe import DistillRecipe
-from lfq_tokenizer.weights import read_json, read_safetensors, write_json
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.weights import read_safetensors
 from stages.checkpoint import complete, newest, verify
 from stages.data.cli import main as data
 from stages.data.shards import ShardDataset, ShardIndex

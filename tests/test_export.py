@@ -20,7 +20,8 @@ import stages.cli
 from bitdance.checkpoint import DEMO, load_model, save_model
 from bitdance.formats import Source, convert
 from bitdance.formats.stored import open_stored, pieces
-from lfq_tokenizer.weights import read_json, write_json, write_safetensors
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.weights import write_safetensors
 from stages import checkpoint
 from stages.config import GeneratorTraining
 from stages.export import export_checkpoint

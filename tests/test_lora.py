@@ -19,7 +19,8 @@ from bitdance.checkpoint import save_model
 from bitdance.cli import main as bitdance
 from bitdance.cli.model_files import fingerprint
 from bitdance.picture import read_metadata
-from lfq_tokenizer.weights import read_json, read_safetensors, write_json
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.weights import read_safetensors
 from stages.checkpoint import newest
 from stages.config import load_config
 from stages.data.cli import main as data

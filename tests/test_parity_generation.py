@@ -19,7 +19,8 @@ from bitdance.picture import to_uint8
 from bitdance.pipeline import BitDancePipeline
 from bitdance.sampler import SAMPLERS, euler_maruyama, guided_velocity
 from bitdance.sampling import Sampling
-from lfq_tokenizer.weights import load_strict, read_json, read_safetensors
+from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.weights import load_strict, read_safetensors
 
 CHECKPOINT = GOLDEN / "t2i_ckpt"
 NAMES = meta()["cases"]

@@ -17,7 +17,8 @@ from bitdance.projector import Projector
 from bitdance.prompt import conditional_ids, unconditional_ids
 from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
 from lfq_tokenizer import LFQTokenizer
-from lfq_tokenizer.weights import load_strict, read_json, read_safetensors
+from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.weights import load_strict, read_safetensors
 
 CHECKPOINT = GOLDEN / "t2i_ckpt"
 HIDDEN = {"rtol": 0.0, "atol": 3e-5}  # PARITY.md

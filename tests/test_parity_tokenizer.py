@@ -6,7 +6,8 @@ from golden_cases import GOLDEN, case
 
 from lfq_tokenizer import LFQTokenizer, LookupFreeQuantizer
 from lfq_tokenizer.config import TokenizerConfig
-from lfq_tokenizer.weights import load_strict, read_json, read_safetensors
+from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.weights import load_strict, read_safetensors
 
 ENCODE = ["ae/encode", "ae/encode_rect", "ae_alt/encode"]
 DECODE = ["ae/decode", "ae_alt/decode"]

@@ -13,8 +13,9 @@ from golden_cases import GOLDEN, case
 
 import stages.cli
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
+from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.pt_file import read_pt
-from lfq_tokenizer.weights import read_json, read_safetensors
+from lfq_tokenizer.weights import read_safetensors
 
 TINY = TokenizerConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=8)
 

@@ -18,7 +18,8 @@ from bitdance.sampling import Sampling
 from bitdance.verify.agree import agreement, forced_predictions, reference_bits
 from bitdance.verify.compare import difference
 from bitdance.verify.examine import BACKBONE_14B, HEAD_14B, PROJECTOR_14B, TOKENIZERS, examine, value_range
-from lfq_tokenizer.weights import read_json, read_safetensors, write_json, write_safetensors
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.weights import read_safetensors, write_safetensors
 
 MODEL = Path(__file__).parent / "golden" / "t2i_ckpt"
 

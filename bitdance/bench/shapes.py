@@ -21,7 +21,7 @@ from bitdance.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
 from bitdance.quantize import quantize_model
 from bitdance.sizes import TOKENIZER_CONFIG, check_size, default_size, read_config, read_extras, rule_of_folder
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
-from lfq_tokenizer.weights import read_json
+from lfq_tokenizer.json_file import read_json
 
 LARGEST_SIDE = 4096  # pixels with a <|res_i|> token
 

@@ -70,7 +70,8 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     from bitdance.checkpoint import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS
     from bitdance.cli.model_files import fingerprint
     from lfq_tokenizer import TokenizerConfig
-    from lfq_tokenizer.weights import read_json, read_shapes
+    from lfq_tokenizer.json_file import read_json
+    from lfq_tokenizer.weights import read_shapes
 
     config = TokenizerConfig.from_published(read_json(folder / TOKENIZER_CONFIG))
     shapes = read_shapes(folder / TOKENIZER_WEIGHTS)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from bitdance.checkpoint import HEAD_WEIGHTS, LM_INDEX, LM_WEIGHTS, PROJECTOR_WEIGHTS, TOKENIZER_WEIGHTS
 from bitdance.sizes import EXTRAS_FILE
-from lfq_tokenizer.weights import read_json, read_shapes
+from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.weights import read_shapes
 
 _WHOLE = 64 * 2**20  # files up to this size are hashed whole
 _SAMPLES, _SAMPLE = 64, 2**20

@@ -10,7 +10,7 @@ from PIL import Image
 
 from bitdance.jobs import Job
 from bitdance.picture import read_metadata, write_png
-from lfq_tokenizer.weights import fsync
+from lfq_tokenizer.files import fsync
 
 MANIFEST = "manifest.jsonl"
 HASH_KEY = "job_hash"

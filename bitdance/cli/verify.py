@@ -17,7 +17,7 @@ from typing import Any
 from bitdance.cli import Parser, UsageError
 from bitdance.cli.devices import usable_device
 from bitdance.cli.generate import DTYPES, QUANTIZE, QUANTIZE_HEAD
-from lfq_tokenizer.weights import SHOWN, listed
+from lfq_tokenizer.text import SHOWN, listed
 
 PICTURES = 2  # that two renditions are compared on, unless --pictures says otherwise
 PROMPTS = ("a red fox in the snow", "a bowl of fruit on a wooden table", "a lighthouse at night", "an old map of an island")

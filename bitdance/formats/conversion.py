@@ -26,7 +26,9 @@ from bitdance.formats.source import (
 )
 from bitdance.formats.stored import Held, pieces, write_pieces
 from bitdance.sizes import EXTRAS_FILE
-from lfq_tokenizer.weights import SHOWN, check_room, fsync, read_json, whole_folder, write_json
+from lfq_tokenizer.files import check_room, fsync, whole_folder
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.text import SHOWN
 
 SHARD_BYTES = 5 * 10**9  # largest file of the backbone; what transformers chose for the published models
 Files = dict[str, list[tuple[str, str]]]  # file → (part, tensor) of what it holds

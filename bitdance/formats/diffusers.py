@@ -18,7 +18,7 @@ from typing import Any
 from bitdance.formats.source import AUTOENCODER, HEAD, PROJECTOR, TEXT, TEXT_CONFIG, Source
 from bitdance.formats.source import STEMS as OFFICIAL
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG
-from lfq_tokenizer.weights import read_json, write_json
+from lfq_tokenizer.json_file import read_json, write_json
 
 INDEX = "model_index.json"
 DIFFUSERS_VERSION = "0.36.0"  # the first whose names these are

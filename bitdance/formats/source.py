@@ -10,7 +10,8 @@ import torch
 
 from bitdance.formats.stored import Held, open_stored, pieces
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_extras
-from lfq_tokenizer.weights import listed, read_json
+from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.text import listed
 
 # Version of the map from tensor names here to those of the published files; 1 is the identity in every part and format.
 KEY_MAP_VERSION = 1

@@ -12,7 +12,8 @@ from bitdance.checkpoint import LM_CONFIG
 from bitdance.formats.stored import PIECE
 from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
 from bitdance.verify.examine import Place, places_of
-from lfq_tokenizer.weights import listed, read_json
+from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.text import listed
 
 TEXTS = (
     "a red fox in the snow, 35 mm photograph",

@@ -26,7 +26,10 @@ from bitdance.formats.stored import PIECE
 from bitdance.head import HeadConfig
 from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
 from lfq_tokenizer import TokenizerConfig
-from lfq_tokenizer.weights import listed, read_json, read_shapes, sha256
+from lfq_tokenizer.files import sha256
+from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.text import listed
+from lfq_tokenizer.weights import read_shapes
 
 _TABLES = ("embed_tokens", "lm_head")  # their rows are the vocabulary, which differs between models of one shape
 _BACKBONE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")

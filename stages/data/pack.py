@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfq_tokenizer.weights import replace_folder, sha256
+from lfq_tokenizer.files import replace_folder, sha256
 from stages.data.metadata import MEMBER_LIMITS
 from stages.data.sample import CaptionedPicture, PictureSource, Skipped
 

@@ -18,7 +18,9 @@ from bitdance.head import HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.quantize import quietly
 from bitdance.sizes import EXTRAS_FILE, read_extras
-from lfq_tokenizer.weights import SHOWN, read_json, write_json, write_safetensors
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.text import SHOWN
+from lfq_tokenizer.weights import write_safetensors
 from stages.checkpoint import ADAPTER, model_folder
 from stages.config import GeneratorTraining, LoraTraining
 

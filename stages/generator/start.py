@@ -13,7 +13,7 @@ from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
 from bitdance.prompt import add_image_tokens, build_text_tokenizer
 from lfq_tokenizer import LFQTokenizer
-from lfq_tokenizer.weights import read_json
+from lfq_tokenizer.json_file import read_json
 from stages.chain import check_chain
 from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining

@@ -24,7 +24,8 @@ from bitdance.jobs import parse_shard
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
-from lfq_tokenizer.weights import read_json, read_safetensors, write_json, write_safetensors
+from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.weights import read_safetensors, write_safetensors
 from stages.config import OptimizerConfig, TokenizerTraining
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.learner import learning_rate

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lfq_tokenizer.weights import read_json, write_json
+from lfq_tokenizer.json_file import read_json, write_json
 from stages.measure.compare import load_one, load_pictures
 from stages.measure.reconstruction import Reconstruction
 from stages.tokenizer.perceptual import LPIPS

@@ -17,7 +17,7 @@ from bitdance.projector import Projector
 from bitdance.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
 from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG, read_config
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
-from lfq_tokenizer.weights import read_json
+from lfq_tokenizer.json_file import read_json
 from stages.chain import check_backbone, stage_head
 from stages.checkpoint import model_folder
 from stages.config import PARTS, GeneratorTraining, TrainingConfig

@@ -5,9 +5,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from lfq_tokenizer.files import replace_folder
 from lfq_tokenizer.pt_file import PtReport, read_pt
 from lfq_tokenizer.tokenizer import LFQTokenizer
-from lfq_tokenizer.weights import replace_folder
 from stages.tokenizer.coding import check_finite
 
 

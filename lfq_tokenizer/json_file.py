@@ -1,0 +1,80 @@
+"""JSON that anyone may have written: bounded, strict, with errors that name its source."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from lfq_tokenizer import limits
+from lfq_tokenizer.files import size_text, write_text
+from lfq_tokenizer.text import printable
+
+
+def parse_json(text: str | bytes, source: object) -> Any:
+    """The JSON value of a text that anyone may have written. ValueError names `source` for what is no JSON, for NaN and
+    infinities (which JSON lacks), a key given twice, numbers of thousands of digits, and for nesting or size beyond
+    reason."""
+    if len(text) > limits.JSON_BYTES:
+        raise ValueError(f"{source}: {size_text(len(text))} of JSON; at most {size_text(limits.JSON_BYTES)} are read")
+    keys = 0
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal keys
+        keys += len(pairs)
+        if keys > limits.JSON_KEYS:
+            raise ValueError(f"more than {limits.JSON_KEYS:,} keys")
+        value = dict(pairs)
+        if len(value) != len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise ValueError(f"key {printable(twice)[:100]!r} is given twice; keep one")
+        return value
+
+    def no_constant(name: str) -> Any:
+        raise ValueError(f"{name} is no JSON; write a number")
+
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+    except RecursionError:
+        raise ValueError(f"{source}: nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: not valid JSON ({error.msg} at character {error.pos})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not valid JSON (no UTF-8 at byte {error.start})") from None
+    except ValueError as error:  # our own, or a number of more digits than Python converts
+        reason = "a number of too many digits" if "digits" in str(error) else str(error)
+        raise ValueError(f"{source}: {reason}") from None
+
+
+def read_bytes(path: Path | str, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. A FIFO or device is refused and never waited for."""
+    path = Path(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+    with open(descriptor, "rb") as file:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} is no regular file; give a file")
+        if found.st_size > limit:
+            raise ValueError(f"{path} has {size_text(found.st_size)}; at most {size_text(limit)} are read")
+        return file.read(limit + 1)[:limit]
+
+
+def read_json(path: Path | str) -> Any:
+    """The JSON value of a file. FileNotFoundError or ValueError name the file."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; a model folder in the published layout holds it")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file; download or export it again")
+    try:
+        return parse_json(read_bytes(path, limits.JSON_BYTES), path)
+    except ValueError as error:
+        raise ValueError(f"{error}; download or export it again") from None
+
+
+def write_json(value: Any, path: Path | str) -> None:
+    """Write JSON atomically: the file is either the old one or the whole new one."""
+    write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
