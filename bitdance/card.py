@@ -5,7 +5,6 @@ stages, teacher), `defaults`, `sizes`. A figure is {"what", "value", "command", 
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from bitdance.sizes import HEAD_CONFIG, default_size, read_extras, rule_of_folder, supported_sizes
+from lfq_tokenizer.files import write_text
 
 CARD = "README.md"
 UNKNOWN = "unknown: the folder does not say"
@@ -22,9 +22,7 @@ def write_card(folder: Path, format: str = "official", of: Path | None = None) -
     """Write README.md into `folder`. `of`: a folder of the same model in the published layout, where `folder` has another."""
     source = folder if of is None else of
     text = card_text(read_extras(source), {**facts_of(source), "format": format})
-    temporary = folder / f"{CARD}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, folder / CARD)
+    write_text(text, folder / CARD)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

@@ -1,53 +1,25 @@
-"""Prompts → validated jobs. Everything wrong with a prompt file is found here, before a model is loaded.
+"""Requests → jobs, one picture each. Everything wrong with them is found here, before a model is loaded.
 
 A request is one prompt as the user gave it (an argument, a line of text, a JSONL object); a job is one picture to make.
-Neither torch nor a model is needed to plan.
+Neither torch nor a model is needed to plan, and no list of jobs is held: a million lines are checked in one pass and read again.
 """
 
-import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from bitdance.prompt import check_prompt
+from bitdance.prompt_file import Request, cut
+from bitdance.values import check_number
+from lfq_tokenizer import limits
 
-MAX_NAME_BYTES = 120
 MAX_SLUG_BYTES = 48
-RANGES: dict[str, tuple[int, int]] = {
-    "seed": (0, 2**63 - 1),
-    "height": (1, 65_536),
-    "width": (1, 65_536),
-    "steps": (1, 10_000),
-    "n": (1, 100_000),
-    "batch_size": (1, 4096),
-}
-KEYS = ("prompt", "id", "seed", "height", "width", "guidance", "steps", "n")
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_NOT_IN_NAMES = re.compile(r'[\x00-\x20\x7f/\\:*?"<>|]+')
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt as given. `None` means "not said here"; `source` names the place in errors ("jobs.jsonl line 3")."""
-
-    prompt: str
-    source: str
-    id: str | None = None
-    seed: int | None = None
-    height: int | None = None
-    width: int | None = None
-    guidance: float | None = None
-    steps: int | None = None
-    n: int | None = None
+_NUMBERED = re.compile(r"([0-9]{4,12})-")
 
 
 @dataclass(frozen=True)
@@ -62,7 +34,7 @@ class Settings:
     n: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     """One picture. `index` is its place among all pictures of the command; `file` its name inside the output folder."""
 
@@ -81,157 +53,140 @@ class Job:
         return self.height, self.width, self.steps, self.guidance
 
 
-def checked_prompt(prompt: Any, source: str) -> str:
-    """The prompt as the model reads it ("" is the unconditional picture); ValueError names source and position."""
-    try:
-        return check_prompt(prompt)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+class Jobs:
+    """The jobs of a command, in order: each prompt × each seed × each of its `n` pictures; picture k has seed + k. Of a
+    shard (I, N) those with index I, I + N, I + 2N, …
 
-
-def check_number(name: str, value: Any, source: str) -> Any:
-    """The value of one of `seed height width steps n guidance`, if it is a number in range."""
-    if name == "guidance":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise ValueError(
-                f"{source}: guidance = {value!r}; a finite number ≥ 0 is allowed, 1 and below switch it off"
-            )
-        return float(value)
-    low, high = RANGES[name]
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{source}: {name} = {value!r}; a whole number from {low} to {high} is allowed")
-    return value
-
-
-def requests_from_arguments(prompts: Sequence[str]) -> list[Request]:
-    """Prompts of the command line, in order."""
-    return [Request(checked_prompt(p, f"prompt {i}"), f"prompt {i}") for i, p in enumerate(prompts, 1)]
-
-
-def read_requests(name: str, data: bytes) -> list[Request]:
-    """The prompts of a file.
-
-    `.jsonl`: one JSON object per line; anything else: one prompt per line, blank lines skipped. `name` "-" is standard
-    input, read as JSONL when its first line starts with "{". Errors name the line.
+    What a request says wins over `settings`. `requests` can be iterated more than once, and so can the jobs, which are
+    made anew each time. The constructor checks all of it: ValueError names the request for a size that
+    `check_size(height, width)` refuses, for two pictures that would share a file, and for more pictures than the limit.
+    `sizes` are all (height, width, whether guided) that occur.
     """
-    label = "standard input" if name == "-" else name
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{label} line {line}: not UTF-8 at byte {error.start} of the file; save it as UTF-8"
-        ) from None
-    lines = [(f"{label} line {i}", line.strip("\r")) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-    is_jsonl = Path(name).suffix.lower() == ".jsonl" or (
-        name == "-" and bool(lines) and lines[0][1].lstrip().startswith("{")
-    )
-    if not lines:
-        raise ValueError(f"{label} holds no prompt; write one per line")
-    if is_jsonl:
-        return [_from_json(line, source) for source, line in lines]
-    return [Request(checked_prompt(line.strip(), source), source) for source, line in lines]
+
+    def __init__(
+        self,
+        requests: Iterable[Request],
+        settings: Settings,
+        check_size: Callable[[int, int], object] | None = None,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        self._requests, self._settings, self._shard = requests, settings, shard
+        self.sizes: set[tuple[int, int, bool]] = set()
+        taken: dict[int, Any] = {}
+        numbered: dict[int, list[Request]] = {}
+        seen: set[tuple[int, int]] = set()
+        total = 0
+        for request in requests:
+            height, width = self._size(request)
+            if (height, width) not in seen and check_size is not None:
+                try:
+                    check_size(height, width)
+                except ValueError as error:
+                    raise ValueError(f"{request.source}: {error}") from None
+            seen.add((height, width))
+            self.sizes.add((height, width, self._guidance(request) > 1))
+            total += self._check_seeds(request)
+            if request.id is not None:
+                self._check_id(request, taken)
+                if found := _NUMBERED.match(request.id):
+                    numbered.setdefault(int(found[1]), []).append(request)
+            if total > limits.JOBS:
+                raise ValueError(
+                    f"{request.source}: more than {limits.JOBS:,} pictures in one command; part the prompts, or raise "
+                    "BITDANCE_LIMIT_JOBS"
+                )
+        self.total = total
+        if numbered:
+            self._check_numbered(numbered)
+
+    def __len__(self) -> int:
+        part, parts = self._shard
+        return len(range(part, self.total, parts))
+
+    def __contains__(self, job: object) -> bool:
+        return any(job == mine for mine in self)
+
+    def __iter__(self) -> Iterator[Job]:
+        part, parts = self._shard
+        start = 0
+        for number, request in enumerate(self._requests):
+            seeds, n = self._seeds(request)
+            end = start + len(seeds) * n
+            if mine := range(start + (part - start) % parts, end, parts):
+                (height, width), stem = self._size(request), _stem(request, number)
+                steps = self._settings.steps if request.steps is None else request.steps
+                for index in mine:
+                    group, k = divmod(index - start, n)
+                    seed = seeds[group] + k
+                    file = f"{stem}-{seed}.png"
+                    yield Job(index, file, request.prompt, seed, height, width, steps, self._guidance(request))
+            start = end
+
+    def _size(self, request: Request) -> tuple[int, int]:
+        settings = self._settings
+        height = settings.height if request.height is None else request.height
+        return height, settings.width if request.width is None else request.width
+
+    def _guidance(self, request: Request) -> float:
+        return self._settings.guidance if request.guidance is None else request.guidance
+
+    def _seeds(self, request: Request) -> tuple[tuple[int, ...], int]:
+        """First seeds, and how many pictures count up from each."""
+        seeds = self._settings.seeds if request.seed is None else (request.seed,)
+        return seeds, self._settings.n if request.n is None else request.n
+
+    def _check_seeds(self, request: Request) -> int:
+        """How many pictures a request asks for. Its seeds are ranges [s, s + n), which are compared without being counted out."""
+        seeds, n = self._seeds(request)
+        check_number("seed", max(seeds) + n - 1, request.source)
+        for one, other in pairwise(sorted(seeds)):
+            if other < one + n:
+                raise ValueError(
+                    f"{request.source}: seed {other} is asked for twice (seeds {list(seeds)}, each counting up over {n} "
+                    "pictures); give seeds that lie further apart"
+                )
+        return len(seeds) * n
+
+    def _check_id(self, request: Request, taken: dict[int, Any]) -> None:
+        """Files are STEM-SEED.png, so two requests share one when their stems are equal, but for case, and their seeds meet.
+
+        `taken`: hash of a stem → (first seed, n) of all that have it; one picture alone is kept as its seed, which is small.
+        """
+        stem = str(request.id)
+        key, (seeds, n) = hash(stem.casefold()), self._seeds(request)
+        before = taken.get(key, ())
+        ranges = ((before, 1),) if isinstance(before, int) else before
+        for first, count in ranges:
+            for seed in seeds:
+                if seed < first + count and first < seed + n:
+                    raise self._collision(request.source, stem, max(seed, first))
+        mine = tuple((seed, n) for seed in seeds)
+        taken[key] = seeds[0] if len(seeds) == n == 1 and not ranges else (*ranges, *mine)
+
+    def _check_numbered(self, numbered: dict[int, list[Request]]) -> None:
+        """An id may look like the stem that a request without an id gets. `numbered`: such ids by the number that they
+        begin with."""
+        for number, request in enumerate(self._requests):
+            for other in numbered.get(number, ()) if request.id is None else ():
+                (mine, n), (theirs, m) = self._seeds(request), self._seeds(other)
+                for seed, first in ((a, b) for a in mine for b in theirs if a < b + m and b < a + n):
+                    if str(other.id).casefold() == _stem(request, number).casefold():
+                        raise self._collision(other.source, str(other.id), max(seed, first))
+
+    def _collision(self, source: str, stem: str, seed: int) -> ValueError:
+        wanted, others = stem.casefold(), ((r, i) for i, r in enumerate(self._requests) if r.source != source)
+        other = next((r.source for r, i in others if _stem(r, i).casefold() == wanted), "another line")
+        return ValueError(f"{source}: its file {stem}-{seed}.png is already taken by {other}; give each its own id")
 
 
-def _from_json(line: str, source: str) -> Request:
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise ValueError(f"{source}: key {twice[0]!r} is given twice; keep one")
-        return dict(pairs)
-
-    try:
-        value = json.loads(line, object_pairs_hook=no_duplicates)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: not valid JSON ({error.msg} at character {error.pos})") from None
-    except RecursionError:
-        raise ValueError(f"{source}: nested too deeply; one flat object per line is allowed") from None
-    except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(source) else f"{source}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f'{source}: holds {type(value).__name__}, not an object; write {{"prompt": "…"}}')
-    for key in value:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, 1, 0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{source}: unknown key {key!r}; {hint}known keys: {', '.join(KEYS)}")
-    if "prompt" not in value:
-        raise ValueError(f'{source}: has no "prompt"; only this key is required')
-    fields = {name: check_number(name, value[name], source) for name in (*RANGES, "guidance") if name in value}
-    if "id" in value:
-        fields["id"] = safe_name(value["id"], source)
-    return Request(prompt=checked_prompt(value["prompt"], source), source=source, **fields)
-
-
-def safe_name(name: Any, source: str) -> str:
-    """An id as a file name stem: no separators, spaces or control characters, no leading dot, at most 120 bytes."""
-    if not isinstance(name, str):
-        raise ValueError(f"{source}: id is {json.dumps(name)}; it must be a string")
-    if found := _SURROGATE.search(name):
-        raise ValueError(
-            f"{source}: id has a lone surrogate U+{ord(found.group()):04X} at position {found.start()}; remove it"
-        )
-    stem = _cut(_NOT_IN_NAMES.sub("-", unicodedata.normalize("NFC", name)).lstrip(".-").rstrip("."), MAX_NAME_BYTES)
-    if not stem:
-        raise ValueError(f"{source}: id {name!r} leaves nothing for a file name; use letters or digits")
-    return stem
+def _stem(request: Request, number: int) -> str:
+    return f"{number:04d}-{slug(request.prompt)}" if request.id is None else request.id
 
 
 def slug(prompt: str) -> str:
     """A short readable part of a file name: "A red apple!" → "a-red-apple"."""
     words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", prompt[:400]).casefold()).strip("-")
-    return _cut(words, MAX_SLUG_BYTES).strip("-") or ("picture" if prompt else "empty")
-
-
-def _cut(text: str, limit: int) -> str:
-    return text.encode("utf-8")[:limit].decode("utf-8", errors="ignore")
-
-
-def plan(
-    requests: Iterable[Request], settings: Settings, check_size: Callable[[int, int], object] | None = None
-) -> list[Job]:
-    """Requests → jobs, in order: each prompt × each seed × each of its `n` pictures; picture k has seed + k.
-
-    What a request says wins over `settings`. `check_size(height, width)` raises ValueError for a size the model lacks.
-    Two pictures that would share a file are refused here.
-    """
-    jobs: list[Job] = []
-    taken: dict[str, str] = {}
-    for number, request in enumerate(requests):
-        height = settings.height if request.height is None else request.height
-        width = settings.width if request.width is None else request.width
-        if check_size is not None:
-            try:
-                check_size(height, width)
-            except ValueError as error:
-                raise ValueError(f"{request.source}: {error}") from None
-        seeds = settings.seeds if request.seed is None else (request.seed,)
-        n = settings.n if request.n is None else request.n
-        stem = request.id if request.id is not None else f"{number:04d}-{slug(request.prompt)}"
-        wanted = [seed + k for seed in seeds for k in range(n)]
-        if twice := [seed for seed, count in Counter(wanted).items() if count > 1]:
-            raise ValueError(
-                f"{request.source}: seed {twice[0]} is asked for twice (seeds {list(seeds)}, each counting up over {n} "
-                "pictures); give seeds that lie further apart"
-            )
-        for seed in wanted:
-            check_number("seed", seed, request.source)
-            file = f"{stem}-{seed}.png"
-            if (other := taken.setdefault(file.casefold(), request.source)) != request.source:
-                raise ValueError(f"{request.source}: its file {file} is already taken by {other}; give each its own id")
-            jobs.append(
-                Job(
-                    index=len(jobs),
-                    file=file,
-                    prompt=request.prompt,
-                    seed=seed,
-                    height=height,
-                    width=width,
-                    steps=settings.steps if request.steps is None else request.steps,
-                    guidance=settings.guidance if request.guidance is None else request.guidance,
-                )
-            )
-    return jobs
+    return cut(words, MAX_SLUG_BYTES).strip("-") or ("picture" if prompt else "empty")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -265,7 +220,7 @@ def _shared_out(jobs: list[Job], size: int) -> list[list[Job]]:
 def job_hash(job: Job, model: str, dtype: str, more: Mapping[str, Any] | None = None) -> str:
     """What makes a finished picture the one asked for: the job without its place, the weights, the dtype, and what `more`
     says that the published procedure does not."""
-    content = {k: v for k, v in dataclasses.asdict(job).items() if k not in ("index", "file")}
+    content = {name: getattr(job, name) for name in ("prompt", "seed", "height", "width", "steps", "guidance")}
     content |= {"model": model, "dtype": dtype}
     content |= {k: v for k, v in (more or {}).items() if (k, v) != ("sampler", "euler_maruyama")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()[:32]

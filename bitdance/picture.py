@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,9 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from lfq_tokenizer.files import whole_file
+from lfq_tokenizer.json_file import parse_json
 
 METADATA_KEY = "bitdance"
 TEXT_KEY = "parameters"
@@ -70,16 +72,12 @@ def parameters_text(metadata: Mapping[str, Any]) -> str:
 def write_png(picture: Image.Image, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a PNG whole or not at all; `metadata` (JSON values) goes into the iTXt chunks `bitdance` and
     `parameters`."""
-    path, info = Path(path), PngInfo()
+    info = PngInfo()
     if metadata is not None:
         info.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=True))
         info.add_itxt(TEXT_KEY, parameters_text(metadata).encode("utf-8", "backslashreplace").decode("utf-8"))
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with whole_file(path) as file:
         picture.save(file, format="PNG", pnginfo=info)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
@@ -96,8 +94,8 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable PNG ({error})") from error
     try:
-        metadata = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
+        metadata = parse_json(text, path) if isinstance(text, str) else None
+    except ValueError:
         metadata = None
     if not isinstance(metadata, dict):
         raise ValueError(f"{path} holds no settings of this program (PNG text chunk {METADATA_KEY!r})")

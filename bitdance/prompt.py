@@ -7,15 +7,18 @@ The conditional prompt, the unconditional prompt, and the prefix that announces 
     <|vision_start|> <|res_h|> <|res_w|> <|query_1|> … <|query_{P-1}|>
 """
 
+import re
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lfq_tokenizer import limits
 from lfq_tokenizer.json_file import read_json, write_json
 
 MAX_PROMPT_TOKENS = 1024
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 BASE_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -81,16 +84,17 @@ def check_prompt(text: str) -> str:
     """The prompt as the model will read it: "" when it is empty or only white space, which means *unconditional*.
 
     NUL, right-to-left text and the spelling of special tokens are ordinary text. Raises ValueError for anything but a
-    string and for a lone surrogate (half of a character; not Unicode text), naming its position.
+    string, for a lone surrogate (half of a character; not Unicode text), naming its position, and for text beyond the limit.
     """
     if not isinstance(text, str):
         raise ValueError(f"a prompt must be a string, got {type(text).__name__}")
-    for position, character in enumerate(text):
-        if "\ud800" <= character <= "\udfff":
-            raise ValueError(
-                f"the prompt holds a lone surrogate U+{ord(character):04X} at position {position}, which is no "
-                "character; was the text decoded with the wrong encoding?"
-            )
+    if found := _SURROGATE.search(text):
+        raise ValueError(
+            f"the prompt holds a lone surrogate U+{ord(found.group()):04X} at position {found.start()}, which is no "
+            "character; was the text decoded with the wrong encoding?"
+        )
+    if len(text) > limits.PROMPT_CHARACTERS:
+        raise ValueError(f"the prompt has {len(text):,} characters; at most {limits.PROMPT_CHARACTERS:,} are read; shorten it")
     return text if text.strip() else ""
 
 

@@ -32,13 +32,15 @@ class Range:
     def check(self, name: str, value: Any, source: str = "") -> Any:
         """`value` as an int or a float. ValueError, which names `source`, name, value and what is allowed, for another kind of
         value (a truth value and a text are no numbers), NaN, and what lies outside."""
-        number = self._number(value)
+        number = self.number(value)
         if number is None:
             raise ValueError(f"{source}{': ' if source else ''}{name} = {shown(value)}; {self.words} is allowed{self.hint}")
         return number
 
-    def _number(self, value: Any) -> int | float | None:
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+    def number(self, value: Any) -> int | float | None:
+        """`value` as an int or a float, None where it is not allowed."""
+        kind: Any = Integral if self.whole else Real
+        if isinstance(value, bool) or not isinstance(value, kind):
             return None
         # compared before it is converted: a whole number of 400 digits has no float
         above = value > self.low or (value == self.low and not self.open_low)
@@ -83,7 +85,7 @@ def check_number(name: str, value: Any, source: str = "") -> Any:
 def check_interval(value: Any, source: str = "", name: str = "guidance_interval") -> tuple[float, float]:
     """Two times with 0 ≤ low ≤ high ≤ 1. ValueError for anything else."""
     pair = list(value) if isinstance(value, (list, tuple)) else []
-    numbers = [RANGES["guidance_interval"]._number(number) for number in pair]
+    numbers = [RANGES["guidance_interval"].number(number) for number in pair]
     if len(numbers) != 2 or numbers[0] is None or numbers[1] is None or numbers[0] > numbers[1]:
         text = f"{name} = {shown(value)}; two times with 0 ≤ low ≤ high ≤ 1 are allowed, for instance 0.3 and 1"
         raise ValueError(f"{source}: {text}" if source else text)

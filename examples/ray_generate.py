@@ -42,7 +42,7 @@ class Painter:
         jobs = [self.jobs[index] for index in rows["data"].tolist()]
         maker = Maker(self.order, self.output)
         # Ray hands a block out again when its worker was lost: some of it may be finished.
-        maker.make(self.pipe, self.output.missing(jobs, self.order.hashes))
+        maker.make(self.pipe, self.output.missing(jobs, self.order.hash))
         errors = {job.index: error for job, error in maker.failures}
         return {"data": rows["data"], "error": np.array([errors.get(job.index, "") for job in jobs])}
 
@@ -90,14 +90,20 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Order]:
         options.dtype = "bfloat16"
     order = read_order(options)
     device = "cuda" if options.gpus_per_worker else "cpu"
-    return options, replace(order, device=device, output=order.output.absolute(), folder=order.folder.absolute())
+    here = {"output": order.output.absolute(), "folder": order.folder.absolute()}
+    return options, replace(order, jobs=list(order.jobs), device=device, **here)  # the workers get the jobs, not the file
 
 
 def generate(options: argparse.Namespace, order: Order) -> int:
     """0 all done, 1 some failed (failures.jsonl), 128 + signal when stopped."""
     output = OutputFolder(order.output, order.model, order.shard)
     output.check_writable()
-    todo = output.missing(order.jobs, order.hashes)
+    with output.held():
+        return _generate(options, order, output)
+
+
+def _generate(options: argparse.Namespace, order: Order, output: OutputFolder) -> int:
+    todo = output.missing(order.jobs, order.hash)
     jobs = {job.index: job for job in todo}
     failures: list[tuple[Job, str]] = []
     with StopSignals() as stop, tqdm(total=len(todo), unit="picture", disable=not sys.stderr.isatty()) as bar:

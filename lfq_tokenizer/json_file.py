@@ -11,7 +11,7 @@ from lfq_tokenizer.files import size_text, write_text
 from lfq_tokenizer.text import printable
 
 
-def parse_json(text: str | bytes, source: object) -> Any:
+def parse_json(text: str | bytes, source: object, nan: bool = False) -> Any:
     """The JSON value of a text that anyone may have written. ValueError names `source` for what is no JSON, for NaN and
     infinities (which JSON lacks), a key given twice, numbers of thousands of digits, and for nesting or size beyond
     reason."""
@@ -37,7 +37,7 @@ def parse_json(text: str | bytes, source: object) -> Any:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=no_constant)
+        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=float if nan else no_constant)
     except RecursionError:
         raise ValueError(f"{source}: nested too deeply") from None
     except json.JSONDecodeError as error:

@@ -2,24 +2,18 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bitdance.jobs import (
-    Job,
-    Request,
-    Settings,
-    batches,
-    job_hash,
-    parse_shard,
-    plan,
-    read_requests,
-    requests_from_arguments,
-    safe_name,
-    slug,
-)
+from bitdance.jobs import Job, Jobs, Settings, batches, job_hash, parse_shard, slug
+from bitdance.prompt_file import Request, read_requests, requests_from_arguments, safe_name
 
 SETTINGS = Settings(height=64, width=64, steps=2, guidance=1.0)
+
+
+def plan(*arguments: Any) -> list[Job]:
+    return list(Jobs(*arguments))
 
 
 def lines(*values: object) -> bytes:

@@ -16,7 +16,8 @@ import pytest
 
 from bitdance import BitDancePipeline
 from bitdance.cli import main
-from bitdance.jobs import Settings, plan, requests_from_arguments
+from bitdance.jobs import Jobs, Settings
+from bitdance.prompt_file import requests_from_arguments
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "ray_generate.py"
 MODEL = str(Path(__file__).parent / "golden" / "t2i_ckpt")
@@ -88,7 +89,7 @@ def test_a_failure_is_a_row(example: ModuleType, tmp_path: Path, monkeypatch: py
 
 
 def test_every_worker_gets_something_and_no_block_is_long(example: ModuleType) -> None:
-    jobs = plan(requests_from_arguments(["p"]), Settings(64, 64, 2, 1.0, n=1000))
+    jobs = list(Jobs(requests_from_arguments(["p"]), Settings(64, 64, 2, 1.0, n=1000)))
     assert [len(block) for block in example.blocks(jobs[:16], 8, 8)] == [2] * 8
     assert max(len(block) for block in example.blocks(jobs, 8, 8)) == 32
 
@@ -96,7 +97,7 @@ def test_every_worker_gets_something_and_no_block_is_long(example: ModuleType) -
 def test_planning_needs_no_gpu_and_gives_the_same_hashes(example: ModuleType, tmp_path: Path) -> None:
     _, cpu = example.read(arguments(tmp_path))
     _, gpu = example.read([*arguments(tmp_path), "--gpus-per-worker", "1", "--dtype", "float32"])
-    assert (cpu.device, gpu.device) == ("cpu", "cuda") and cpu.hashes == gpu.hashes
+    assert (cpu.device, gpu.device) == ("cpu", "cuda") and [cpu.hash(job) for job in cpu.jobs] == [gpu.hash(job) for job in gpu.jobs]
     assert example.read([*arguments(tmp_path), "--gpus-per-worker", "1"])[1].dtype == "bfloat16"
     with pytest.raises(ValueError, match="--device is left to Ray"):
         example.read([*arguments(tmp_path), "--device", "cpu"])

@@ -11,27 +11,16 @@ a file; picture k of a prompt (--images-per-prompt, or "n") has seed + k, as in 
 
 import argparse
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitdance.cli import Parser, UsageError, report
 from bitdance.cli.devices import usable_device
-from bitdance.jobs import (
-    KEYS,
-    Job,
-    Request,
-    Settings,
-    check_number,
-    checked_prompt,
-    job_hash,
-    parse_shard,
-    plan,
-    read_requests,
-    requests_from_arguments,
-)
+from bitdance.jobs import Job, Jobs, Settings, job_hash, parse_shard
+from bitdance.prompt_file import KEYS, PromptFile, Request, checked_prompt, requests_from_arguments
+from bitdance.values import check_interval, check_number, from_text
 
 if TYPE_CHECKING:
     from bitdance.adapters import Adapter
@@ -46,9 +35,8 @@ BATCH_SIZE = 8
 class Order:
     """All that `generate` was asked for, checked: the jobs of this shard, and what to make them with."""
 
-    jobs: list[Job]
+    jobs: Collection[Job]  # of this shard
     sampling: "Sampling"  # steps and guidance: those of the job
-    hashes: dict[int, str]  # Job.index → job hash
     model: str  # as the user named it
     folder: Path
     fingerprint: str
@@ -59,6 +47,7 @@ class Order:
     output: Path
     grid: bool
     compile: bool | None
+    sizes: frozenset[tuple[int, int, bool]]  # (height, width, guided) of all jobs
     quantize: str | None = None
     quantize_head: str | None = None
     offload: bool = False
@@ -75,6 +64,12 @@ class Order:
         """Arguments of `load_model` that change the weights."""
         lora = {} if self.adapter is None else {"lora": self.adapter.folder, "lora_scale": self.adapter.strength}
         return {"quantize": self.quantize, "quantize_head": self.quantize_head, **lora}
+
+    def hash(self, job: Job) -> str:
+        """What a finished picture of this job carries, so that another run knows it."""
+        words = _sampling_words(self.sampling) | self.quantized | _adapter_words(self.adapter)
+        words.pop("lora", None)  # its name changes no picture
+        return job_hash(job, self.fingerprint, self.dtype, words)
 
     def metadata(self, job: Job) -> dict[str, Any]:
         """What the PNG of a job says. No absolute path and no time: the same job gives the same file."""
@@ -94,7 +89,7 @@ class Order:
             **self.quantized,
             **_adapter_words(self.adapter),
             "version": __version__,
-            "job_hash": self.hashes[job.index],
+            "job_hash": self.hash(job),
         }
 
 
@@ -152,7 +147,7 @@ def parser(prog: str = "bitdance generate") -> Parser:
 def read_order(options: argparse.Namespace) -> Order:
     """Check all that can be checked without loading weights; ValueError or FileNotFoundError name what is wrong."""
     shard = parse_shard(options.shard)
-    batch_size = BATCH_SIZE if options.batch_size is None else _number("batch_size", options.batch_size, "--batch-size")
+    batch_size = BATCH_SIZE if options.batch_size is None else from_text("batch_size", options.batch_size, "--batch-size")
     flags = _flags(options)
     picture = _picture(options)
     requests = _requests(options, picture)
@@ -177,7 +172,7 @@ def read_order(options: argparse.Namespace) -> Order:
         **flags,
     }
     values.setdefault("seeds", (picture["seed"],) if "seed" in picture else (0,))
-    jobs = plan(requests, Settings(**values), lambda height, width: check_size(rule, height, width))
+    jobs = Jobs(requests, Settings(**values), lambda height, width: check_size(rule, height, width), shard)
 
     device = usable_device(options.device)
     dtype = options.dtype or picture.get("dtype") or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -186,15 +181,12 @@ def read_order(options: argparse.Namespace) -> Order:
     if options.offload and device == "cpu":
         raise UsageError("--offload needs a device beside main memory; leave it out on cpu")
     adapter = _adapter(options, picture, folder)
-    said = {name: kind for name, kind in quantized.items() if kind} | _adapter_words(adapter)
-    said.pop("lora", None)  # its name changes no picture
     mark = fingerprint(folder)
     if picture.get("model_fingerprint", mark) != mark:
         report(f"{options.source} was made with other weights ({picture['model_fingerprint']}, not {mark})", "warning")
     return Order(
-        jobs=[job for job in jobs if job.index % shard[1] == shard[0]],
+        jobs=jobs,
         sampling=sampling,
-        hashes={job.index: job_hash(job, mark, dtype, _sampling_words(sampling) | said) for job in jobs},
         model=model,
         folder=folder,
         fingerprint=mark,
@@ -205,6 +197,7 @@ def read_order(options: argparse.Namespace) -> Order:
         output=Path(options.output),
         grid=options.grid,
         compile=False if options.no_compile else None,
+        sizes=frozenset(jobs.sizes),
         offload=options.offload,
         adapter=adapter,
         **quantized,
@@ -222,10 +215,8 @@ def _adapter(options: argparse.Namespace, picture: dict[str, Any], model: Path) 
         return None
     from bitdance.adapters import Adapter
 
-    try:
-        scale = picture.get("lora_scale", 1.0) if options.lora_scale is None else float(options.lora_scale)
-    except ValueError:
-        raise UsageError(f"--lora-scale {options.lora_scale!r}; a number is allowed, 1 is as trained") from None
+    said = options.lora_scale
+    scale = picture.get("lora_scale", 1.0) if said is None else from_text("lora_scale", said, "--lora-scale")
     adapter = Adapter.read(options.lora, scale)
     adapter.check_base(model)
     if (mark := picture.get("lora_fingerprint", adapter.fingerprint)) != adapter.fingerprint:
@@ -248,18 +239,11 @@ def _sampling(options: argparse.Namespace, picture: dict[str, Any], defaults: di
     if options.sampler is not None:
         said["sampler"] = options.sampler
     if options.guidance_interval is not None:
-        said["guidance_interval"] = _interval(options.guidance_interval, "--guidance-interval")
+        pair = [from_text("guidance_interval", text, "--guidance-interval") for text in options.guidance_interval]
+        said["guidance_interval"] = check_interval(pair, "--guidance-interval")
     if options.last_steps is not None:
-        said["last_steps"] = _number("steps", options.last_steps, "--last-steps")
+        said["last_steps"] = from_text("last_steps", options.last_steps, "--last-steps")
     return choose(defaults, options.preset, **said)
-
-
-def _interval(values: Any, source: str) -> tuple[float, float]:
-    try:
-        low, high = (float(value) for value in values)
-    except (TypeError, ValueError):
-        raise UsageError(f"{source} {values!r}; two times from 0 to 1 are allowed, for instance 0.3 1") from None
-    return low, high
 
 
 def _sampling_words(sampling: "Sampling") -> dict[str, Any]:
@@ -275,46 +259,28 @@ def _sampling_words(sampling: "Sampling") -> dict[str, Any]:
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
     """Values of the flags that were given, under the names of `Settings`."""
     flags = {
-        name: _number(name, getattr(options, name), f"--{name}")
+        name: from_text(name, getattr(options, name), f"--{name}")
         for name in ("height", "width", "steps", "guidance")
         if getattr(options, name) is not None
     }
     if options.images_per_prompt is not None:
-        flags["n"] = _number("n", options.images_per_prompt, "--images-per-prompt")
+        flags["n"] = from_text("n", options.images_per_prompt, "--images-per-prompt")
     if options.seed is not None:
-        flags["seeds"] = tuple(_number("seed", seed, "--seed (prompts go before it)") for seed in options.seed)
+        flags["seeds"] = tuple(from_text("seed", seed, "--seed (prompts go before it)") for seed in options.seed)
     return flags
 
 
-def _number(name: str, text: str, source: str) -> Any:
-    value: Any = text
-    with suppress(ValueError):  # check_number says what is allowed instead
-        value = float(text) if name == "guidance" else int(text)
-    return check_number(name, value, source)
-
-
-def _requests(options: argparse.Namespace, picture: dict[str, Any]) -> list[Request]:
+def _requests(options: argparse.Namespace, picture: dict[str, Any]) -> Iterable[Request]:
     given = [name for name, value in (("--prompts", options.prompts), ("--from", options.source)) if value is not None]
     if len(given) == 2 or (options.prompts is not None and options.prompt):
         raise UsageError("prompts come from one place: as arguments, or --prompts FILE, or --from PICTURE.png")
     if options.prompts is not None:
-        return read_requests(options.prompts, _contents(options.prompts))
+        return PromptFile.open(options.prompts, getattr(sys.stdin, "buffer", None))
     if options.prompt:
         return requests_from_arguments(options.prompt)
     if picture:
         return [Request(picture["prompt"], options.source)]
     raise UsageError('no prompt; write one in quotes, or --prompts FILE. Example: bitdance generate "a red apple"')
-
-
-def _contents(name: str) -> bytes:
-    if name == "-":
-        return sys.stdin.buffer.read()
-    try:
-        return Path(name).read_bytes()
-    except OSError as error:
-        raise UsageError(
-            f"--prompts {name}: {error.strerror}; give a .txt or .jsonl file, or - for standard input"
-        ) from None
 
 
 def _picture(options: argparse.Namespace) -> dict[str, Any]:
@@ -327,7 +293,7 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
     if "prompt" not in found:
         raise UsageError(f"{source} does not say its prompt; it was not made by `bitdance generate`")
     settings: dict[str, Any] = {"prompt": checked_prompt(found["prompt"], source)}
-    for name in ("seed", "height", "width", "steps", "guidance"):
+    for name in ("seed", "height", "width", "steps", "guidance", "last_steps", "lora_scale"):
         if name in found:
             settings[name] = check_number(name, found[name], source)
     if "sampler" in found:
@@ -337,13 +303,9 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"{source} was made with sampler {found['sampler']!r}; there are {', '.join(SAMPLERS)}")
         settings["sampler"] = found["sampler"]
     if "guidance_interval" in found:
-        settings["guidance_interval"] = _interval(found["guidance_interval"], f"{source}: guidance_interval")
-    if "last_steps" in found:
-        settings["last_steps"] = check_number("steps", found["last_steps"], f"{source}: last_steps")
+        settings["guidance_interval"] = check_interval(found["guidance_interval"], source)
     words = ("model", "model_fingerprint", "lora", "lora_fingerprint")
     settings |= {name: found[name] for name in words if isinstance(found.get(name), str)}
-    if "lora_scale" in found:
-        settings["lora_scale"] = found["lora_scale"]
     for name, allowed in (("dtype", DTYPES), ("quantize", QUANTIZE), ("quantize_head", QUANTIZE_HEAD)):
         if found.get(name) in allowed:
             settings[name] = found[name]

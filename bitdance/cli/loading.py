@@ -40,9 +40,7 @@ def check_memory(order: Order) -> None:
     from bitdance.bench.shapes import Shape
 
     shape = Shape.of_folder(order.folder)
-    settings = {_setting(order, job.height, job.width, job.guidance > 1) for job in order.jobs}
-    if not settings:
-        return
+    settings = {_setting(order, *size) for size in order.sizes}
     largest, found = max(((s, _needs(shape, s)) for s in settings), key=lambda pair: pair[1].peak)
     device, main = free_bytes(order.device), free_main_memory()
     if _fits(found, device, main):

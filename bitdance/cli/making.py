@@ -1,71 +1,79 @@
 """What `bitdance generate` does once all is checked: load once, make batch after batch, keep whatever is finished."""
 
-import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from bitdance.cli import report
 from bitdance.cli.finishing import Decoder, Finisher, Pixels
 from bitdance.cli.generate import Order
 from bitdance.cli.loading import load
 from bitdance.cli.outputs import OutputFolder
+from bitdance.cli.progress import Progress
 from bitdance.cli.stop import Stopped, StopSignals
 from bitdance.jobs import Job, batches
 from bitdance.picture import grid, write_png
 from bitdance.prompt import conditional_ids
+from lfq_tokenizer.files import DiskFull
 
 if TYPE_CHECKING:
     from bitdance.pipeline import BitDancePipeline
 
 GRID_LIMIT = 256  # pictures on one sheet
+WINDOW = 4096  # jobs that are sorted into batches together
 Failures = Sequence[tuple[Job, str]]  # with the reason
 
 
 def make(order: Order) -> int:
     """Make what is missing. 0 all done, 1 some failed (failures.jsonl), 128 + signal when stopped."""
     output = OutputFolder(order.output, order.model, order.shard)
+    output.check_writable()
     maker = Maker(order, output)
-    todo: list[Job] = []
     with StopSignals() as stop, warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
-            output.check_writable()
-            todo = output.missing(order.jobs, order.hashes)
-            if todo:
-                pipe = load(order)
-                output.folder.mkdir(parents=True, exist_ok=True)
-                with tqdm(total=len(todo), unit="picture", disable=not sys.stderr.isatty()) as bar:
-
-                    def show(finished: int, share: float) -> None:
-                        bar.update(finished - bar.n)
-                        bar.set_postfix_str(f"batch {share:.0%}")
-
-                    maker.make(pipe, todo, stop.held, show)
-            output.write_failures(maker.failures)
-            grid_path = write_grid(order.jobs, maker.failures, output) if order.grid else None
+            with output.held(), Progress(len(order.jobs)) as progress:
+                pipe: BitDancePipeline | None = None
+                for jobs in _windows(order.jobs):
+                    todo = output.missing(jobs, order.hash)
+                    progress.skip(len(jobs) - len(todo))
+                    if todo:
+                        pipe = pipe or load(order)
+                        maker.make(pipe, todo, stop.held, progress.show)
+                output.write_failures(maker.failures)
+                grid_path = write_grid(order.jobs, maker.failures, output) if order.grid else None
         except Stopped as stopped:
             if maker.failures:
                 output.write_failures(maker.failures)
             report(
-                f"{stopped} after {maker.made} of {len(todo)} pictures; the same command goes on from there", "stopped"
+                f"{stopped} after {maker.made} of {len(order.jobs)} pictures; the same command goes on from there", "stopped"
             )
             return stopped.code
+        except DiskFull as error:
+            report(f"{error}; {maker.made} pictures are kept, the same command goes on from there")
+            return 1
         except OSError as error:
             report(
                 f"{error.strerror or error} ({error.filename or order.output}); {maker.made} pictures are kept, "
                 "the same command goes on from there"
             )
             return 1
-    return conclude(order, output, maker.made, maker.failures, len(order.jobs) - len(todo), grid_path)
+    return conclude(order, output, maker.made, maker.failures, progress.before, grid_path)
+
+
+def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    """Jobs by the thousand: inside a window they are sorted into batches, and no more than one of them is held."""
+    iterator = iter(jobs)
+    while window := list(islice(iterator, WINDOW)):
+        yield window
 
 
 def conclude(
@@ -98,20 +106,21 @@ class Maker:
         pipe: "BitDancePipeline",
         jobs: Sequence[Job],
         held: Callable[[], AbstractContextManager[None]] = nullcontext,
-        show: Callable[[int, float], None] = lambda finished, share: None,
+        show: Callable[[float], None] = lambda done: None,
     ) -> None:
         """While a batch is in the loop, the one before is written. Every job ends as a file or in `failures`.
 
         A batch that fails is halved until the broken job stands alone. In `with held():` a signal has to wait.
-        `show` gets the count of finished pictures and the finished share of the batch. OSError: writing failed.
+        `show` gets the count of finished pictures, those of the batch at work by their share. OSError: writing failed.
         """
         decoder, finisher = Decoder(pipe), Finisher(self._save)
         queue = deque(batches(jobs, self.order.batch_size, _length(pipe)))
 
         def on_block(_: Any, step: int, share: float, values: dict[str, Any]) -> None:
             finisher.check()
-            show(self.made + len(self.failures), share)
+            show(done + share * len(batch))
 
+        done, batch = self.made + len(self.failures), list[Job]()
         try:
             while queue:
                 batch, start = queue.popleft(), time.perf_counter()
@@ -121,15 +130,17 @@ class Maker:
                     finisher.check()
                     if len(batch) == 1:
                         self.failures.append((batch[0], f"{type(error).__name__}: {error}"))
+                        done += 1
                     else:
                         queue = _halved(batch, queue, error)
                     continue
                 with held():
                     finisher.give(batch, pixels, (time.perf_counter() - start) / len(batch))
+                done += len(batch)
         finally:
             with held():
                 finisher.close()
-        show(self.made + len(self.failures), 1.0)
+        show(done)
 
     def _run(self, pipe: "BitDancePipeline", decoder: Decoder, batch: Sequence[Job], on_block: Any) -> Pixels:
         import torch
@@ -175,14 +186,14 @@ def _halved(batch: list[Job], queue: Iterable[list[Job]], error: Exception) -> d
     return deque([batch[:half], batch[half:], *waiting])
 
 
-def write_grid(jobs: Sequence[Job], failures: Failures, output: OutputFolder) -> Path | None:
+def write_grid(jobs: Iterable[Job], failures: Failures, output: OutputFolder) -> Path | None:
     """All pictures that exist on one sheet, also those of runs before; None when there is none."""
     failed = {job.index for job, _ in failures}
-    present = [job for job in jobs if job.index not in failed]
+    present = list(islice((job for job in jobs if job.index not in failed), GRID_LIMIT + 1))
     if not present:
         return None
     if len(present) > GRID_LIMIT:
-        report(f"the grid shows the first {GRID_LIMIT} of {len(present)} pictures", "warning")
+        report(f"the grid shows the first {GRID_LIMIT} pictures", "warning")
     write_png(grid([_opened(output.folder / job.file) for job in present[:GRID_LIMIT]]), output.grid)
     return output.grid
 

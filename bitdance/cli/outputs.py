@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from bitdance.jobs import Job
 from bitdance.picture import read_metadata, write_png
-from lfq_tokenizer.files import fsync
+from lfq_tokenizer.files import clear_leftovers, fsync, write_text
+from lfq_tokenizer.lock import FolderLock
 
 MANIFEST = "manifest.jsonl"
 HASH_KEY = "job_hash"
@@ -26,7 +28,27 @@ class OutputFolder:
         part = "" if shard[1] == 1 else f"-{shard[0]}-of-{shard[1]}"
         self.failures = self.folder / f"failures{part}.jsonl"
         self.grid = self.folder / f"grid{part}.png"
-        self._listed = self._read_manifest()
+        self._lock = f".lock{part}"
+        self._listed: set[str] = set()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder is this command's for as long as the block takes; `Locked`, a ValueError, names who holds it.
+
+        Shards of one command work beside each other: each holds its own part and all of them keep out a command for the
+        whole. What killed commands left half-written is cleared.
+        """
+        fresh = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as locks:
+            if fresh:
+                locks.callback(_remove_if_empty, self.folder)
+            if self._lock != ".lock":
+                locks.enter_context(FolderLock(self.folder, ".lock", shared=True))
+            locks.enter_context(FolderLock(self.folder, self._lock))
+            clear_leftovers(self.folder)
+            self._listed = self._read_manifest()
+            yield
 
     def check_writable(self) -> None:
         """ValueError when the folder could not be written, found before a model is loaded; nothing is created."""
@@ -36,12 +58,13 @@ class OutputFolder:
         if not os.access(existing, os.W_OK | os.X_OK):
             raise ValueError(f"-o {self.folder}: {existing} cannot be written; choose another folder")
 
-    def missing(self, jobs: Sequence[Job], hashes: Mapping[int, str]) -> list[Job]:
+    def missing(self, jobs: Iterable[Job], hash_of: Callable[[Job], str]) -> list[Job]:
         """The jobs that are not done. Those that are get their line in the manifest, if a stop had left it out."""
-        todo = [job for job in jobs if not self.is_done(job, hashes[job.index])]
-        unfinished = {job.index for job in todo}
+        todo = []
         for job in jobs:
-            if job.index not in unfinished and job.file not in self._listed:
+            if not self.is_done(job, hash_of(job)):
+                todo.append(job)
+            elif job.file not in self._listed:
                 self._append(job, None)  # its seconds are unknown
         return todo
 
@@ -57,10 +80,9 @@ class OutputFolder:
             return False
 
     def save(self, job: Job, picture: Image.Image, metadata: Mapping[str, Any], seconds: float) -> None:
-        """The PNG first (`.tmp`, then renamed, then synced), then its line of the manifest."""
+        """The PNG first, whole and on disk, then its line of the manifest."""
         path = self.folder / job.file
         write_png(picture, path, metadata)
-        fsync(path)
         fsync(self.folder)
         self._append(job, round(seconds, 3))
 
@@ -80,9 +102,7 @@ class OutputFolder:
             }
             for job, error in failures
         ]
-        temporary = self.failures.with_name(self.failures.name + ".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(temporary, self.failures)
+        write_text("".join(json.dumps(row) + "\n" for row in rows), self.failures)
 
     def _append(self, job: Job, seconds: float | None) -> None:
         row = {
@@ -98,7 +118,8 @@ class OutputFolder:
         }
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
         # One write in append mode: shards may share the file. A torn last line of a killed run is closed first.
-        descriptor = os.open(self.folder / MANIFEST, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(self.folder / MANIFEST, flags, 0o666)
         try:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
@@ -111,12 +132,18 @@ class OutputFolder:
 
     def _read_manifest(self) -> set[str]:
         path = self.folder / MANIFEST
+        files: set[str] = set()
         if not path.is_file():
-            return set()
-        files = set()
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                files.add(json.loads(line)["file"])
-            except (ValueError, KeyError, TypeError):  # blank or torn line
-                continue
+            return files
+        with path.open("rb") as lines:
+            for line in lines:
+                try:
+                    files.add(json.loads(line)["file"])
+                except (ValueError, KeyError, TypeError, RecursionError):  # blank or torn line
+                    continue
         return files
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

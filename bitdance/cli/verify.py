@@ -114,14 +114,11 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def _prompts(options: argparse.Namespace) -> list[str]:
     """Those of the command line, [] where there are none."""
-    from bitdance.jobs import read_requests
     from bitdance.prompt import check_prompt
+    from bitdance.prompt_file import PromptFile
 
     if options.prompts:
-        path = Path(options.prompts)
-        if not path.is_file():
-            raise UsageError(f"--prompts {options.prompts}: there is no such file; give a text file with one prompt per line")
-        return [request.prompt for request in read_requests(options.prompts, path.read_bytes())]
+        return [request.prompt for request in PromptFile.open(options.prompts, None)]
     for text in options.prompt or []:
         check_prompt(text)
     return options.prompt or []
