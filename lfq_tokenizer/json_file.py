@@ -3,12 +3,15 @@
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lfq_tokenizer import limits
 from lfq_tokenizer.files import size_text, write_text
 from lfq_tokenizer.text import printable
+
+Config = TypeVar("Config")
 
 
 def parse_json(text: str | bytes, source: object, nan: bool = False) -> Any:
@@ -73,6 +76,15 @@ def read_json(path: Path | str) -> Any:
         return parse_json(read_bytes(path, limits.JSON_BYTES), path)
     except ValueError as error:
         raise ValueError(f"{error}; download or export it again") from None
+
+
+def read_config(path: Path, parse: Callable[[Any], Config]) -> Config:
+    """A JSON file of a model folder, parsed. What is wrong with it is a ValueError that names the file."""
+    data = read_json(path)
+    try:
+        return parse(data)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write_json(value: Any, path: Path | str) -> None:
