@@ -5,18 +5,60 @@
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from lfq_tokenizer.text import printable
+
+EXTRAS = {  # what brings the packages that an installation may lack
+    "train": ("deepspeed", "webdataset", "tensorboard", "torchmetrics", "accelerate", "peft"),
+    "remote": ("fsspec", "aiohttp", "braceexpand"),
+    "icons": ("resvg_py",),
+    "compare": ("vector_quantize_pytorch", "matplotlib"),
+    "quantize": ("torchao", "bitsandbytes"),
+    "diffusers": ("diffusers",),
+}
+
 
 def guarded(prog: str, body: Callable[[list[str]], int], argv: Sequence[str] | None) -> int:
-    """Run `body`; what a user did wrong becomes one line and exit code 2."""
+    """Run `body`; what a user did wrong, or this machine lacks, becomes one line and exit code 2.
+
+    A reader of the output that has gone (`| head`) is no mistake: what was done counts.
+    """
     try:
-        return body(list(sys.argv[1:] if argv is None else argv))
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
+        code = body(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # without this the interpreter would complain at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] in ("stages", "distill", "bitdance", "lfq_tokenizer"):
+            raise
+        reason = _missing(error)
+    except MemoryError as error:
+        reason = f"not enough memory{f' ({error})' if str(error) else ''}; give it smaller inputs or fewer at once"
+    except RecursionError:
+        reason = "an input is nested too deeply"
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
+        reason = "; ".join((str(error), *getattr(error, "__notes__", ())))
+    print(f"{prog}: error: {printable(' '.join(reason.split()))}", file=sys.stderr)
+    return 2
+
+
+def _missing(error: ImportError) -> str:
+    """What to install; an error that says so itself is taken at its word."""
+    if "pip install" in str(error) or error.name is None:
+        return str(error)
+    package = error.name.partition(".")[0]
+    extra = next((extra for extra, packages in EXTRAS.items() if package in packages), "train")
+    return f"this needs the package {package}, which is not installed; pip install 'bitdance[{extra}]'"
 
 
 def data(argv: Sequence[str] | None = None) -> int:

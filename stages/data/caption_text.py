@@ -32,7 +32,7 @@ def captions_of_text(data: bytes, source: str) -> list[str]:
     try:
         text = decoded(data, source)
     except ValueError as error:
-        raise BrokenCaption("caption is not UTF-8", str(error)) from None
+        raise BrokenCaption("captions are not UTF-8", str(error)) from None
     return [caption for line in text_lines(text) if (caption := _tidy(line, source))]
 
 
