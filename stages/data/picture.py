@@ -20,7 +20,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # and AVIF, where Pillo
 MAX_PIXELS = limits.PICTURE_PIXELS
 # the endings of these formats, and the one under which a pack keeps such a file
 ENDINGS = dict.fromkeys(("jpg", "jpeg", "jfif", "jpe", "jif", "pjpeg", "pjp"), "jpg") | {"png": "png", "apng": "png"}
-ENDINGS |= {"webp": "webp", "gif": "gif", "bmp": "bmp", "dib": "bmp", "avif": "avif", "avifs": "avif", "tif": "tif", "tiff": "tif"}
+ENDINGS |= {"webp": "webp", "gif": "gif", "bmp": "bmp", "dib": "bmp", "avif": "avif", "tif": "tif"}
+ENDINGS |= {"avifs": "avif", "tiff": "tif"}
 ANIMATED = "animation or several pages: first one taken"
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

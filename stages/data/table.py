@@ -41,8 +41,8 @@ class ShardTable:
     known: dict[str, Known] | None = None
 
 
-class _Headers:
-    """A shard as `tarfile` sees it: it reads headers alone, and none may announce more bytes than any header needs."""
+class TarHeaders:
+    """A tar file as `tarfile` sees it: it reads headers alone, and none may announce more bytes than any header needs."""
 
     def __init__(self, source: Any) -> None:
         self.seek, self.tell, self._read = source.seek, source.tell, source.read
@@ -58,7 +58,7 @@ def read_table(address: str, file: File) -> ShardTable:
     groups: dict[str, dict[str, Place]] = {}
     left_out: Counter[str] = Counter()
     try:
-        with stream(file) as source, tarfile.open(fileobj=_Headers(source), mode="r:") as archive:  # type: ignore[call-overload]
+        with stream(file) as source, tarfile.open(fileobj=TarHeaders(source), mode="r:") as archive:  # type: ignore[call-overload]
             for member in archive:
                 if member.size < 0:
                     # going on would read the same headers again and again
