@@ -31,6 +31,12 @@ _LENGTH = struct.Struct("<I")
 DRAWS = ("parallel_num", "ch_target", "diff_batch_mul", "time_schedule", "P_mean", "P_std", "time_shift")
 
 
+class BrokenTargets(ValueError):
+    """The predictions beside a sample cannot be read."""
+
+    reason = "targets unreadable"
+
+
 @dataclass(frozen=True)
 class Targets:
     seed: int
@@ -66,9 +72,12 @@ class Targets:
 
 
 def check_targets(sample: Sample) -> None:
-    """ValueError for a sample whose `.targets` member is broken; that it has none is another matter."""
-    if sample.targets is not None:
-        Targets.from_bytes(sample.targets)
+    """BrokenTargets for a sample whose `.targets` member is broken; that it has none is another matter."""
+    try:
+        if sample.targets is not None:
+            Targets.from_bytes(sample.targets)
+    except ValueError as error:
+        raise BrokenTargets(str(error)) from None
 
 
 def settings(head: HeadConfig, guidance: float) -> dict[str, Any]:

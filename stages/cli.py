@@ -10,10 +10,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from lfq_tokenizer.text import printable
-
 EXTRAS = {  # what brings the packages that an installation may lack
     "train": ("deepspeed", "webdataset", "tensorboard", "torchmetrics", "accelerate", "peft"),
     "remote": ("fsspec", "aiohttp", "braceexpand"),
@@ -38,18 +34,32 @@ def guarded(prog: str, body: Callable[[list[str]], int], argv: Sequence[str] | N
         # without this the interpreter would complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ImportError as error:
-        if (error.name or "").partition(".")[0] in ("stages", "distill", "bitdance", "lfq_tokenizer"):
+    except Exception as error:
+        reason = _mistake(error)
+        if reason is None:
             raise
-        reason = _missing(error)
-    except MemoryError as error:
-        reason = f"not enough memory{f' ({error})' if str(error) else ''}; give it smaller inputs or fewer at once"
-    except RecursionError:
-        reason = "an input is nested too deeply"
-    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
-        reason = "; ".join((str(error), *getattr(error, "__notes__", ())))
-    print(f"{prog}: error: {printable(' '.join(reason.split()))}", file=sys.stderr)
+    print(f"{prog}: error: {reason}", file=sys.stderr)
     return 2
+
+
+def _mistake(error: Exception) -> str | None:
+    """What a user can mend, in one line that cannot steer a terminal; None for our own mistakes."""
+    from safetensors import SafetensorError
+
+    from lfq_tokenizer.text import printable
+
+    if isinstance(error, ImportError):
+        ours = (error.name or "").partition(".")[0] in ("stages", "distill", "bitdance", "lfq_tokenizer")
+        reason = None if ours else _missing(error)
+    elif isinstance(error, MemoryError):
+        reason = f"not enough memory{f' ({error})' if str(error) else ''}; give it smaller inputs or fewer at once"
+    elif isinstance(error, RecursionError):
+        reason = "an input is nested too deeply"
+    elif isinstance(error, ValueError | OSError | FloatingPointError | SafetensorError):
+        reason = "; ".join((str(error), *getattr(error, "__notes__", ())))
+    else:
+        reason = None
+    return None if reason is None else printable(" ".join(reason.split()))
 
 
 def _missing(error: ImportError) -> str:

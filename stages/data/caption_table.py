@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import posixpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,11 @@ from typing import Any, TextIO
 from lfq_tokenizer import limits
 from lfq_tokenizer.files import size_text
 from lfq_tokenizer.json_file import parse_json
-from lfq_tokenizer.text import decoded, listed, printable
+from lfq_tokenizer.text import listed, printable
 from stages.data.caption_text import BrokenCaption, captions_of_record
 
 NAMES = ("captions", "caption", "prompt")  # columns that may hold captions
+_NO_TEXT = re.compile("[\udc80-\udcff]")  # what Python makes of bytes that are no UTF-8, where it is told to go on
 SIZES = {"width": "original_width", "height": "original_height"}  # what a pack is cut to is another size
 
 
@@ -80,23 +82,18 @@ def _lines(stream: TextIO, path: Path, name: str) -> Iterator[Line]:
         number += 1
         if len(line) > limits.TABLE_ROW_BYTES:
             raise _too_long(f"{name}, line {number}")
-        if any("\udc80" <= character <= "\udcff" for character in line):
-            _refuse(path, name)
+        if found := _NO_TEXT.search(line):
+            before = _bytes_before(path, number) + len(line[: found.start()].encode())
+            at = f"byte 0x{ord(found.group()) - 0xDC00:02x} at position {before}"
+            raise ValueError(f"{name}, line {number}: not UTF-8 ({at}); save it as UTF-8")
         yield number, line
 
 
-def _refuse(path: Path, name: str) -> None:
-    """The error for a file that is not UTF-8, with line and byte."""
-    position = 0
-    with path.open("rb") as file:
-        while line := file.readline(limits.TABLE_ROW_BYTES):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError:
-                file.seek(0)
-                decoded(file.read(position + len(line)), name)
-            position += len(line)
-    raise ValueError(f"{name}: not UTF-8; save it as UTF-8")
+def _bytes_before(path: Path, number: int) -> int:
+    """How many bytes stand before the text of a line of a file."""
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        before = sum(len(stream.readline().encode()) for _ in range(number - 1))
+        return before or 3 * stream.read(1).startswith("\ufeff")
 
 
 def _too_long(where: str) -> ValueError:

@@ -15,8 +15,6 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lfq_tokenizer.text import printable
-
 
 def add_data_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command `data` to the sub-parsers of `bitdance`; `run` answers it."""
@@ -126,6 +124,8 @@ def _pack(args: argparse.Namespace) -> int:
 
 def counts(reasons: Mapping[str, int]) -> str:
     """ "3 format, 1 truncated", or "none"."""
+    from lfq_tokenizer.text import printable
+
     return ", ".join(f"{count} {printable(reason)}" for reason, count in reasons.items()) or "none"
 
 
@@ -174,6 +174,7 @@ def _tiles(args: argparse.Namespace) -> Any:
 
 
 def _index(args: argparse.Namespace) -> int:
+    from lfq_tokenizer.text import printable
     from stages.data.index_file import write_index
 
     found = write_index(args.shards, args.out, progress=True)
@@ -186,6 +187,7 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from lfq_tokenizer.text import printable
     from stages.data.shards import ShardIndex
     from stages.data.summary import summarise
 

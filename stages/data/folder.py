@@ -168,4 +168,4 @@ def fit(picture: Image.Image, size: int, how: str) -> Image.Image:
 def shard_key(name: str) -> str:
     """A shard key: readable, and distinct for distinct files."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).with_suffix("").as_posix())[-60:]
-    return f"{readable}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    return f"{readable}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"

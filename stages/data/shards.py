@@ -22,7 +22,6 @@ from torch.utils.data import Dataset
 
 from lfq_tokenizer.text import printable
 from stages.data.bits import unpack_bits
-from stages.data.caption_text import BrokenCaption
 from stages.data.conditions import Condition, first_failure
 from stages.data.entries import Entries, Entry
 from stages.data.files import OpenFiles
@@ -248,4 +247,4 @@ class ShardDataset(Dataset[Sample]):
 def _reason(error: ValueError) -> str:
     if isinstance(error, BrokenPicture):
         return f"picture {error.reason}"
-    return error.reason if isinstance(error, BrokenCaption) else "bits unreadable"
+    return str(getattr(error, "reason", "bits unreadable"))

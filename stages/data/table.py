@@ -13,7 +13,7 @@ from lfq_tokenizer import limits
 from stages.data.files import File, OpenFiles, stream
 from stages.data.metadata import MEMBER_LIMITS, TEXT_ENDINGS, Place, Read, Shape, picture_ending, read_json, read_shape
 from stages.data.places import shown
-from stages.data.walk import is_hidden
+from stages.data.walk import UNREAD, is_hidden
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,8 @@ def _classify(member: tarfile.TarInfo) -> tuple[str, str, str]:
     folder, _, name = member.name.rpartition("/")
     stem, _, ending = name.partition(".")
     ending = ending.lower()
+    if ending in UNREAD:
+        return f"ending .{ending} is not read", "", ""
     if ending not in MEMBER_LIMITS:
         return "member with another ending", "", ""
     if member.size > MEMBER_LIMITS[ending]:

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from lfq_tokenizer import limits
 from lfq_tokenizer.files import inside
 from lfq_tokenizer.json_file import read_bytes
+from lfq_tokenizer.text import printable
 from stages.data.picture import ENDINGS, BrokenPicture
 
 SYSTEM = {"__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found", "icon\r"}
@@ -83,7 +84,10 @@ def _stem(name: str) -> str:
 
 def shown_name(name: str) -> str:
     """A file's name as text: bytes that are none are written out (caf\\xe9.png)."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a character, in a table
+        return printable(name)
 
 
 def read_inside(folder: Path, name: str) -> bytes:
