@@ -3,20 +3,19 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from bitdance.head import HeadConfig
 from lfq_tokenizer import TokenizerConfig
-from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.json_file import read_config, read_json
 
 Size = tuple[int, int]  # (height, width) in pixels
 TOKENIZER_CONFIG = "ae_config.json"
 HEAD_CONFIG = "vision_head_config.json"
 EXTRAS_FILE = "bitdance.json"
-Config = TypeVar("Config")
 DEFAULT_SIZE: Size = (1024, 1024)
 # Areas of the published training (BitDance paper, arXiv 2602.14041, training table) and usual aspect ratios.
 AREAS = (256, 512, 1024)
@@ -45,15 +44,6 @@ class SizeRule:
         return all(
             side > 0 and side % self.unit == 0 and side // self.downsampling in self.sides for side in (height, width)
         )
-
-
-def read_config(path: Path, parse: Callable[[Any], Config]) -> Config:
-    """A JSON file of a model folder, parsed. What is wrong with it is a ValueError that names the file."""
-    data = read_json(path)
-    try:
-        return parse(data)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def read_extras(folder: Path) -> dict[str, Any]:

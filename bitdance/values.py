@@ -39,6 +39,8 @@ class Range:
 
     def number(self, value: Any) -> int | float | None:
         """`value` as an int or a float, None where it is not allowed."""
+        if type(value) is int and self.low < value < self.high:  # nearly always
+            return value if self.whole else float(value)
         kind: Any = Integral if self.whole else Real
         if isinstance(value, bool) or not isinstance(value, kind):
             return None
