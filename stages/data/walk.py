@@ -61,14 +61,15 @@ def listing(folder: Path, ignore: Sequence[str] = ()) -> Listing:
         if ending in ENDINGS:
             found.pictures[name] = text
             used.add(text or "")
-    for name in names:
+    rest = [name for name in names if name not in found.pictures and name not in ignore]
+    for name in rest:
         ending, text = ending_of(name), texts.get(_stem(name))
-        if name in found.pictures or name in ignore or name in used:
-            continue
         if ending in UNREAD or (text and ending != "txt" and text not in used):
             found.unread[name] = f"ending .{ending} is not read" if ending else "no ending"
-        else:
-            found.passed[f".{ending} files" if ending else "files without an ending"] += 1
+    used |= {texts.get(_stem(name), "") for name in found.unread}
+    for name in rest:
+        if name not in found.unread and name not in used:
+            found.passed[f".{ending_of(name)} files" if ending_of(name) else "files without an ending"] += 1
     found.passed = +found.passed
     return found
 
