@@ -70,7 +70,7 @@ def test_pictures_of_other_endings_are_read_in_folders_and_in_shards(tmp_path: P
         assert {(data.shape(n).width, data.shape(n).height) for n in range(len(data))} == {(32, 24)}
 
 
-def test_what_cannot_be_read_is_counted_and_named_and_the_rest_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_read_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture(tmp_path / "in/a.png")
     for name in ("photo.HEIC", "raw.cr2", "clip.mov", "lonely.heif", "notes.md", "orphan.txt", "Makefile"):
         (tmp_path / "in" / name).write_bytes(b"x")
@@ -92,7 +92,8 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_is_told(tmp_path:
 
 def test_what_systems_and_notebooks_leave_is_passed_over(tmp_path: Path) -> None:
     picture(tmp_path / "red.png")
-    for name in ("__MACOSX/._red.png", "._red.png", ".ipynb_checkpoints/red-checkpoint.png", ".git/x.png", "@eaDir/red.png/T.jpg"):
+    hidden = ("__MACOSX/._red.png", "._red.png", ".ipynb_checkpoints/red-checkpoint.png", ".git/x.png", "@eaDir/red.png/T.jpg")
+    for name in hidden:
         picture(tmp_path / name, "PNG")
     for name in (".DS_Store", "Thumbs.db", "sub/desktop.ini"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -193,8 +194,8 @@ def test_what_a_terminal_would_obey_is_shown_as_text(tmp_path: Path, capsys: pyt
     (tmp_path / "in/bad\x9b1m.png").write_bytes(b"no")
     (tmp_path / "in/bad\x9b1m.txt").write_text("x")
     assert main(["pack", "folder", str(tmp_path / "out"), str(tmp_path / "in")]) == 0
-    for arguments in (["inspect", str(tmp_path / "out")], ["inspect", str(tmp_path / "out"), "--json"], ["inspect", "no\x1b[2Jne.tar"]):
-        main(arguments)
+    for arguments in ([str(tmp_path / "out")], [str(tmp_path / "out"), "--json"], ["no\x1b[2Jne.tar"]):
+        main(["inspect", *arguments])
     shown = "".join(capsys.readouterr())
     assert "skipped bad\\x9b1m.png" in shown and "no\\x1b[2Jne.tar" in shown
     assert not any(character in shown for character in "\x1b\x07\x9b\u202e")
@@ -292,7 +293,7 @@ def test_braces_for_more_names_than_anyone_has_are_refused(pattern: str) -> None
         ShardIndex.open(pattern)
 
 
-def test_a_line_beyond_the_limit_of_an_index_is_neither_written_nor_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_of_endless_lines_is_neither_written_nor_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(40):
         picture(tmp_path / "in" / f"{number}.png")
     pack(FolderSource(tmp_path / "in"), tmp_path / "out")
@@ -311,7 +312,7 @@ def test_a_line_beyond_the_limit_of_an_index_is_neither_written_nor_read(tmp_pat
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ModuleNotFoundError("No module named 'webdataset'", name="webdataset"), "needs the package webdataset, .*bitdance[train]"),
+        (ModuleNotFoundError("No module named 'webdataset'", name="webdataset"), "package webdataset, .*bitdance[train]"),
         (ModuleNotFoundError("No module named 'matplotlib.x'", name="matplotlib.x"), "matplotlib, .*bitdance[compare]"),
         (ImportError("SVG; `pip install resvg-py` renders them"), "SVG; `pip install resvg-py` renders them"),
         (MemoryError(), "not enough memory"),
