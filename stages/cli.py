@@ -27,8 +27,7 @@ def guarded(prog: str, body: Callable[[list[str]], int], argv: Sequence[str] | N
     """
     try:
         code = body(list(sys.argv[1:] if argv is None else argv))
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        _flush()
         return code
     except BrokenPipeError:
         # without this the interpreter would complain at exit
@@ -40,6 +39,17 @@ def guarded(prog: str, body: Callable[[list[str]], int], argv: Sequence[str] | N
             raise
     print(f"{prog}: error: {reason}", file=sys.stderr)
     return 2
+
+
+def _flush() -> None:
+    """Write out what was printed, so that a full disk or a reader that has gone shows here. It may be closed from the start."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, f"standard output cannot be written: {error.strerror}") from None
 
 
 def _mistake(error: Exception) -> str | None:

@@ -348,7 +348,7 @@ def test_our_own_mistakes_are_not_hidden(error: Exception) -> None:
         stages.cli.guarded("bitdance x", body, [])
 
 
-def test_without_the_package_that_writes_shards_packing_names_the_extra(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_the_package_that_writes_shards_its_extra_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture(tmp_path / "in/a.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "webdataset", None)
