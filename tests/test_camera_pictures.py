@@ -165,6 +165,15 @@ def test_sixteen_bits_with_a_transparent_grey() -> None:
     assert decode_picture(encoded(grey, "TIFF")).getpixel((1, 0)) == (100, 100, 100)
 
 
+def test_sixteen_bits_of_three_colours_with_a_transparent_one() -> None:
+    rows = b"".join(b"\0" + struct.pack(">HHH", 65535, 256 * y, 3) for y in range(3))
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 1, 3, 16, 2, 0, 0, 0)), (b"tRNS", struct.pack(">HHH", 65535, 256, 3))]
+    chunks += [(b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    data = b"".join(struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
+    picture = decode_picture(b"\x89PNG\r\n\x1a\n" + data)
+    assert [picture.getpixel((0, y)) for y in range(3)] == [(255, 0, 0), (255, 255, 255), (255, 2, 0)]
+
+
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "PNG"])
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_pictures_of_few_colours(form: str, mode: str) -> None:

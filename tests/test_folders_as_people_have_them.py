@@ -135,8 +135,10 @@ def test_nothing_behind_a_link_that_leads_out_is_read(tmp_path: Path) -> None:
     (folder / "link.png").symlink_to("../elsewhere/x.png")
     (folder / "link.txt").symlink_to("../elsewhere/x.txt")
     (folder / "all").symlink_to("../elsewhere")
+    (folder / "round.png").symlink_to("round.png")
+    (folder / "round.txt").write_text("in a circle")
     (folder / "t.jsonl").symlink_to("../secret")
-    outside = {"text.png": "outside the folder", "link.png": "outside the folder"}
+    outside = dict.fromkeys(("text.png", "link.png", "round.png"), "outside the folder")
     assert taken(folder) == (["good.png", "inner.png"], outside)
     assert listing(folder).passed["links to folders"] == 1
     for place in (folder, str(folder / "*.png")):

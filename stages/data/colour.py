@@ -37,12 +37,14 @@ def _transparent(picture: Image.Image) -> bool:
 def _eight_bits(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
         raise ValueError("pixels of floating point numbers, whose range is not known")
+    clear: Any = picture.info.get("transparency")
     if picture.mode != "I" and not picture.mode.startswith("I;16"):
+        if isinstance(clear, tuple) and max(clear) > 255:  # the clear colour keeps 16 bits where the pixels have lost eight
+            picture.info["transparency"] = tuple(value >> 8 for value in clear)
         return picture
     # convert() would clip 16-bit grey at 255 instead of scaling it
     grey = np.asarray(picture).astype(np.int64)
     levels = Image.fromarray((np.clip(grey, 0, 65535) // 257).astype(np.uint8))
-    clear: Any = picture.info.get("transparency")
     if isinstance(clear, int):
         alpha = Image.fromarray(np.where(grey == clear, 0, 255).astype(np.uint8))
         return Image.merge("LA", (levels, alpha))

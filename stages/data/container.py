@@ -7,6 +7,7 @@ directory that claims its bytes ten thousand times over and tags of an odd type 
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ _TIFF_PROFILE = 34675
 _TIFF_TAGS = {*range(254, 260), 262, 266, 273, 277, 278, 279, 284, 292, 293, 317, 320, *range(322, 326), 332, 338, 339}
 _TIFF_COMPRESSIONS = (1, 2, 3, 4, 5, 8, 32773, 32946)  # a JPEG in strips has scans without end
 _TILE_SIDES = (322, 323)
+_MARKER = re.compile(rb"\xff+([^\xff])", re.DOTALL)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_KEPT = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
@@ -120,20 +122,17 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """(start, marker, end) of each whole segment before the pixels."""
     place = 2
     for _ in range(limits.PICTURE_PARTS):
-        while place < len(data) and data[place] != 0xFF:  # Pillow, too, passes over what stands between segments
-            place += 1
-        while data[place + 1 : place + 2] == b"\xff":
-            place += 1
-        marker = data[place + 1 : place + 2]
-        if not marker or marker[0] == 0xDA or len(data) < place + 4:
+        marker = _MARKER.search(data, place)  # Pillow, too, passes over what stands between segments
+        if marker is None or marker[1] == b"\xda" or len(data) < marker.end() + 2:
             return
-        if marker[0] in (0x00, 0x01) or 0xD0 <= marker[0] <= 0xD9:  # without a length
+        place = marker.end() - 2
+        if marker[1][0] in (0x00, 0x01) or 0xD0 <= marker[1][0] <= 0xD9:  # without a length
             place += 2
             continue
         end = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
         if end > len(data) or end < place + 4:
             return
-        yield place, marker[0], end
+        yield place, marker[1][0], end
         place = end
     raise BrokenPicture("damaged", f"more than {limits.PICTURE_PARTS} segments in a JPEG file")
 

@@ -21,7 +21,8 @@ from lfq_tokenizer import limits
 from lfq_tokenizer.files import clear_leftovers, size_text, whole_file
 from stages.data.files import OpenFiles, stream
 from stages.data.metadata import LONGEST_SIDE, MEMBER_LIMITS, Place, Shape
-from stages.data.places import INDEX_ENDING, Places, beside, find_shards, is_url, shown
+from stages.data.places import INDEX_ENDING, Places, beside, find_shards, is_url, name_of, shown
+from stages.data.skipping import name_skipped
 from stages.data.table import Known, ShardTable, read_known, read_table, unusable
 
 FORMAT = "bitdance shards"
@@ -60,7 +61,9 @@ def write_index(places: Places, out: str | os.PathLike[str], progress: bool = Fa
                 _write_line(stream, _to_json(table, target.parent))
                 shards += 1
                 samples += len(table.known)
-                unreadable += sum(known.shape is None for known in table.known.values())
+                broken = [key for key, known in table.known.items() if known.shape is None]
+                name_skipped({f"sample {key} in {name_of(table.address)}": "its header cannot be read" for key in broken})
+                unreadable += len(broken)
                 left_out.update(table.left_out)
                 left_out.update(filter(None, map(unusable, table.groups.values())))
             _write_line(stream, {"shards": shards})

@@ -19,7 +19,7 @@ __all__ = ["ENDINGS", "FORMATS", "MAX_PIXELS", "BrokenPicture", "decode_picture"
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # and AVIF, where Pillow can
 MAX_PIXELS = limits.PICTURE_PIXELS
 # the endings of these formats, and the one under which a pack keeps such a file
-ENDINGS = dict.fromkeys(("jpg", "jpeg", "jfif", "jpe", "jif", "pjpeg", "pjp"), "jpg") | {"png": "png", "apng": "png"}
+ENDINGS = dict.fromkeys(("jpg", "jpeg", "jfif", "jpe", "jif", "pjpeg", "pjp", "mpo"), "jpg") | {"png": "png", "apng": "png"}
 ENDINGS |= {"webp": "webp", "gif": "gif", "bmp": "bmp", "dib": "bmp", "avif": "avif", "tif": "tif"}
 ENDINGS |= {"avifs": "avif", "tiff": "tif"}
 ANIMATED = "animation or several pages: first one taken"

@@ -95,9 +95,9 @@ def read_inside(folder: Path, name: str) -> bytes:
     """The bytes of a picture in a folder. BrokenPicture for one behind a link that leads out, one beyond the limit, and for what
     is no file; a device or pipe is never waited for."""
     path = within(folder, name)
-    if not path.exists():
-        raise BrokenPicture("missing", shown_name(name))
     try:
+        if not path.exists():
+            raise BrokenPicture("missing", shown_name(name))
         if path.is_file() and path.stat().st_size > limits.PICTURE_BYTES:
             raise BrokenPicture("too large", f"{shown_name(name)}: {path.stat().st_size} bytes; {limits.PICTURE_BYTES} are read")
         return read_bytes(path, limits.PICTURE_BYTES)
@@ -113,5 +113,5 @@ def within(folder: Path, name: str) -> Path:
     """The file that a name in a folder means, links followed. BrokenPicture where that lies outside."""
     try:
         return inside(folder / name, folder)
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # the last for links in a circle
         raise BrokenPicture("outside the folder", shown_name(name)) from None

@@ -61,7 +61,7 @@ class TokenizerInput:
             raise BrokenPicture(f"ending .{ending_of(name)} is not read", shown_name(name))
         picture = decode_picture(read_inside(folder, name), notes=self.passed)
         captions = text_captions(folder, text) if text else []
-        return Sample(key, picture, None, captions or UNCONDITIONAL, {"file": shown_name(name)})
+        return Sample(key, picture, None, captions or list(UNCONDITIONAL), {"file": shown_name(name)})
 
     def samples(self, usable: Callable[[Sample], str]) -> Iterator[Sample | Skipped]:
         """All of them in order; `usable` names the reason to skip one, or "". Reading errors are skipped too."""
