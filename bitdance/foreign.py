@@ -123,7 +123,7 @@ def lm_fields(values: Any) -> tuple[str, dict[str, Any]]:
     if "auto_map" in values:
         raise ValueError("this backbone config asks to run code of its own (auto_map), which is refused")
     if values.get("quantization_config") is not None:
-        raise ValueError("the weights are quantised (quantization_config); give the original ones, and --quantize if they are large")
+        raise ValueError("the weights are quantised (quantization_config); give the original ones (--quantize makes them small)")
     fields = {}
     for name, allowed in LM_KEYS.items():
         if name not in values:

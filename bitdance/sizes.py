@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdance.head import HeadConfig
+from bitdance.values import check_number
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.json_file import read_config, read_json
 
@@ -114,8 +115,7 @@ def check_size(source: Any, height: int, width: int) -> None:
     """ValueError that names the nearest supported sizes, unless pictures of height × width pixels can be made."""
     rule = size_rule(source)
     for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
-            raise ValueError(f"{name} = {side!r}; it must be a positive number of pixels")
+        check_number(name, side)
     if (height, width) in rule.trained or (not rule.trained and rule.allows(height, width)):
         return
     nearest = ", ".join(f"{h}×{w}" for h, w in nearest_sizes(rule, height, width)) or "none"
@@ -153,8 +153,9 @@ def _rule(downsampling: int, patch_side: int, tokens: Iterable[str], extras: dic
         )
     try:
         defaults = extras.get("defaults", {})
-        trained = tuple((int(h), int(w)) for h, w in extras.get("sizes", []))
-        default = (int(defaults.get("height", DEFAULT_SIZE[0])), int(defaults.get("width", DEFAULT_SIZE[1])))
+        trained = tuple((check_number("height", h), check_number("width", w)) for h, w in extras.get("sizes", []))
+        height, width = (defaults.get(name, side) for name, side in zip(("height", "width"), DEFAULT_SIZE))
+        default = check_number("height", height), check_number("width", width)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f'{EXTRAS_FILE}: "sizes" are pairs, "defaults" an object with height and width ({error})'

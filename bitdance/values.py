@@ -58,7 +58,7 @@ class Range:
         low = f"above {_plain(self.low)}" if self.open_low else f"from {_plain(self.low)}"
         if self.high == math.inf:
             return f"{kind} {low}" + ("" if self.open_low else " on")
-        return f"{kind} {low} {'to less than' if self.open_high else 'to'} {_plain(self.high)}"
+        return f"{kind} {low}{', below' if self.open_high else ', up to' if self.open_low else ' to'} {_plain(self.high)}"
 
 
 # What is generated. Sizes in pixels; steps of the solver per block.

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from lfq_tokenizer import limits
 from lfq_tokenizer.files import size_text, write_text
-from lfq_tokenizer.text import printable
+from lfq_tokenizer.text import escaped_json, printable
 
 Config = TypeVar("Config")
 
@@ -50,6 +50,11 @@ def _no_constant(name: str) -> Any:
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
 _WITH_NAN = json.JSONDecoder(object_pairs_hook=_no_duplicates)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON to print: what could steer a terminal is written as \\uXXXX, all other letters as they are."""
+    return escaped_json(json.dumps(value, ensure_ascii=False, indent=indent, default=str))
 
 
 def read_bytes(path: Path | str, limit: int) -> bytes:
