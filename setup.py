@@ -19,6 +19,7 @@ GGUF = ["gguf>=0.10"]  # to read the LLM of tests/test_pretrained.py
 DIFFUSERS = ["diffusers>=0.36", "accelerate>=1.1"]
 QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6"]
 
 setup(
     name="bitdance",
@@ -63,7 +64,7 @@ setup(
         "frechet": FRECHET,
         "quantize": QUANTIZE,
         "diffusers": DIFFUSERS,
-        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS],
+        "test": [*TEST, *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={
