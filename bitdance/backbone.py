@@ -278,7 +278,8 @@ def _new_model(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTraine
     try:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype is None else dtype, trust_remote_code=False)
     except Exception as error:  # the library raises many kinds for values that do not fit together
-        raise ValueError(f"backbone config of family {config.model_type!r} was refused: {type(error).__name__}: {error}") from error
+        kind = config.model_type
+        raise ValueError(f"backbone config of family {kind!r} was refused: {type(error).__name__}: {error}") from error
 
 
 def _dtype_of(folder: Path) -> torch.dtype | str:
