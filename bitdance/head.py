@@ -24,16 +24,20 @@ HEAD_DIM = 128
 TIME_DIM = 256
 NORM_EPS = 1e-6
 Trunk = Callable[[Tensor, Tensor], Tensor]
+_NOT_IN_JSON = ("head_dim", "squash")
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The fields of the published `vision_head_config.json`.
+    """The fields of the published `vision_head_config.json`, and two in which other published heads differ.
 
     `ch_target` bits per token, `ch_cond` hidden size of the backbone, `ch_latent` width, `depth_latent` blocks,
     `depth_adanln` modulations (shared by consecutive blocks), `parallel_num` tokens per block. `P_mean`, `P_std`,
     `time_schedule` and `time_shift` shape the training times; `time_shift` also bends the sampler's time grid.
     `diff_batch_mul` noise draws per block and training step.
+
+    `head_dim` width of an attention head; 0: no attention, each token of a block is denoised by itself. `squash` whether
+    predicted bits pass 2·sigmoid − 1. The JSON file knows neither; both have the published value there.
     """
 
     ch_target: int
@@ -49,6 +53,8 @@ class HeadConfig:
     P_std: float = 1.0
     diff_batch_mul: int = 1
     grad_checkpointing: bool = False
+    head_dim: int = HEAD_DIM
+    squash: bool = True
 
     def __post_init__(self) -> None:
         for name in (
@@ -65,12 +71,13 @@ class HeadConfig:
         for name in ("time_shift", "P_mean", "P_std"):
             allowed = Range(-1000 if name == "P_mean" else 0, 1000, whole=False, open_low=name != "P_mean")
             object.__setattr__(self, name, allowed.check(name, getattr(self, name)))
-        for name in ("use_swiglu", "grad_checkpointing"):
+        object.__setattr__(self, "head_dim", Range(0, limits.WIDTH).check("head_dim", self.head_dim))
+        for name in ("use_swiglu", "grad_checkpointing", "squash"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} = {shown(getattr(self, name))}; true or false is allowed")
-        if self.ch_latent % HEAD_DIM:
+        if self.head_dim and self.ch_latent % self.head_dim:
             raise ValueError(
-                f"ch_latent = {self.ch_latent}; the width must be a multiple of {HEAD_DIM} (one attention head)"
+                f"ch_latent = {self.ch_latent}; the width must be a multiple of {self.head_dim} (one attention head)"
             )
         if self.depth_latent % self.depth_adanln:
             raise ValueError(
@@ -92,7 +99,7 @@ class HeadConfig:
         """From the JSON object of `vision_head_config.json`; an unknown or missing key is an error."""
         if not isinstance(data, Mapping):
             raise ValueError(f"the head config is a {type(data).__name__}; expected an object")
-        fields = {f.name: f for f in dataclasses.fields(cls)}
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in _NOT_IN_JSON}
         if unknown := sorted(set(data) - set(fields)):
             raise ValueError(f"unknown keys {unknown} in the head config; known are {sorted(fields)}")
         required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
@@ -102,7 +109,7 @@ class HeadConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `vision_head_config.json`."""
-        return dataclasses.asdict(self)
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_JSON}
 
 
 class TimeEmbedding(nn.Module):
@@ -126,27 +133,31 @@ class TimeEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full attention over the P tokens of each row; heads are 128 wide."""
+    """Full attention over the P tokens of each row."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
+        self.head_dim = head_dim
         self.wqkv = nn.Linear(width, 3 * width)
         self.wo = nn.Linear(width, width)
 
     def forward(self, x_KPW: Tensor) -> Tensor:
-        q, k, v = (part.unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2) for part in self.wqkv(x_KPW).chunk(3, dim=-1))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.wqkv(x_KPW).chunk(3, dim=-1))
         return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
     """Modulated attention, then a modulated SwiGLU (or a plain SiLU MLP, as some published heads have)."""
 
-    def __init__(self, width: int, use_swiglu: bool) -> None:
+    MODULATIONS = 6
+
+    def __init__(self, config: HeadConfig) -> None:
         super().__init__()
+        width, use_swiglu = config.ch_latent, config.use_swiglu
         inner = int(1.5 * width)
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width)
+        self.attn = Attention(width, config.head_dim)
         self.use_swiglu = use_swiglu
         if use_swiglu:
             self.w1 = nn.Linear(width, 2 * inner)
@@ -166,6 +177,24 @@ class Block(nn.Module):
         return self.w2(F.silu(gate) * value)
 
 
+class LoneBlock(nn.Module):
+    """A modulated SwiGLU: no token sees another."""
+
+    MODULATIONS = 3
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        width, inner = config.ch_latent, int(1.5 * config.ch_latent)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.w1 = nn.Linear(width, 2 * inner)
+        self.w2 = nn.Linear(inner, width)
+
+    def forward(self, x_KPW: Tensor, modulation: Tensor) -> Tensor:
+        scale, shift, gate = modulation.chunk(3, dim=-1)
+        inner_gate, value = self.w1(self.norm(x_KPW) * (1 + scale) + shift).chunk(2, dim=-1)
+        return x_KPW + gate * self.w2(F.silu(inner_gate) * value)
+
+
 class FinalLayer(nn.Module):
     def __init__(self, width: int, bits: int) -> None:
         super().__init__()
@@ -182,14 +211,15 @@ class HeadNet(nn.Module):
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
-        width = config.ch_latent
+        width, kind = config.ch_latent, Block if config.head_dim else LoneBlock
+        self.squash = config.squash
         self.blocks_per_modulation = config.depth_latent // config.depth_adanln
         self.grad_checkpointing = config.grad_checkpointing
         self.time_embed = TimeEmbedding(width)
         self.cond_embed = nn.Linear(config.ch_cond, width)
         self.input_proj = nn.Linear(config.ch_target, width)
-        self.ada_ln_blocks = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(config.depth_adanln))
-        self.res_blocks = nn.ModuleList(Block(width, config.use_swiglu) for _ in range(config.depth_latent))
+        self.ada_ln_blocks = nn.ModuleList(nn.Linear(width, kind.MODULATIONS * width) for _ in range(config.depth_adanln))
+        self.res_blocks = nn.ModuleList(kind(config) for _ in range(config.depth_latent))
         self.final_layer = FinalLayer(width, config.ch_target)
 
     def forward(self, x_KPC: Tensor, time_KW: Tensor, embedded_KPW: Tensor, trunk: Trunk | None = None) -> Tensor:
@@ -211,7 +241,8 @@ class HeadNet(nn.Module):
                 x = block(x, modulation)
         # OURS: with half-precision weights the squash is still computed in float32; in float32 nothing changes.
         out = self.final_layer(x, y)
-        return 2 * torch.sigmoid(out if out.dtype == torch.float64 else out.float()) - 1
+        out = out if out.dtype == torch.float64 else out.float()
+        return 2 * torch.sigmoid(out) - 1 if self.squash else out
 
 
 def draw_noise(

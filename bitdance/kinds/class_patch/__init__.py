@@ -1,0 +1,1 @@
+"""Class-conditional next-patch diffusion: the ImageNet models of the BitDance paper."""

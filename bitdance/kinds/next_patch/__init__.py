@@ -1,0 +1,1 @@
+"""Next-patch diffusion from text: the kind of a model folder that names none."""
