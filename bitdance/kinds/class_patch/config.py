@@ -66,7 +66,7 @@ class ClassPatchConfig:
         if not isinstance(self.parallel_mode, str) or self.parallel_mode not in MODES:
             raise ValueError(f"parallel_mode = {shown(self.parallel_mode)}; allowed are {', '.join(MODES)}")
         if self.num_tokens % self.parallel_num:
-            raise ValueError(f"{self.num_tokens} tokens (grid = {self.grid}) are no multiple of parallel_num = {self.parallel_num}")
+            raise ValueError(f"grid = {self.grid} makes {self.num_tokens} tokens, no multiple of parallel_num = {self.parallel_num}")
         _ = self.plan, self.head  # which check the rest
 
     @property

@@ -2,7 +2,7 @@
 
 B rows, N picture tokens, P tokens per block, M blocks, C bits per token, D hidden size, L sequence. The sequence is the class's
 tokens, P - 1 learned queries and the picture; the last class token and the queries form block 0, which predicts the first
-block. Source: BitDance paper (arXiv 2602.14041), ImageNet models; the published class-conditional code, which names the parameters.
+block. Source: BitDance paper (arXiv 2602.14041), ImageNet models; the published code, which names the parameters.
 """
 
 import torch
