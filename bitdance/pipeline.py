@@ -5,7 +5,6 @@ pipe = BitDancePipeline.from_pretrained("demo")
 pipe("a red house", seed=1).images[0].save("house.png")
 """
 
-import secrets
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,22 +19,19 @@ from tqdm import tqdm
 from bitdance.adapters import Adapter, restore
 from bitdance.block_sampler import BlockSampler
 from bitdance.checkpoint import load_model, save_model
+from bitdance.coding import PictureCoding
 from bitdance.generate import generate_bits
 from bitdance.kernels import use_onednn
 from bitdance.model import BitDanceModel
 from bitdance.offload import Phase, PhaseOffload
-from bitdance.picture import to_pil, to_unit
-from bitdance.precision import AUTO, resolve_dtype
+from bitdance.precision import AUTO, DTYPES, wanted_dtype
 from bitdance.prompt import check_prompt
 from bitdance.sampling import choose
+from bitdance.seeds import generators_for
 from bitdance.sizes import check_size, default_size, size_rule
 from bitdance.values import check_number
-from lfq_tokenizer.strips import decoding_bytes
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 OUTPUT_TYPES = ("pil", "np", "pt", "bits")
-# OURS: a picture that would take more is decoded in strips, which takes a fifth longer and two fifths of the memory.
-DECODE_BYTES = 1 << 30
 Callback = Callable[["BitDancePipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -49,9 +45,16 @@ class BitDanceOutput(NamedTuple):
     bits: Tensor
     seeds: list[int | None]
 
+    @property
+    def tokens(self) -> Tensor:
+        """The bits, under the name that they have for every kind of model."""
+        return self.bits
 
-class BitDancePipeline:
+
+class BitDancePipeline(PictureCoding):
     """Text → picture with a `BitDanceModel`, which stays reachable as `.model`."""
+
+    kind = "next_patch"
 
     def __init__(self, model: BitDanceModel, compile: bool | None = None) -> None:
         """`compile`: torch.compile and CUDA graphs for the head; None means on CUDA. ValueError when the model has no
@@ -93,7 +96,7 @@ class BitDancePipeline:
         if dtype is not None and torch_dtype is not None:
             raise ValueError("dtype and torch_dtype are two names of one value; give one of them")
         target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(folder, target, _dtype(torch_dtype if dtype is None else dtype, target), **more)
+        model = load_model(folder, target, wanted_dtype(torch_dtype if dtype is None else dtype, target), **more)
         return cls(model, compile)
 
     def save_pretrained(self, folder: Path | str, overwrite: bool = False) -> None:
@@ -120,7 +123,7 @@ class BitDancePipeline:
             raise ValueError("quantised weights keep device and dtype; load the model again with those that you want")
         if self.offload is not None:
             raise ValueError("the model moves by phases (enable_model_cpu_offload); load it again to have it in one place")
-        self.model.to(device=device, dtype=_dtype(dtype, self.device if device is None else torch.device(device)))
+        self.model.to(device=device, dtype=wanted_dtype(dtype, self.device if device is None else torch.device(device)))
         return self
 
     @property
@@ -247,7 +250,7 @@ class BitDancePipeline:
             raise ValueError(f"output_type = {output_type!r}; allowed are {', '.join(OUTPUT_TYPES)}")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"callback_on_step_end = {callback_on_step_end!r}; it must be a function")
-        generators, seeds = _generators(len(prompts), seed, generator)
+        generators, seeds = generators_for(len(prompts), seed, generator)
 
         s = self._tokenizer.downsampling
         with self._bar(height * width // (s * self.model.patch_side) ** 2) as bar:
@@ -261,52 +264,8 @@ class BitDancePipeline:
             bits_BChw = generate_bits(
                 self.model, prompts, *size, sampling, generators, on_block, block_sampler=self._block_sampler, enter=self._enter
             )
-        images = self._images(bits_BChw, generators, output_type)
+        images = None if output_type == "bits" else self.decode(bits_BChw, generators, output_type)
         return BitDanceOutput(images, bits_BChw, seeds)
-
-    def _images(
-        self, bits_BChw: Tensor, generators: Sequence[torch.Generator], output_type: str
-    ) -> list[Image.Image] | np.ndarray | Tensor | None:
-        if output_type == "bits":
-            return None
-        images_B3HW = self.decode(bits_BChw, generators)
-        if output_type == "pil":
-            return to_pil(images_B3HW)
-        unit_B3HW = to_unit(images_B3HW)
-        return unit_B3HW if output_type == "pt" else unit_B3HW.permute(0, 2, 3, 1).cpu().numpy()
-
-    @torch.no_grad()
-    def decode(self, bits_BChw: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Bits (B,C,h,w) → decoder output (B,3,H,W), about [-1,1], float32; one picture at a time, which bounds the
-        memory and keeps pictures independent, and a large one strip by strip. A generative decoder draws from the picture's
-        own generator, after all other draws. ValueError when the decoder gives NaN or infinity, as float16 may.
-        """
-        images_B3HW = self.decode_unchecked(bits_BChw, generators)
-        if not bool(torch.isfinite(images_B3HW).all()):
-            raise ValueError(self.not_finite())
-        return images_B3HW
-
-    def not_finite(self) -> str:
-        """What to say of a picture that is no picture."""
-        dtype = next(self._tokenizer.decoder.parameters()).dtype
-        other = "" if dtype == torch.float32 else "use float32 or bfloat16, or "
-        name = str(dtype).removeprefix("torch.")
-        return f"the decoder gives NaN or infinity in {name}; {other}check the weights (bitdance verify)"
-
-    @torch.no_grad()
-    def decode_unchecked(self, bits_BChw: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """As `decode`, without a look at the result, which would wait for the device."""
-        self._enter("decode")
-        tokenizer = self._tokenizer
-        bits_BChw = bits_BChw.to(self.device, next(tokenizer.decoder.parameters()).dtype)
-        height, width = (side * tokenizer.downsampling for side in bits_BChw.shape[2:])
-        whole = decoding_bytes(tokenizer.config, height, width, bits_BChw.itemsize, strips=False)
-        strips = True if whole > DECODE_BYTES else None
-        pictures = [self._decode_one(bits[None], g, strips) for bits, g in zip(bits_BChw, generators, strict=True)]
-        return torch.cat(pictures).float()
-
-    def _decode_one(self, bits_1Chw: Tensor, generator: torch.Generator, strips: bool | None) -> Tensor:
-        return self._tokenizer.decode(bits_1Chw, generator, strips)
 
     def _bar(self, total: int) -> tqdm:
         return tqdm(total=total, **{"desc": "blocks", "disable": not sys.stderr.isatty(), **self._progress})
@@ -324,44 +283,3 @@ def _prompts(prompt: Any, per_prompt: Any) -> list[str]:
         except ValueError as error:
             raise ValueError(f"prompt {i + 1} of {len(prompts)}: {error}") from error
     return [text for text in prompts for _ in range(per_prompt)]
-
-
-def _generators(count: int, seed: Any, generator: Any) -> tuple[list[torch.Generator], list[int | None]]:
-    """One generator per picture, and the seeds as far as they are known. The rules are in
-    `BitDancePipeline.__call__`."""
-    if seed is not None and generator is not None:
-        raise ValueError("both seed and generator were given; give one of them")
-    if isinstance(generator, torch.Generator) and count > 1:
-        drawn = torch.randint(0, 2**63 - 1, (count,), generator=generator, device=generator.device)
-        seed = drawn.tolist()
-    elif generator is not None:
-        generators = [generator] if isinstance(generator, torch.Generator) else generator
-        if not isinstance(generators, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generators):
-            raise ValueError(f"generator = {generator!r}; give a torch.Generator or a list of them")
-        if len(generators) != count:
-            raise ValueError(f"{len(generators)} generators for {count} pictures; give one per picture")
-        if len(set(map(id, generators))) != count:
-            raise ValueError("the same generator occurs twice in the list; every picture needs its own")
-        return list(generators), [None] * count
-    if seed is None:
-        seed = [secrets.randbelow(2**32) for _ in range(count)]
-    elif isinstance(seed, (list, tuple)):
-        if len(seed) != count:
-            raise ValueError(f"{len(seed)} seeds for {count} pictures; give one per picture, or one seed for all")
-    else:
-        first = check_number("seed", seed)
-        seed = [first + i for i in range(count)]
-    seeds = [check_number("seed", value) for value in seed]
-    return [torch.Generator().manual_seed(value) for value in seeds], list(seeds)
-
-
-def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
-    if isinstance(dtype, str) and dtype in (*DTYPES, AUTO):
-        dtype = resolve_dtype(dtype, device)
-    elif dtype == torch.bfloat16:
-        resolve_dtype("bfloat16", device)  # warns where it is slow
-    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
-        return dtype
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype = {dtype!r}; allowed are {', '.join(DTYPES)}")
-    return DTYPES[dtype]

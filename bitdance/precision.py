@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 AUTO = "auto"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # what torch calls the instructions on x86 and on ARM
 
 
@@ -30,6 +31,19 @@ def resolve_dtype(name: str, device: torch.device | str) -> str:
             stacklevel=2,
         )
     return name
+
+
+def wanted_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
+    """What a caller means by a dtype, its name or "auto"; None stays None. Warns where bfloat16 is slow. ValueError for others."""
+    if isinstance(dtype, str) and dtype in (*DTYPES, AUTO):
+        dtype = resolve_dtype(dtype, device)
+    elif dtype == torch.bfloat16:
+        resolve_dtype("bfloat16", device)  # warns where it is slow
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
+        return dtype
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}; allowed are {', '.join(DTYPES)}")
+    return DTYPES[dtype]
 
 
 def slow_bfloat16(device: torch.device | str) -> float | None:

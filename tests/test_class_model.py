@@ -62,7 +62,7 @@ def test_guidance_rises_from_none_at_the_first_block():
     ("change", "words"),
     [
         ({"n_head": 3}, "dim = 32 in n_head = 3 heads"),
-        ({"parallel_num": 5}, "64 tokens, no multiple of parallel_num = 5"),
+        ({"parallel_num": 5}, "64 tokens are no multiple of parallel_num = 5"),
         ({"parallel_num": 8}, "square patch"),
         ({"parallel_mode": "spiral"}, "allowed are patch, standard"),
         ({"class_dropout_prob": 2}, "a number from 0 to 1 is allowed"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bitdance.cli.loading
-import bitdance.pipeline
+import bitdance.coding
 from bitdance import BitDancePipeline
 from bitdance.bench.shapes import SHAPES, Shape
 from bitdance.checkpoint import load_model
@@ -182,9 +182,9 @@ def test_a_picture_that_would_take_too_much_is_decoded_in_strips_and_is_the_same
     real = LFQTokenizer.decode
     monkeypatch.setattr(LFQTokenizer, "decode", lambda *args: ways.append(args[-1]) or real(*args))
     generators = [torch.Generator()] * 2
-    whole = pipe.decode(bits, generators)
-    monkeypatch.setattr(bitdance.pipeline, "DECODE_BYTES", 0)
-    assert (pipe.decode(bits, generators) - whole).abs().max() < 1e-4
+    whole = pipe.decode_tensor(bits, generators)
+    monkeypatch.setattr(bitdance.coding, "DECODE_BYTES", 0)
+    assert (pipe.decode_tensor(bits, generators) - whole).abs().max() < 1e-4
     assert ways == [None, None, True, True]
     limit = 1 << 30
     assert decoding_bytes(PUBLISHED.tokenizer, 512, 512, 2, strips=False) < limit < decoding_bytes(

@@ -271,7 +271,7 @@ def test_on_cuda_decoding_is_only_queued_and_gives_the_same_pixels() -> None:
     bits = torch.randint(2, (3, 8, 4, 4), device="cuda").float() * 2 - 1
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
     decoder = Decoder(pipe)
-    expected = to_uint8(pipe.decode(bits, generators)).cpu().numpy()
+    expected = to_uint8(pipe.decode_tensor(bits, generators)).cpu().numpy()
     torch.cuda.synchronize()
     torch.cuda._sleep(10**9)  # about half a second on this stream, which the bits would come from
     start = time.perf_counter()

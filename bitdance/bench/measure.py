@@ -62,7 +62,7 @@ def pipeline(pipe: BitDancePipeline, sampling: Sampling, height: int, width: int
             [prompt] * batch, height, width, **sampling.arguments(), generator=generators, output_type="bits"
         ).bits
         clock.mark("head")
-        _write(pipe.decode(bits_BChw, generators), clock)
+        _write(pipe.decode_tensor(bits_BChw, generators), clock)
         return bits_BChw
 
     pipe.set_progress_bar_config(disable=True)

@@ -13,10 +13,11 @@ from transformers import AutoModel
 
 from bitdance.backbone import Backbone
 from bitdance.bench.shapes import Shape
+from bitdance.coding import DECODE_BYTES
 from bitdance.foreign import build_config
 from bitdance.head import BinaryDiffusionHead
 from bitdance.kernels import PACK_LIMIT
-from bitdance.pipeline import DECODE_BYTES, DTYPES
+from bitdance.precision import DTYPES
 from bitdance.projector import Projector
 from bitdance.quantize import large_linears, quantized_bytes
 from lfq_tokenizer.decoder import Decoder

@@ -66,7 +66,8 @@ class ClassPatchConfig:
         if not isinstance(self.parallel_mode, str) or self.parallel_mode not in MODES:
             raise ValueError(f"parallel_mode = {shown(self.parallel_mode)}; allowed are {', '.join(MODES)}")
         if self.num_tokens % self.parallel_num:
-            raise ValueError(f"grid = {self.grid} makes {self.num_tokens} tokens, no multiple of parallel_num = {self.parallel_num}")
+            tokens = f"grid = {self.grid}: {self.num_tokens} tokens"
+            raise ValueError(f"{tokens} are no multiple of parallel_num = {self.parallel_num}")
         _ = self.plan, self.head  # which check the rest
 
     @property

@@ -1,0 +1,119 @@
+"""What every pipeline does with pictures, whatever predicts their bits: pictures → tokens, tokens → pictures in the wished form.
+
+B pictures, H W pixels, C bits per token, h w token grid.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bitdance.offload import Phase
+from bitdance.picture import to_pil, to_unit
+from bitdance.seeds import generators_for
+from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer.strips import decoding_bytes
+
+# OURS: a picture that would take more is decoded in strips, which takes a fifth longer and two fifths of the memory.
+DECODE_BYTES = 1 << 30
+FORMS = ("pil", "np", "pt")
+Images = list[Image.Image] | np.ndarray | Tensor
+
+
+class PictureCoding:
+    """The half of a pipeline that knows the picture tokenizer. A pipeline says where it computes (`device`)."""
+
+    _tokenizer: LFQTokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tokenizer computes."""
+        return next(self._tokenizer.decoder.parameters()).device
+
+    def _enter(self, phase: Phase) -> None:
+        """A pipeline that moves its parts brings those of the phase to the device."""
+
+    @torch.no_grad()
+    def encode(self, images: Any) -> Tensor:
+        """Pictures → bits (B,C,h,w) in {-1,+1}, float32, of the sizes that they have.
+
+        `images`: one picture of PIL or a list of equally large ones, or an array (B,H,W,3) or a tensor (B,3,H,W) in [0,1], as
+        `images` of an output come. ValueError for others, for unequal sizes, for sides that are no multiples of the
+        downsampling, and for a model that was loaded without its encoder.
+        """
+        if getattr(self._tokenizer, "encoder", None) is None:
+            raise ValueError("the model was loaded without its picture encoder; load it with generation_only=False")
+        self._enter("decode")  # the phase of the picture tokenizer
+        unit_B3HW = _unit(images).to(self.device, next(self._tokenizer.encoder.parameters()).dtype)
+        return self._tokenizer.encode(2 * unit_B3HW - 1).float()
+
+    def decode(self, tokens: Tensor, generators: Sequence[torch.Generator] | None = None, output_type: str = "pil") -> Images:
+        """Bits (B,C,h,w) → pictures, as `images` of an output: "pil", "np" or "pt". A generative decoder draws from the picture's
+        own generator, fresh ones by default. ValueError when the decoder gives NaN or infinity, as float16 may."""
+        if output_type not in FORMS:
+            raise ValueError(f"output_type = {output_type!r}; allowed are {', '.join(FORMS)}")
+        if not isinstance(tokens, Tensor) or tokens.ndim != 4:
+            shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"tokens are {shape}; give bits of shape (batch, {self._tokenizer.config.z_channels}, h, w)")
+        own = generators_for(len(tokens), None, None)[0] if generators is None else generators
+        return self._formed(self.decode_tensor(tokens, own), output_type)
+
+    @torch.no_grad()
+    def decode_tensor(self, bits_BChw: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Bits (B,C,h,w) → decoder output (B,3,H,W), about [-1,1], float32; one picture at a time, which bounds the
+        memory and keeps pictures independent, and a large one strip by strip. A generative decoder draws from the picture's
+        own generator, after all other draws. ValueError when the decoder gives NaN or infinity, as float16 may.
+        """
+        images_B3HW = self.decode_unchecked(bits_BChw, generators)
+        if not bool(torch.isfinite(images_B3HW).all()):
+            raise ValueError(self.not_finite())
+        return images_B3HW
+
+    def not_finite(self) -> str:
+        """What to say of a picture that is no picture."""
+        dtype = next(self._tokenizer.decoder.parameters()).dtype
+        other = "" if dtype == torch.float32 else "use float32 or bfloat16, or "
+        name = str(dtype).removeprefix("torch.")
+        return f"the decoder gives NaN or infinity in {name}; {other}check the weights (bitdance verify)"
+
+    @torch.no_grad()
+    def decode_unchecked(self, bits_BChw: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """As `decode_tensor`, without a look at the result, which would wait for the device."""
+        self._enter("decode")
+        tokenizer = self._tokenizer
+        bits_BChw = bits_BChw.to(self.device, next(tokenizer.decoder.parameters()).dtype)
+        height, width = (side * tokenizer.downsampling for side in bits_BChw.shape[2:])
+        whole = decoding_bytes(tokenizer.config, height, width, bits_BChw.itemsize, strips=False)
+        strips = True if whole > DECODE_BYTES else None
+        pictures = [self._decode_one(bits[None], g, strips) for bits, g in zip(bits_BChw, generators, strict=True)]
+        return torch.cat(pictures).float()
+
+    def _decode_one(self, bits_1Chw: Tensor, generator: torch.Generator, strips: bool | None) -> Tensor:
+        return self._tokenizer.decode(bits_1Chw, generator, strips)
+
+    def _formed(self, images_B3HW: Tensor, output_type: str) -> Images:
+        """Decoder output as `output_type` says."""
+        if output_type == "pil":
+            return to_pil(images_B3HW)
+        unit_B3HW = to_unit(images_B3HW)
+        return unit_B3HW if output_type == "pt" else unit_B3HW.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _unit(images: Any) -> Tensor:
+    """Pictures of any form that an output has → (B,3,H,W) float32 in [0,1]."""
+    if isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == 3:
+        return images.float()
+    if isinstance(images, np.ndarray) and images.ndim == 4 and images.shape[3] == 3:
+        unit = torch.from_numpy(images).float() / (255 if images.dtype == np.uint8 else 1)
+        return unit.permute(0, 3, 1, 2)
+    pictures = [images] if isinstance(images, Image.Image) else images
+    if not isinstance(pictures, (list, tuple)) or not pictures or not all(isinstance(p, Image.Image) for p in pictures):
+        raise ValueError(
+            f"images are a {type(images).__name__}; give a PIL picture, a list of them, an array (B,H,W,3) or a tensor (B,3,H,W)"
+        )
+    if len(sizes := {picture.size for picture in pictures}) > 1:
+        raise ValueError(f"the pictures of a batch have sizes {sorted(sizes)}; encode each size by itself")
+    return _unit(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
