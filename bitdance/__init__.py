@@ -28,6 +28,7 @@ _HOME = {
     "TrainingLosses": "model",
     "build_batch": "sequence",
     "load_model": "checkpoint",
+    "load_pipeline": "generator",
     "save_model": "checkpoint",
 }
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from bitdance.backbone import Backbone as Backbone
     from bitdance.checkpoint import load_model as load_model
     from bitdance.checkpoint import save_model as save_model
+    from bitdance.generator import load_pipeline as load_pipeline
     from bitdance.head import BinaryDiffusionHead as BinaryDiffusionHead
     from bitdance.head import HeadConfig as HeadConfig
     from bitdance.model import BitDanceModel as BitDanceModel

@@ -26,6 +26,7 @@ from bitdance.projector import Projector
 from bitdance.prompt import SpecialTokens, save_text_tokenizer, vision_prefix_ids
 from bitdance.quantize import check_kinds, quantize_model
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_extras, rule_of_folder
+from bitdance.values import shown
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.files import check_links, check_room, whole_folder
 from lfq_tokenizer.json_file import read_config, read_json, write_json
@@ -34,6 +35,7 @@ from lfq_tokenizer.weights import check_shapes, read_safetensors, read_shapes, w
 if TYPE_CHECKING:
     from bitdance.adapters import Adapter
 
+KIND = "next_patch"  # of a folder whose bitdance.json names none
 TOKENIZER_WEIGHTS = "ae.safetensors"
 HEAD_WEIGHTS = "vision_head.safetensors"
 PROJECTOR_WEIGHTS = "projector.safetensors"
@@ -115,7 +117,8 @@ def _adapter(lora: Path | str, scale: float, folder: Path) -> "Adapter":
 def check_folder(folder: Path) -> HeadConfig:
     """Every file of a model folder is there, whole, and fits its config; only headers are read. Returns the head's
     config."""
-    read_extras(folder)
+    if (kind := read_extras(folder).get("kind", KIND)) != KIND:
+        raise ValueError(f"{folder} holds a model of kind {shown(kind)}, not {KIND!r}; bitdance.load_pipeline reads every kind")
     config = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict)
     tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
     lm = read_config(folder / LM_CONFIG, dict)

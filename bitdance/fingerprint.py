@@ -37,15 +37,21 @@ _TOKENIZER = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 def fingerprint(folder: Path) -> str:
     """Of a model folder in the published layout, of one with a tokenizer alone, or of an adapter's. Large tensors count
     by 16 evenly spaced pieces, so that 30 GB take a moment."""
+    stems = {**STEMS, ADAPTER: ADAPTER}.items()
+    parts = {part: dict(stored_tensors(folder, stem)) for part, stem in stems if any(folder.glob(f"{stem}.safetensors*"))}
+    parts.get(TEXT, {}).pop("lm_head.weight", None)
+    return fingerprint_of(parts, dict(_configs(folder)))
+
+
+def fingerprint_of(parts: Mapping[str, Mapping[str, Held]], configs: Mapping[str, Any]) -> str:
+    """Of the tensors of each part, by name, and of what else decides pictures."""
     digest = hashlib.sha256()
-    for part, stem in {**STEMS, ADAPTER: ADAPTER}.items():
-        if any(folder.glob(f"{stem}.safetensors*")):
-            for name, held in sorted(stored_tensors(folder, stem).items()):
-                if part != TEXT or name != "lm_head.weight":
-                    digest.update(f"{part}/{name} {held.dtype} {list(held.shape)}\n".encode())
-                    for piece in _pieces(held):
-                        digest.update(piece.view(torch.uint8).numpy())
-    digest.update(json.dumps(dict(_configs(folder)), sort_keys=True).encode())
+    for part, tensors in parts.items():
+        for name, held in sorted(tensors.items()):
+            digest.update(f"{part}/{name} {held.dtype} {list(held.shape)}\n".encode())
+            for piece in _pieces(held):
+                digest.update(piece.view(torch.uint8).numpy())
+    digest.update(json.dumps(dict(configs), sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
 

@@ -34,7 +34,7 @@ def resolve_dtype(name: str, device: torch.device | str) -> str:
 
 
 def wanted_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
-    """What a caller means by a dtype, its name or "auto"; None stays None. Warns where bfloat16 is slow. ValueError for others."""
+    """What a caller means by a dtype, its name or "auto"; None stays None. Warns where bfloat16 is slow. ValueError else."""
     if isinstance(dtype, str) and dtype in (*DTYPES, AUTO):
         dtype = resolve_dtype(dtype, device)
     elif dtype == torch.bfloat16:

@@ -51,8 +51,16 @@ def read_pt(path: Path | str) -> tuple[LFQTokenizer, PtReport]:
     FileNotFoundError; ValueError when the file is broken, would have to run code, or does not hold exactly the tensors of one
     tokenizer. Where torch wrote it as a zip file (since 2020), only the tensors that are taken are read from disk.
     """
-    content = _load(Path(path))
+    content = read_content(Path(path))
     name, prefix, state = _tokenizer_tensors(content, path)
+    tokenizer = tokenizer_of(state, prefix, path)
+    others = Counter(str(key).split(".")[0] for key in state if not _part(key, prefix))
+    unread = tuple(str(key) for key in content if key != name) if name else ()
+    return tokenizer, PtReport(name, prefix, dict(sorted(others.items())), unread)
+
+
+def tokenizer_of(state: Mapping[Any, Any], prefix: str, path: Path | str) -> LFQTokenizer:
+    """The tokenizer whose tensors lie in a state dict under `prefix`, which may hold others beside them; `path` is for errors."""
     taken = {key[len(prefix) :]: value for key, value in state.items() if _part(key, prefix)}
     for key, value in taken.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in DTYPES:
@@ -67,12 +75,12 @@ def read_pt(path: Path | str) -> tuple[LFQTokenizer, PtReport]:
         tokenizer = LFQTokenizer(config)
     check_shapes({key: tuple(t.shape) for key, t in tokenizer.state_dict().items()}, shapes, path)
     tokenizer.load_state_dict({key: value.detach() for key, value in taken.items()}, strict=True, assign=True)
-    others = Counter(str(key).split(".")[0] for key in state if not _part(key, prefix))
-    unread = tuple(str(key) for key in content if key != name) if name else ()
-    return tokenizer.eval(), PtReport(name, prefix, dict(sorted(others.items())), unread)
+    return tokenizer.eval()
 
 
-def _load(path: Path) -> Mapping[Any, Any]:
+def read_content(path: Path) -> Mapping[Any, Any]:
+    """The dictionary that a `.pt` file holds: tensors, plain containers and argparse.Namespace, nothing else; nothing is run.
+    FileNotFoundError, or ValueError for a file that is broken, asks for more, or holds something else."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give the .pt file of a tokenizer or of a class-conditional generator")
     try:

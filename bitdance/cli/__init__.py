@@ -24,6 +24,7 @@ OWN = {
     "sizes": "picture sizes of a model",
     "doctor": "what this machine offers, and which model fits",
     "verify": "is a model whole, does it equal another, do two dtypes agree",
+    "convert": "published files of other systems → a model folder",
     "bench": "where a picture's time goes, and how fast this machine could be",
 }
 FROM_ENTRY_POINTS = {

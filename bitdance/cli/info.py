@@ -35,39 +35,17 @@ def run(argv: Sequence[str]) -> int:
     if options.prompts:
         return _show_prompts(options.what, read_extras(folder).get("prompts"), options.json)
     alone = (folder / TOKENIZER_CONFIG).is_file() and not (folder / HEAD_CONFIG).is_file()
-    return _show(_tokenizer(folder) if alone else _model(folder), options)
+    if alone and "kind" not in read_extras(folder):
+        return _show(_tokenizer(folder), options)
+    from bitdance.generator import module_of
+
+    return _show(module_of(folder).info(folder), options)
 
 
 def _picture(path: Path) -> dict[str, Any]:
     from bitdance.picture import read_metadata
 
     return read_metadata(path)
-
-
-def _model(folder: Path) -> dict[str, Any]:
-    from bitdance.checkpoint import check_folder, read_extras
-    from bitdance.cli.model_files import parts
-    from bitdance.fingerprint import fingerprint
-    from bitdance.sizes import default_size, rule_of_folder, supported_sizes
-
-    head = check_folder(folder)
-    rule, extras, networks = rule_of_folder(folder), read_extras(folder), parts(folder)
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
-    return {
-        "parameters": sum(part.parameters for part in networks),
-        "parts": {part.name: part.parameters for part in networks},
-        "bits_per_token": head.ch_target,
-        "downsampling": rule.downsampling,
-        "patch_side": rule.patch_side,
-        "tokens_per_step": head.parallel_num,
-        "default_size": default_size(rule),
-        "sizes": supported_sizes(rule),
-        "defaults": extras.get("defaults", {}),
-        "card": extras.get("card", {}),
-        "fingerprint": fingerprint(folder),
-        "bytes": sum(files.values()),
-        "files": files,
-    }
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:

@@ -28,15 +28,18 @@ def run(argv: Sequence[str]) -> int:
     options = _options(argv)
 
     from bitdance.checkpoint import check_folder, resolve
+    from bitdance.generator import module_of
     from bitdance.verify.compare import compare
-    from bitdance.verify.examine import examine
 
     folder = resolve(options.model)
+    kind = module_of(folder)
+    if options.against or _wants_agreement(options):
+        check_folder(folder)  # which refuses other kinds than text models
     other = resolve(options.against) if options.against else None
     if other is not None:
         check_folder(other)
     plan = _plan(options) if _wants_agreement(options) else None
-    facts = examine(folder, folder if options.model == "demo" else Path(options.model))
+    facts = kind.examine(folder, folder if options.model == "demo" else Path(options.model))
     sound = not facts["problems"]
     if sound and other is not None:
         facts["difference"] = compare(folder, other)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,21 @@ def examine(folder: Path, own: Path | None = None) -> dict[str, Any]:
     the user has it, where `folder` is a view of it in the published layout; its files are hashed.
     """
     problems, warnings = _structure(folder)
-    places = list(_readable(folder, problems))
+    return examined(folder, own, _files(folder), _published(folder), problems, warnings, fingerprint)
+
+
+def examined(
+    folder: Path,
+    own: Path | None,
+    files: Mapping[str, list[Path]],
+    known: Mapping[str, tuple[str, int]],
+    problems: list[str],
+    warnings: list[str],
+    mark: Callable[[Path], str],
+) -> dict[str, Any]:
+    """The facts of `examine` about a folder of any kind. `files` of each part; `known`: part → (name, parameters) of the
+    published model that its config describes; `mark`: its fingerprint. Problems and warnings found before stand first."""
+    places = list(_readable(files, problems))
     constant: list[str] = []
     odd: list[dict[str, Any]] = []
     dtypes: dict[str, Counter[str]] = {}
@@ -77,7 +91,7 @@ def examine(folder: Path, own: Path | None = None) -> dict[str, Any]:
         problems.append(f"{len(odd)} tensors hold NaN or infinity: {listed(rows, ', ')}")
     if constant:
         warnings.append(f"{len(constant)} tensors hold one number only: {listed(constant, ', ')}")
-    networks = {name: {**facts, "dtypes": dict(dtypes.get(name, {}))} for name, facts in _parts(folder, places).items()}
+    networks = {name: {**facts, "dtypes": dict(dtypes.get(name, {}))} for name, facts in _parts(places, known).items()}
     for name, facts in networks.items():
         if facts["published"] and not facts["published"]["equal"]:
             problems.append(
@@ -98,8 +112,15 @@ def examine(folder: Path, own: Path | None = None) -> dict[str, Any]:
             for path in sorted((own or folder).rglob("*"))
             if path.is_file()
         },
-        "fingerprint": fingerprint(folder),
+        "fingerprint": _mark(folder, mark),
     }
+
+
+def _mark(folder: Path, mark: Callable[[Path], str]) -> str:
+    try:
+        return mark(folder)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError):
+        return "none, a file cannot be read"  # which has been told of
 
 
 def value_range(tensor: Tensor) -> tuple[float, float, int]:
@@ -156,9 +177,9 @@ def _index(folder: Path) -> list[str]:
     return [f"{LM_INDEX} names the wrong file for {listed(wrong, ', ')}"] if wrong else []
 
 
-def _readable(folder: Path, problems: list[str]) -> Iterator[Place]:
+def _readable(parts_of: Mapping[str, list[Path]], problems: list[str]) -> Iterator[Place]:
     """Tensors of the files that are there and whole; a missing or broken one has been told of, or is now."""
-    for name, files in _files(folder).items():
+    for name, files in parts_of.items():
         for file in files:
             try:
                 yield from (Place(name, tensor, file) for tensor in read_shapes(file))
@@ -190,13 +211,12 @@ def _tensors(places: list[Place]) -> Iterator[tuple[Place, Tensor]]:
                 yield place, opened.get_tensor(place.name)
 
 
-def _parts(folder: Path, places: list[Place]) -> dict[str, dict[str, Any]]:
+def _parts(places: list[Place], known: Mapping[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
     shapes = {file: read_shapes(file) for file in {place.file for place in places}}
     counts: dict[str, Counter[bool]] = {}  # by whether the tensor is a table of the vocabulary
     for place in places:
         table = any(word in place.name for word in _TABLES)
         counts.setdefault(place.part, Counter())[table] += math.prod(shapes[place.file][place.name])
-    known = _published(folder)
     facts: dict[str, dict[str, Any]] = {}
     for part, count in counts.items():
         own = count[False] if part == "backbone" else count.total()

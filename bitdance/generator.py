@@ -1,0 +1,60 @@
+"""Which way of generating a model folder holds, and the one door to all of them.
+
+    pipe = load_pipeline("folder")        # or "demo"
+    pipe.kind, pipe(…).images
+
+A kind is a package of `bitdance.kinds` whose `__init__` offers what the rest of the house asks for, each loading its own part
+only when it is called:
+
+    load_pipeline(folder, device, dtype, **options) → a pipeline        a model folder of this kind
+    info(folder) → facts                                                `bitdance info`
+    examine(folder) → facts with "problems" and "warnings"              `bitdance verify`
+
+`bitdance.json` of a folder names its kind; a folder that names none is of the first. Nothing else asks which kind it has.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from bitdance.sizes import EXTRAS_FILE, read_extras
+from bitdance.values import shown
+from lfq_tokenizer.files import check_links
+
+KINDS = {"next_patch": "bitdance.kinds.next_patch", "class_patch": "bitdance.kinds.class_patch"}
+DEFAULT = "next_patch"
+
+
+def kind_of(folder: Path | str) -> str:
+    """The kind of a model folder ("demo" is the bundled one). FileNotFoundError where there is no folder, ValueError where its
+    `bitdance.json` names a kind that is not known."""
+    if str(folder) == "demo":
+        return DEFAULT
+    path = Path(folder)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no model folder {str(folder)!r} (looked for {path.absolute()}); a model is a local folder. "
+            '"demo" names the bundled model.'
+        )
+    check_links(path)
+    kind = read_extras(path).get("kind", DEFAULT)
+    if not isinstance(kind, str) or kind not in KINDS:
+        source = path / EXTRAS_FILE
+        raise ValueError(f'{source}: "kind" = {shown(kind)}; known are {", ".join(KINDS)}; a newer bitdance may know it')
+    return kind
+
+
+def module_of(folder: Path | str) -> Any:
+    """The package of a folder's kind, which offers what is listed above."""
+    return import_module(KINDS[kind_of(folder)])
+
+
+def load_pipeline(folder: Path | str, device: Any = None, dtype: Any = None, **options: Any) -> Any:
+    """A pipeline for a model folder of any kind, or for "demo", the bundled model. Nothing is downloaded.
+
+    `device=None` is CUDA where there is one, else CPU; `dtype=None` is bfloat16 on CUDA, float32 elsewhere. `options` are those
+    of the kind (`quantize`, `lora`, … of text models). The pipeline says its `kind`; calling it makes pictures
+    (`pipe("a prompt")` or `pipe(class_label=207)`), `encode` and `decode` turn pictures into tokens and back.
+    FileNotFoundError or ValueError name the file that is missing, broken or does not fit.
+    """
+    return module_of(folder).load_pipeline(folder, device, dtype, **options)

@@ -1,0 +1,35 @@
+"""`bitdance convert --family imagenet`: a published class-conditional model → a model folder of ours."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitdance.kinds.class_patch.folder import save
+from bitdance.kinds.class_patch.published import PARTS as PARTS
+from bitdance.kinds.class_patch.published import read_published
+
+
+def convert(file: Path, out: Path, parts: Mapping[str, Path]) -> dict[str, Any]:
+    """Write the folder `out`, whole or not at all; tensors keep value and dtype. What was found, for a reader.
+
+    FileNotFoundError or ValueError name the file that is missing, broken or does not fit, and `out` where it holds anything.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; give the published .pt of a class-conditional model")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; choose another one")
+    found = read_published(file, parts)
+    save(found.model, out)
+    network, config = found.model.network, found.model.network.config
+    return {
+        "model": str(out),
+        "published model": found.published or "none of this shape",
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "tokenizer parameters": sum(parameter.numel() for parameter in found.model.tokenizer.parameters()),
+        "picture": f"{found.model.side}×{found.model.side}",
+        "tokens per step": config.parallel_num,
+        "classes": config.num_classes,
+        "weights from": found.weights_from,
+        "tokenizer from": found.tokenizer_from,
+        "names from": found.names_from,
+    }
