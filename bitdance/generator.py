@@ -7,6 +7,7 @@ A kind is a package of `bitdance.kinds` whose `__init__` offers what the rest of
 only when it is called:
 
     load_pipeline(folder, device, dtype, **options) → a pipeline        a model folder of this kind
+    rules(folder) → conditions, sizes, settings, and how to load       `bitdance generate`
     info(folder) → facts                                                `bitdance info`
     examine(folder) → facts with "problems" and "warnings"              `bitdance verify`
 

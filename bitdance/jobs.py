@@ -36,7 +36,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One picture. `index` is its place among all pictures of the command; `file` its name inside the output folder."""
+    """One picture. `index` is its place among all pictures of the command; `file` its name inside the output folder.
+    `label` is the number of its class, None where it is of a prompt, and `name` what the class is called."""
 
     index: int
     file: str
@@ -46,6 +47,18 @@ class Job:
     width: int
     steps: int
     guidance: float
+    label: int | None = None
+    name: str = ""
+
+    @property
+    def condition(self) -> str | int:
+        """What a pipeline is called with: the prompt, or the number of a class."""
+        return self.prompt if self.label is None else self.label
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What manifest and picture say of the condition."""
+        return {"prompt": self.prompt} if self.label is None else {"class": self.label, "class_name": self.name}
 
     @property
     def settings(self) -> tuple[int, int, int, float]:
@@ -119,7 +132,10 @@ class Jobs:
                     group, k = divmod(index - start, n)
                     seed = seeds[group] + k
                     file = f"{stem}-{seed}.png"
-                    yield Job(index, file, request.prompt, seed, height, width, steps, self._guidance(request))
+                    label = request.label if isinstance(request.label, int) else None
+                    yield Job(
+                        index, file, request.prompt, seed, height, width, steps, self._guidance(request), label, request.name
+                    )
             start = end
 
     def _size(self, request: Request) -> tuple[int, int]:
@@ -180,7 +196,7 @@ class Jobs:
 
 
 def _stem(request: Request, number: int) -> str:
-    return f"{number:04d}-{slug(request.prompt)}" if request.id is None else request.id
+    return f"{number:04d}-{slug(request.name or request.prompt)}" if request.id is None else request.id
 
 
 def slug(prompt: str) -> str:
@@ -222,5 +238,7 @@ def job_hash(job: Job, model: str, dtype: str, more: Mapping[str, Any] | None = 
     says that the published procedure does not."""
     content = {name: getattr(job, name) for name in ("prompt", "seed", "height", "width", "steps", "guidance")}
     content |= {"model": model, "dtype": dtype}
+    if job.label is not None:
+        content["class"] = job.label
     content |= {k: v for k, v in (more or {}).items() if (k, v) != ("sampler", "euler_maruyama")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode("ascii")).hexdigest()[:32]

@@ -24,6 +24,7 @@ _SHOWN_AS = {
     "height": "Height",
     "sampler": "Sampler",
     "model": "Model",
+    "class_name": "Class",
 }
 
 

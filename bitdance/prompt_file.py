@@ -20,7 +20,7 @@ from lfq_tokenizer.json_file import parse_json
 from lfq_tokenizer.text import check_unicode, decoded
 
 NUMBERS = ("seed", "height", "width", "guidance", "steps", "n")
-KEYS = ("prompt", "id", *NUMBERS)
+KEYS = ("prompt", "id", "class", *NUMBERS)
 TEXT_ENDINGS, JSONL_ENDINGS = ("", ".txt", ".text"), (".jsonl", ".ndjson")
 MAX_NAME_BYTES = 120
 _KEYS, _NUMBERS = frozenset(KEYS), frozenset(NUMBERS)
@@ -32,7 +32,8 @@ _CHUNK = 1 << 20
 
 
 class Request(NamedTuple):
-    """One prompt as given. `None` means "not said here"; `source` names the place in errors ("jobs.jsonl line 3")."""
+    """One prompt, or the label of a class, as given. `None` means "not said here"; `source` names the place in errors
+    ("jobs.jsonl line 3"). `name` is what a class is called, once that is known."""
 
     prompt: str
     source: str
@@ -43,6 +44,8 @@ class Request(NamedTuple):
     guidance: float | None = None
     steps: int | None = None
     n: int | None = None
+    label: int | str | None = None
+    name: str = ""
 
 
 def checked_prompt(prompt: Any, source: str) -> str:
@@ -181,13 +184,18 @@ def _from_json(line: str, source: str) -> Request:
         near = difflib.get_close_matches(key[:100], KEYS, 1, 0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"{source}: unknown key {shown(key)}; {hint}known keys: {', '.join(KEYS)}")
-    if "prompt" not in value:
-        raise ValueError(f'{source}: has no "prompt"; only this key is required')
+    if ("prompt" in value) == ("class" in value):
+        told = 'has both "prompt" and "class"; one of them is allowed' if "prompt" in value else 'has no "prompt"'
+        raise ValueError(f'{source}: {told}; only this key is required (of a class model "class")')
     for name in value.keys() & _NUMBERS:
         value[name] = check_number(name, value[name], source)
     if "id" in value:
         value["id"] = safe_name(value["id"], source)
-    value["prompt"] = checked_prompt(value["prompt"], source)
+    if "class" in value:
+        value["label"] = value.pop("class")
+        if value["label"] is None:
+            raise ValueError(f"{source}: class = None; a number or a name is allowed")
+    value["prompt"] = checked_prompt(value.get("prompt", ""), source)
     return Request(source=source, **value)
 
 

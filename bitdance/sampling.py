@@ -54,6 +54,16 @@ class Sampling:
             "last_steps": self.last_steps or self.steps,
         }
 
+    @property
+    def words(self) -> dict[str, Any]:
+        """What a picture says beside steps and guidance; nothing that is as published but the sampler's name."""
+        words: dict[str, Any] = {"sampler": self.sampler}
+        if self.guidance_interval != (0.0, 1.0):
+            words["guidance_interval"] = list(self.guidance_interval)
+        if self.last_steps is not None:
+            words["last_steps"] = self.last_steps
+        return words
+
     def changed(self, **values: Any) -> "Sampling":
         """The same but for the values that are not None."""
         return replace(self, **{name: value for name, value in values.items() if value is not None})

@@ -72,6 +72,7 @@ RANGES = {
     "batch_size": Range(1, 4096),
     "guidance": Range(0, 1000, whole=False, hint="; 1 and below switch guidance off"),
     "guidance_interval": Range(0, 1, whole=False),
+    "class": Range(0, 1 << 20),
     "lora_scale": Range(-1000, 1000, whole=False, hint="; 1 is as trained"),
 }
 # other names of the same values

@@ -1,6 +1,7 @@
-"""`bitdance generate`: prompts → one PNG each. Everything is checked before a weight is loaded or a file written.
+"""`bitdance generate`: prompts or classes → one PNG each. Everything is checked before a weight is loaded or a file written.
 
     bitdance generate "a red apple, 3D style" --seed 1 2 3 -o out
+    bitdance generate --class 207 "golden retriever" --model models/B-16x -o out
     bitdance generate --prompts jobs.jsonl -o out --shard 0/8
     bitdance generate --from out/0000-a-red-apple-1.png --steps 100 -o again
 
@@ -11,7 +12,7 @@ a file; picture k of a prompt (--images-per-prompt, or "n") has seed + k, as in 
 
 import argparse
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,6 @@ from bitdance.values import check_interval, check_number, from_text, shown
 
 if TYPE_CHECKING:
     from bitdance.adapters import Adapter
-    from bitdance.sampling import Sampling
 
 # those of `bitdance.sampler` and `bitdance.sampling`, known without torch, so that --help is quick
 SAMPLERS = ("euler_maruyama", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde")
@@ -38,7 +38,8 @@ class Order:
     """All that `generate` was asked for, checked: the jobs of this shard, and what to make them with."""
 
     jobs: Collection[Job]  # of this shard
-    sampling: "Sampling"  # steps and guidance: those of the job
+    rules: Any  # what the model's kind knows
+    sampling: Any  # its settings, but for steps and guidance, which are those of the job
     model: str  # as the user named it
     folder: Path
     fingerprint: str
@@ -71,7 +72,7 @@ class Order:
 
     def hash(self, job: Job) -> str:
         """What a finished picture of this job carries, so that another run knows it."""
-        words = _sampling_words(self.sampling) | self.quantized | _adapter_words(self.adapter)
+        words = self.sampling.words | self.quantized | _adapter_words(self.adapter)
         words.pop("lora", None)  # its name changes no picture
         return job_hash(job, self.fingerprint, self.dtype, words)
 
@@ -80,13 +81,13 @@ class Order:
         from bitdance import __version__
 
         return {
-            "prompt": job.prompt,
+            **job.words,
             "seed": job.seed,
             "height": job.height,
             "width": job.width,
             "steps": job.steps,
             "guidance": job.guidance,
-            **_sampling_words(self.sampling),
+            **self.sampling.words,
             "model": "demo" if self.model == "demo" else self.folder.resolve().name,
             "model_fingerprint": self.fingerprint,
             "dtype": self.dtype,
@@ -95,6 +96,17 @@ class Order:
             "version": __version__,
             "job_hash": self.hash(job),
         }
+
+
+class Conditions:
+    """Requests with what the model's kind makes of their conditions; like the requests, they can be iterated more than once."""
+
+    def __init__(self, requests: Iterable[Request], resolve: Callable[[Request], Iterator[Request]]) -> None:
+        self._requests, self._resolve = requests, resolve
+
+    def __iter__(self) -> Iterator[Request]:
+        for request in self._requests:
+            yield from self._resolve(request)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -111,11 +123,14 @@ def parser(prog: str = "bitdance generate") -> Parser:
     parser = Parser(
         prog=prog,
         description="Pictures from prompts: one PNG each, and a line in manifest.jsonl. Finished pictures are skipped.",
-        epilog=f"JSONL keys: {', '.join(KEYS)}; only prompt is required. A key wins over the flag of that name.",
+        epilog=f"JSONL keys: {', '.join(KEYS)}; only prompt, or class, is required. A key wins over its flag.",
     )
     parser.add_argument("prompt", nargs="*", help='one or more prompts; "" is a picture without a prompt')
     parser.add_argument(
         "--prompts", metavar="FILE", help=".jsonl (one object per line), .txt (one prompt per line), - (stdin)"
+    )
+    parser.add_argument(
+        "--class", dest="classes", nargs="+", metavar="N|NAME|all", help="of a class model: numbers, names, or all of them"
     )
     parser.add_argument(
         "--from", dest="source", metavar="PICTURE.png", help="prompt and settings of a finished picture"
@@ -132,6 +147,7 @@ def parser(prog: str = "bitdance generate") -> Parser:
         "--guidance-interval", nargs=2, metavar=("LOW", "HIGH"), help="times in [0, 1] between which guidance acts"
     )
     parser.add_argument("--last-steps", help="solver steps of the last block; those between change linearly")
+    parser.add_argument("--cfg-schedule", help="of a class model: linear (guidance rises over the blocks) or constant")
     parser.add_argument("--seed", nargs="+", metavar="S", help="each prompt is made with each seed (default: 0)")
     parser.add_argument("--images-per-prompt", metavar="K", help="pictures per prompt and seed, with seeds counting up")
     parser.add_argument("--batch-size", metavar="B", help=f"pictures made at once (default: {BATCH_SIZE})")
@@ -159,16 +175,17 @@ def read_order(options: argparse.Namespace) -> Order:
     requests = _requests(options, picture)
     model = options.model or _model_of(picture, options.source)
 
-    from bitdance.checkpoint import check_folder, read_extras, resolve
-    from bitdance.fingerprint import fingerprint
+    from bitdance.checkpoint import resolve
+    from bitdance.generator import module_of
     from bitdance.quantize import check_kinds
-    from bitdance.sizes import check_size, default_size, rule_of_folder
 
     folder = resolve(model)
-    check_folder(folder)
-    rule, defaults = rule_of_folder(folder), read_extras(folder).get("defaults", {})
-    height, width = default_size(rule)
-    sampling = _sampling(options, picture, defaults)
+    rules = module_of(folder).rules(folder)
+    for name in rules.unknown:
+        if getattr(options, name) not in (None, False):
+            raise UsageError(f"--{name.replace('_', '-')} is not for the kind of model in {model}; leave it out")
+    height, width = rules.default_size
+    sampling = rules.sampling(_said(options, picture), options.preset, bool(picture))
     values: dict[str, Any] = {
         "height": height,
         "width": width,
@@ -178,7 +195,7 @@ def read_order(options: argparse.Namespace) -> Order:
         **flags,
     }
     values.setdefault("seeds", (picture["seed"],) if "seed" in picture else (0,))
-    jobs = Jobs(requests, Settings(**values), lambda height, width: check_size(rule, height, width), shard)
+    jobs = Jobs(Conditions(requests, rules.requests), Settings(**values), rules.check_size, shard)
 
     device = usable_device(options.device)
     dtype = usable_dtype(options.dtype or picture.get("dtype"), device)
@@ -187,11 +204,12 @@ def read_order(options: argparse.Namespace) -> Order:
     if options.offload and device == "cpu":
         raise UsageError("--offload needs a device beside main memory; leave it out on cpu")
     adapter = _adapter(options, picture, folder)
-    mark = fingerprint(folder)
+    mark = rules.fingerprint()
     if picture.get("model_fingerprint", mark) != mark:
         report(f"{options.source} was made with other weights ({picture['model_fingerprint']}, not {mark})", "warning")
     return Order(
         jobs=jobs,
+        rules=rules,
         sampling=sampling,
         model=model,
         folder=folder,
@@ -236,32 +254,20 @@ def _adapter_words(adapter: "Adapter | None") -> dict[str, Any]:
     return {} if adapter is None else adapter.words
 
 
-def _sampling(options: argparse.Namespace, picture: dict[str, Any], defaults: dict[str, Any]) -> "Sampling":
-    """Flags, else the picture of --from, else the preset, else the model's defaults."""
-    from bitdance.sampling import choose
-
+def _said(options: argparse.Namespace, picture: dict[str, Any]) -> dict[str, Any]:
+    """Settings that were said beside steps and guidance: flags, else the picture of --from (unless a preset is named)."""
     said: dict[str, Any] = {}
-    if picture and options.preset is None:  # a picture says what it does not have from the published procedure
-        said = {name: picture[name] for name in ("sampler", "guidance_interval", "last_steps") if name in picture}
-        defaults = {name: value for name, value in defaults.items() if name != "preset"}
-    if options.sampler is not None:
-        said["sampler"] = options.sampler
+    if picture and options.preset is None:
+        said = {name: picture[name] for name in ("sampler", "guidance_interval", "last_steps", "cfg_schedule") if name in picture}
+    for name in ("sampler", "cfg_schedule"):
+        if getattr(options, name) is not None:
+            said[name] = getattr(options, name)
     if options.guidance_interval is not None:
         pair = [from_text("guidance_interval", text, "--guidance-interval") for text in options.guidance_interval]
         said["guidance_interval"] = check_interval(pair, "--guidance-interval")
     if options.last_steps is not None:
         said["last_steps"] = from_text("last_steps", options.last_steps, "--last-steps")
-    return choose(defaults, options.preset, **said)
-
-
-def _sampling_words(sampling: "Sampling") -> dict[str, Any]:
-    """What a picture says beside steps and guidance; nothing that is as published but the sampler's name."""
-    words: dict[str, Any] = {"sampler": sampling.sampler}
-    if sampling.guidance_interval != (0.0, 1.0):
-        words["guidance_interval"] = list(sampling.guidance_interval)
-    if sampling.last_steps is not None:
-        words["last_steps"] = sampling.last_steps
-    return words
+    return said
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
@@ -279,13 +285,18 @@ def _flags(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _requests(options: argparse.Namespace, picture: dict[str, Any]) -> Iterable[Request]:
-    given = [name for name, value in (("--prompts", options.prompts), ("--from", options.source)) if value is not None]
-    if len(given) == 2 or (options.prompts is not None and options.prompt):
-        raise UsageError("prompts come from one place: as arguments, or --prompts FILE, or --from PICTURE.png")
+    places = (("--prompts", options.prompts), ("--from", options.source), ("--class", options.classes))
+    given = [name for name, value in places if value is not None]
+    if len(given) > 1 or (given and given != ["--from"] and options.prompt):
+        raise UsageError("prompts come from one place: as arguments, or --prompts FILE, or --from PICTURE.png, or --class N|NAME")
     if options.prompts is not None:
         return PromptFile.open(options.prompts, getattr(sys.stdin, "buffer", None))
+    if options.classes is not None:
+        return [Request("", f"--class {shown(label)}", label=label) for label in options.classes]
     if options.prompt:
         return requests_from_arguments(options.prompt)
+    if "class" in picture:
+        return [Request("", options.source, label=picture["class"])]
     if picture:
         return [Request(picture["prompt"], options.source)]
     raise UsageError('no prompt; write one in quotes, or --prompts FILE. Example: bitdance generate "a red apple"')
@@ -298,9 +309,13 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
     from bitdance.picture import read_metadata
 
     found, source = read_metadata(options.source), options.source
-    if "prompt" not in found:
+    settings: dict[str, Any] = {}
+    if "class" in found:
+        settings["class"] = check_number("class", found["class"], source)
+    elif "prompt" in found:
+        settings["prompt"] = checked_prompt(found["prompt"], source)
+    else:
         raise UsageError(f"{source} does not say its prompt; it was not made by `bitdance generate`")
-    settings: dict[str, Any] = {"prompt": checked_prompt(found["prompt"], source)}
     for name in ("seed", "height", "width", "steps", "guidance", "last_steps", "lora_scale"):
         if name in found:
             settings[name] = check_number(name, found[name], source)
@@ -310,7 +325,7 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
         settings["sampler"] = found["sampler"]
     if "guidance_interval" in found:
         settings["guidance_interval"] = check_interval(found["guidance_interval"], source)
-    words = ("model", "model_fingerprint", "lora", "lora_fingerprint")
+    words = ("model", "model_fingerprint", "lora", "lora_fingerprint", "cfg_schedule")
     settings |= {name: found[name] for name in words if isinstance(found.get(name), str)}
     for name, allowed in (("dtype", DTYPES[:3]), ("quantize", QUANTIZE), ("quantize_head", QUANTIZE_HEAD)):
         if found.get(name) in allowed:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitdance.cli.generate import Order
 from bitdance.cli.memory import GB, free_bytes, free_main_memory
@@ -13,8 +13,15 @@ if TYPE_CHECKING:
     from bitdance.pipeline import BitDancePipeline
 
 
-def load(order: Order) -> "BitDancePipeline":
-    """The pipeline of an order. ValueError when its pictures do not fit into the memory, with what would make them fit."""
+def load(order: Order) -> Any:
+    """The pipeline of an order, of whatever kind its model is; it shows no bar of its own, there is one over pictures."""
+    pipe = order.rules.load(order)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_text(order: Order) -> "BitDancePipeline":
+    """The pipeline of an order for a text model. ValueError when pictures do not fit into the memory, with what would help."""
     import torch
 
     from bitdance.checkpoint import load_model
@@ -31,7 +38,6 @@ def load(order: Order) -> "BitDancePipeline":
     pipe = BitDancePipeline(model, order.compile)
     if order.offload:
         pipe.enable_model_cpu_offload(order.device)
-    pipe.set_progress_bar_config(disable=True)  # one bar, over pictures
     return pipe
 
 

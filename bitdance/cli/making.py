@@ -148,7 +148,7 @@ class Maker:
         first = batch[0]
         generators = [torch.Generator().manual_seed(job.seed) for job in batch]
         bits_BChw = pipe(
-            [job.prompt for job in batch],
+            [job.condition for job in batch],  # type: ignore[misc]  # prompts, or classes of a class pipeline
             height=first.height,
             width=first.width,
             **self.order.sampling.changed(steps=first.steps, guidance=first.guidance).arguments(),
@@ -174,7 +174,7 @@ def _length(pipe: "BitDancePipeline") -> Callable[[Job], int]:
             warnings.simplefilter("ignore")  # a prompt that is cut is reported when its picture is made
             return len(conditional_ids(pipe.model.text_tokenizer, prompt))
 
-    return lambda job: count(job.prompt)
+    return lambda job: count(job.prompt) if job.label is None else 0
 
 
 def _halved(batch: list[Job], queue: Iterable[list[Job]], error: Exception) -> deque[list[Job]]:

@@ -94,7 +94,7 @@ class OutputFolder:
         rows = [
             {
                 "file": job.file,
-                "prompt": job.prompt,
+                **job.words,
                 "seed": job.seed,
                 "height": job.height,
                 "width": job.width,
@@ -107,7 +107,7 @@ class OutputFolder:
     def _append(self, job: Job, seconds: float | None) -> None:
         row = {
             "file": job.file,
-            "prompt": job.prompt,
+            **job.words,
             "seed": job.seed,
             "height": job.height,
             "width": job.width,

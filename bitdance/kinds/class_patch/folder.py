@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bitdance.kinds.class_patch.classes import ClassNames
 from bitdance.kinds.class_patch.config import ClassPatchConfig
@@ -76,7 +77,7 @@ def check_folder(folder: Path) -> ClassFolder:
             f"{TOKENIZER_CONFIG}; must be equal"
         )
     with torch.device("meta"):
-        networks = {WEIGHTS: ClassPatchModel(config), TOKENIZER_WEIGHTS: LFQTokenizer(tokenizer)}
+        networks: dict[str, nn.Module] = {WEIGHTS: ClassPatchModel(config), TOKENIZER_WEIGHTS: LFQTokenizer(tokenizer)}
     for name, network in networks.items():
         expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
         check_shapes(expected, read_shapes(folder / name), folder / name)

@@ -26,7 +26,7 @@ from bitdance.precision import AUTO, DTYPES, wanted_dtype
 from bitdance.seeds import generators_for
 from bitdance.values import check_number
 
-OUTPUT_TYPES = (*FORMS, "tokens")
+OUTPUT_TYPES = (*FORMS, "tokens", "bits")
 Callback = Callable[["ClassPipeline", int, float, dict[str, Any]], Any]
 
 
@@ -85,6 +85,8 @@ class ClassPipeline(PictureCoding):
             self.model.tokenizer.to(where)
         return self
 
+    offload = None  # of text models
+
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
@@ -113,7 +115,7 @@ class ClassPipeline(PictureCoding):
         num_images_per_class: int = 1,
         seed: int | Sequence[int] | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        output_type: Literal["pil", "np", "pt", "tokens"] = "pil",
+        output_type: Literal["pil", "np", "pt", "tokens", "bits"] = "pil",
         callback_on_step_end: Callback | None = None,
         sampler: str | None = None,
         preset: str | None = None,
@@ -130,7 +132,7 @@ class ClassPipeline(PictureCoding):
         guidance_scale        published as cfg_scale: default what the model's folder says, else 4.6; <= 1 leaves guidance out
         cfg_schedule          "linear" (published): guidance rises from 1 at the first block; "constant": the same everywhere
         seed, generator       one per picture, as in `BitDancePipeline`
-        output_type           "pil", "np" (B,H,W,3), "pt" (B,3,H,W), or "tokens" (no decoding)
+        output_type           "pil", "np" (B,H,W,3), "pt" (B,3,H,W), or "tokens" (no decoding; also called "bits")
         callback_on_step_end  called as (pipe, block, t, {"tokens": …}) after each block; t is the finished share in (0, 1],
                               unfinished bits are 0. `pipe.cancel(i)` in it ends picture i. An exception ends the run.
         preset                a published model's steps and guidance: "B-1x", …; what is said beside it wins
@@ -184,5 +186,5 @@ class ClassPipeline(PictureCoding):
                 block_sampler=self._block_sampler,
                 cancelled=self._cancelled,
             )
-        images = None if output_type == "tokens" else self.decode(bits_BChw, generators, output_type)
+        images = None if output_type in ("tokens", "bits") else self.decode(bits_BChw, generators, output_type)
         return ClassOutput(images, bits_BChw, seeds, classes)

@@ -29,6 +29,31 @@ class ClassSettings:
         """Whether there is an unconditional branch at all."""
         return self.sampling.guided
 
+    @property
+    def steps(self) -> int:
+        """Solver steps of a block."""
+        return self.sampling.steps
+
+    @property
+    def guidance(self) -> float:
+        """Guidance at the end of the schedule."""
+        return self.sampling.guidance
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What a picture says beside steps and guidance; nothing that is as published but the sampler's name."""
+        return self.sampling.words | ({} if self.cfg_schedule == "linear" else {"cfg_schedule": self.cfg_schedule})
+
+    def changed(self, **values: Any) -> "ClassSettings":
+        """The same but for the fields of `sampling` that are not None."""
+        return replace(self, sampling=self.sampling.changed(**values))
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `ClassPipeline` for exactly this, whatever the model's defaults."""
+        return {name: value for name, value in self.sampling.arguments().items() if name != "preset"} | {
+            "cfg_schedule": self.cfg_schedule
+        }
+
     def blocks(self, M: int) -> list[tuple[Sampling, int]]:
         """The sampling of each of the M blocks, and its solver steps."""
         g = self.sampling.guidance

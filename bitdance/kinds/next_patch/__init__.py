@@ -43,3 +43,10 @@ def examine(folder: Path, own: Path | None = None) -> dict[str, Any]:
     from bitdance.verify import examine as verify
 
     return verify.examine(folder, own)
+
+
+def rules(folder: Path) -> Any:
+    """What `bitdance generate` asks: conditions, sizes, settings, and the pipeline in the end."""
+    from bitdance.kinds.next_patch.job_rules import JobRules
+
+    return JobRules(folder)
