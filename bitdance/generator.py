@@ -7,9 +7,11 @@ A kind is a package of `bitdance.kinds` whose `__init__` offers what the rest of
 only when it is called:
 
     load_pipeline(folder, device, dtype, **options) → a pipeline        a model folder of this kind
-    rules(folder) → conditions, sizes, settings, and how to load       `bitdance generate`
+    rules(folder) → conditions, sizes, settings, and how to load        `bitdance generate`
+    sizes(folder) → facts                                               `bitdance sizes`
     info(folder) → facts                                                `bitdance info`
     examine(folder) → facts with "problems" and "warnings"              `bitdance verify`
+    compare(folder, other) → facts                                      `bitdance verify --against`
 
 `bitdance.json` of a folder names its kind; a folder that names none is of the first. Nothing else asks which kind it has.
 """

@@ -215,8 +215,8 @@ class BitDancePipeline(PictureCoding):
         generator             instead of seed: one per picture. A single generator serves one picture directly; for
                               n > 1 it draws n seeds (`torch.randint(0, 2**63 - 1, (n,))`), one per picture.
         output_type           "pil", "np" (B,H,W,3), "pt" (B,3,H,W), or "bits" (no decoding)
-        callback_on_step_end  called as (pipe, block, t, {"bits": …}) after each block; t is the finished share in
-                              (0, 1], unfinished bits are 0. What it returns is not read. An exception ends the run.
+        callback_on_step_end  called as (pipe, block, t, {"bits": …, "tokens": …}), both the same, after each block; t is the
+                              finished share in (0, 1], unfinished bits are 0. What it returns is not read. An exception ends the run.
         sampler               solver; default "euler_maruyama" (published), see `bitdance.sampler`
         preset                steps, sampler, interval and last steps at once ("published", …: `bitdance.sampling`); what
                               is said beside it wins
@@ -258,7 +258,7 @@ class BitDancePipeline(PictureCoding):
             def on_block(done: int, total: int, bits_BChw: Tensor) -> None:
                 bar.update()
                 if callback_on_step_end is not None:
-                    callback_on_step_end(self, done - 1, done / total, {"bits": bits_BChw})
+                    callback_on_step_end(self, done - 1, done / total, {"bits": bits_BChw, "tokens": bits_BChw})
 
             size = height // s, width // s
             bits_BChw = generate_bits(

@@ -1,6 +1,7 @@
 """`load_pipeline` for class-conditional models: labels, settings, pictures, tokens, cancelling, folders, `info`, `verify`."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lfq_tokenizer.weights import read_safetensors, write_safetensors
 ENTRIES = [("tench", "Tinca tinca"), ("crane",), ("red fox", "Vulpes"), ("golden retriever",), ("crane", "tower crane")]
 ENTRIES += [(f"thing {i}",) for i in range(5, 10)]
 NAMES = ClassNames(tuple(ClassEntry(names, f"n{i:08d}") for i, names in enumerate(ENTRIES)))
+TEXT_MODEL = str(Path(__file__).parent / "golden" / "t2i_ckpt")
 FAST = {"num_inference_steps": 2, "guidance_scale": 3.0}
 
 
@@ -230,7 +232,27 @@ def test_info_tells_what_the_folder_holds(folder: Path, capsys: Any) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["kind"] == "class_patch" and found["class_count"] == 10 and found["sizes"] == [[64, 64]]
     assert found["classes"]["0"] == "tench, Tinca tinca"
+    assert main(["sizes", str(folder)]) == 0 and capsys.readouterr().out == "64×64 (default)\n"
+    assert main(["sizes", str(folder), "--json"]) == 0 and json.loads(capsys.readouterr().out)["only_these"] is True
     assert found["parameters"] == sum(found["parts"].values()) > 0
+
+
+def test_commands_for_text_models_refuse_the_folder_by_its_kind(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    for argv in (["bench", "--model", str(folder)], ["export", str(folder), str(tmp_path / "o"), "--format", "diffusers"]):
+        assert main(argv) == 2
+        assert "holds a model of kind 'class_patch', not 'next_patch'" in capsys.readouterr().err
+
+
+def test_half_precision_makes_pictures(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # processors without the instructions are slow
+        pipe = load_pipeline(folder, "cpu", "bfloat16")
+    assert pipe.dtype == torch.bfloat16
+    out = pipe([3, 0], seed=1, **FAST)
+    assert out.tokens.dtype == torch.float32 and bool((out.tokens.abs() == 1).all())
+    assert pipe.to("float32").dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype = 'int8'"):
+        load_pipeline(folder, "cpu", "int8")
 
 
 def test_verify_finds_a_sound_folder_sound_and_a_broken_number(folder: Path, tmp_path: Path, capsys: Any) -> None:
@@ -247,5 +269,21 @@ def test_verify_finds_a_sound_folder_sound_and_a_broken_number(folder: Path, tmp
     assert broken["fingerprint"] != sound["fingerprint"]
     (copy / "class_patch.safetensors").write_bytes(b"x")
     assert main(["verify", str(copy)]) in (1, 2)
-    assert main(["verify", str(folder), "--against", str(folder)]) == 2
+    capsys.readouterr()
+    assert main(["verify", str(folder), "--against", TEXT_MODEL]) == 2
+    assert "of kind next_patch" in capsys.readouterr().err
+    assert main(["verify", str(folder), "--dtype", "bfloat16"]) == 2
     assert "not 'next_patch'" in capsys.readouterr().err
+
+
+def test_two_folders_are_compared_tensor_by_tensor(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    assert main(["verify", str(folder), "--against", str(folder), "--tolerance", "0", "--json"]) == 0
+    capsys.readouterr()
+    copy = spoiled(folder, tmp_path / "m", "classes.json", lambda d: d | {"3": "cat"})
+    state = read_safetensors(copy / "class_patch.safetensors")
+    state["norm.weight"] += 1
+    write_safetensors(state, copy / "class_patch.safetensors")
+    assert main(["verify", str(folder), "--against", str(copy), "--tolerance", "0.5", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"] == ["1 tensors are more than 0.5 apart: generator norm.weight"]
+    assert found["difference"]["configs"]["classes.json 3"] == [None, "cat"]

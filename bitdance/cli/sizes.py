@@ -14,29 +14,16 @@ def run(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
 
     from bitdance.checkpoint import resolve
-    from bitdance.sizes import default_size, rule_of_folder, supported_sizes
+    from bitdance.generator import module_of
 
-    rule = rule_of_folder(resolve(options.model))
-    default, sizes = default_size(rule), supported_sizes(rule)
-    usable = [side * rule.downsampling for side in rule.sides if side % rule.patch_side == 0]
+    folder = resolve(options.model)
+    found = module_of(folder).sizes(folder)
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "default": default,
-                    "sizes": sizes,
-                    "only_these": bool(rule.trained),
-                    "multiple_of": rule.unit,
-                    "smallest_side": min(usable),
-                    "largest_side": max(usable),
-                }
-            )
-        )
+        print(json.dumps(found))
         return 0
-    for height, width in sizes:
-        print(f"{height}×{width}" + (" (default)" if (height, width) == default else ""))
-    if not rule.trained:
-        print(
-            f"and every other size whose sides are multiples of {rule.unit} from {min(usable)} to {max(usable)} pixels"
-        )
+    for height, width in found["sizes"]:
+        print(f"{height}×{width}" + (" (default)" if (height, width) == tuple(found["default"]) else ""))
+    if not found["only_these"]:
+        sides = f"from {found['smallest_side']} to {found['largest_side']} pixels"
+        print(f"and every other size whose sides are multiples of {found['multiple_of']} {sides}")
     return 0

@@ -28,21 +28,22 @@ def run(argv: Sequence[str]) -> int:
     options = _options(argv)
 
     from bitdance.checkpoint import check_folder, resolve
-    from bitdance.generator import module_of
-    from bitdance.verify.compare import compare
+    from bitdance.generator import kind_of, module_of
 
     folder = resolve(options.model)
     kind = module_of(folder)
-    if options.against or _wants_agreement(options):
+    if _wants_agreement(options):
         check_folder(folder)  # which refuses other kinds than text models
     other = resolve(options.against) if options.against else None
     if other is not None:
-        check_folder(other)
+        if kind_of(folder) != kind_of(other):
+            raise UsageError(f"{options.model} is of kind {kind_of(folder)}, {options.against} of kind {kind_of(other)}")
+        kind.rules(other)  # which checks it
     plan = _plan(options) if _wants_agreement(options) else None
     facts = kind.examine(folder, folder if options.model == "demo" else Path(options.model))
     sound = not facts["problems"]
     if sound and other is not None:
-        facts["difference"] = compare(folder, other)
+        facts["difference"] = kind.compare(folder, other)
         facts["problems"] += facts["difference"].pop("problems")
         _judge_difference(facts, options.tolerance)
     if sound and plan is not None:

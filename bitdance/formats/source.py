@@ -40,6 +40,7 @@ class Source:
 
         folder = resolve(folder)
         alone = (folder / TOKENIZER_CONFIG).is_file() and not (folder / HEAD_CONFIG).is_file()
+        alone = alone and "kind" not in read_extras(folder)  # a model of another kind, which check_folder refuses by its name
         if not alone:
             check_folder(folder)
         stems = {AUTOENCODER: STEMS[AUTOENCODER]} if alone else STEMS

@@ -1,6 +1,6 @@
 """Two model folders: names, shapes and values of every tensor, configs, and what their text tokenizers make of words."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from bitdance.verify.examine import Place, places_of
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
 
+Places = Mapping[tuple[str, str], Place]
 TEXTS = (
     "a red fox in the snow, 35 mm photograph",
     "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich",
@@ -33,7 +34,15 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     difference (None where shapes differ or a number is not finite). "problems": what cannot come from another dtype or other
     training of the same model: names of one folder only, shapes, text.
     """
-    ours, theirs = places_of(first), places_of(second)
+    texts = _texts(first, second)
+    found = compared(first, second, places_of(first), places_of(second), (LM_CONFIG, TOKENIZER_CONFIG, HEAD_CONFIG))
+    if texts:
+        found["problems"].append(f"the text tokenizers give other tokens for {listed([repr(text) for text in texts], ', ')}")
+    return {**found, "texts_that_differ": texts}
+
+
+def compared(first: Path, second: Path, ours: Places, theirs: Places, configs: Sequence[str]) -> dict[str, Any]:
+    """What `compare` says of tensors and configs, for folders of any kind; (part, name) → where a tensor lies in each."""
     rows = [_row(ours[key], theirs[key]) for key in ours if key in theirs]
     only = [sorted(" ".join(key) for key in one.keys() - other.keys()) for one, other in ((ours, theirs), (theirs, ours))]
     problems = [
@@ -44,9 +53,6 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
     shapes = [f"{r['part']} {r['name']} {r['shape']} and {r['other_shape']}" for r in rows if r["shape"] != r["other_shape"]]
     if shapes:
         problems.append(f"{len(shapes)} tensors have another shape: {listed(shapes, ', ')}")
-    texts = _texts(first, second)
-    if texts:
-        problems.append(f"the text tokenizers give other tokens for {listed([repr(text) for text in texts], ', ')}")
     return {
         "against": second.name,
         "problems": problems,
@@ -54,8 +60,7 @@ def compare(first: Path, second: Path) -> dict[str, Any]:
         "only_in_other": only[1],
         "equal": sum(row["equal"] for row in rows),
         "tensors": rows,
-        "configs": _configs(first, second),
-        "texts_that_differ": texts,
+        "configs": _configs(first, second, configs),
     }
 
 
@@ -93,10 +98,10 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _configs(first: Path, second: Path) -> dict[str, list[Any]]:
+def _configs(first: Path, second: Path, files: Sequence[str]) -> dict[str, list[Any]]:
     """file and dotted key → the two values, where they differ; None where one config does not say."""
     differ: dict[str, list[Any]] = {}
-    for file in (LM_CONFIG, TOKENIZER_CONFIG, HEAD_CONFIG):
+    for file in files:
         one, other = (_flat(read_json(folder / file)) for folder in (first, second))
         for key in sorted(one.keys() | other.keys()):
             if one.get(key) != other.get(key):

