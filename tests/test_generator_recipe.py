@@ -210,7 +210,7 @@ def test_the_step_reports_loss_by_noise_level_and_the_accuracy_of_bits(place: Pa
     known = [value for value in levels.values() if np.isfinite(value)]
     assert min(known) <= float(scalars["vision"]) <= max(known)
     # a fresh head predicts 0 for every bit, so its bits are all −1: right as often as the data has −1
-    negative = float((batch.sequence.image_bits_NC[batch.sequence.generated_N] < 0).float().mean())
+    negative = float((batch.sequence.image_bits_NC[batch.sequence.generated_K] < 0).float().mean())
     assert float(scalars["bit_accuracy"]) == pytest.approx(negative, abs=1e-6)
     assert float(scalars["bit_accuracy_least"]) <= float(scalars["bit_accuracy"])
 

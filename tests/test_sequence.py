@@ -118,8 +118,13 @@ def assert_as_described(batch, documents, p, special, rows) -> None:
     assert batch.image_index_N.tolist() == [flat for flat, _ in images]
     assert batch.image_row_N.tolist() == [row for _, (_, row, _) in images]
     assert batch.image_col_N.tolist() == [col for _, (_, _, col) in images]
-    assert batch.generated_N.tolist() == generated and batch.generated_N.dtype == torch.bool
+    assert batch.generated_K.tolist() == [n for n, predicted in enumerate(generated) if predicted]
     assert batch.predict_index_K.tolist() == predict
+    places = [(row, col) for _, (_, row, col) in images]
+    assert batch.side == 1 + max((max(place) for place in places), default=-1)
+    assert [batch.image_N.tolist()[span] for span in batch.spans] == [
+        [k] * len(batch.image_N[batch.image_N == k]) for k in range(len(batch.spans))
+    ]
     assert list(zip(batch.label_index_T.tolist(), batch.label_ids_T.tolist(), strict=True)) == labels
     expected = [piece.bits_Chw[:, row, col] for _, (piece, row, col) in images]
     assert torch.equal(batch.image_bits_NC, torch.stack(expected) if expected else torch.empty(0, 0))
