@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -41,11 +42,19 @@ class MetaDevice(TorchDispatchMode):
             return torch.zeros((), dtype=args[0].dtype).item()
         if func in COPIES:
             return self._copied(func, args, kwargs)
-        if func is ATEN.lift_fresh.default and on_device:  # torch.tensor([…], device=…)
-            self.copies[_place()] += 1
         if on_device and on_host:
             raise RuntimeError(f"{func} takes tensors of the device and of the host at {_place()}")
         return func(*args, **kwargs)
+
+    def __enter__(self) -> "MetaDevice":
+        self._lists = _Lists(self.copies)
+        self._lists.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._lists.__exit__(*error)
 
     def _copied(self, func: Any, args: Any, kwargs: Any) -> Any:
         target, source = (args[0], args[1]) if func is ATEN.copy_.default else (None, args[0])
@@ -57,6 +66,20 @@ class MetaDevice(TorchDispatchMode):
         if not source.is_meta and device.type == "meta":
             self.copies[_place()] += 1
         return func(*args, **kwargs)
+
+
+class _Lists(TorchFunctionMode):
+    """`torch.tensor([…], device=…)` fills memory of the host and copies it, below what a dispatch mode sees."""
+
+    def __init__(self, copies: Counter[str]) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and made.is_meta:
+            self.copies[_place()] += 1
+        return made
 
 
 def _place() -> str:
