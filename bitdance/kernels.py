@@ -39,7 +39,7 @@ class OneDnnLinear(nn.Linear):
             or torch.compiler.is_compiling()  # the compiler chooses for itself
             or input.device.type != "cpu"
             or input.dtype != weight.dtype
-            or not _served(input.dtype)
+            or not served_by_onednn(input.dtype)
         ):
             return super().forward(input)
         if self.packing:
@@ -76,8 +76,8 @@ def use_onednn(*modules: nn.Module) -> int:
 
 
 @cache
-def _served(dtype: torch.dtype) -> bool:
-    """float32 always, bfloat16 where the processor has it."""
+def served_by_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this dtype here: float32 always, bfloat16 where the processor has it."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

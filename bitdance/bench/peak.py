@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bitdance.kernels import served_by_onednn
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -36,7 +38,7 @@ def measure_peak(device: torch.device | str, dtype: torch.dtype, side: int | Non
     x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     speeds = {
         name: 2 * side**3 / best_seconds(lambda run=run: run(x, weight), device, repeats)  # type: ignore[misc]
-        for name, run in _kernels(device).items()
+        for name, run in _kernels(device, dtype).items()
     }
     kernel = max(speeds, key=lambda name: speeds[name])
     source = torch.ones(8 * side * side, device=device)  # beyond every cache, and written: untouched pages are all one page
@@ -45,10 +47,10 @@ def measure_peak(device: torch.device | str, dtype: torch.dtype, side: int | Non
     return Peak(speeds[kernel], 2 * source.numel() * source.element_size() / copying, kernel)
 
 
-def _kernels(device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def _kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """On CPUs that are not its maker's, MKL, which serves float32, may be half as fast as oneDNN."""
     found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": F.linear}
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and served_by_onednn(dtype):
         found["oneDNN"] = lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return found
 
