@@ -8,9 +8,9 @@ Liger (package `liger-kernel`, written for 0.8) computes an RMSNorm, and the pro
 with the numbers of transformers' modules up to rounding. Its rotary kernel is left out: transformers calls rotation through a
 global function of the family's file, so taking it would change every other model of the process, also one on the CPU.
 
-The package flash-attn has no place here. Its kernels know causal and sliding masks, not the block-causal one, so training goes
-through flex_attention. What is left without a mask, decoding and the head's attention over the P tokens of a block, runs on SDPA,
-whose flash backend is the same algorithm inside torch.
+Kernels of attention are chosen in `attention.py`. The package flash-attn-4 serves training there, through flex_attention. What is
+without a mask, decoding and the head's attention over the P tokens of a block, runs on SDPA, whose flash backend is the same
+algorithm.
 """
 
 from collections.abc import Callable

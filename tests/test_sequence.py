@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from einops import rearrange
 from tiny_model import BITS, random_bits, tiny_text_tokenizer
 
 from bitdance.patches import PatchPlan
@@ -24,7 +23,9 @@ def test_unorder_of_order_is_the_identity(h: int, w: int, p: int) -> None:
     plan = PatchPlan(h, w, p)
     x = torch.arange(2 * 3 * h * w).reshape(2, 3, h, w)
     assert torch.equal(plan.unorder(plan.order(x)), x)
-    assert torch.equal(plan.order(x), rearrange(x, "b c (i p1) (j p2) -> b (i j p1 p2) c", p1=p, p2=p))
+    corners = [(i, j) for i in range(0, h, p) for j in range(0, w, p)]  # patches in raster order, and tokens in each of them
+    patches = [x[:, :, i : i + p, j : j + p].flatten(2) for i, j in corners]
+    assert torch.equal(plan.order(x), torch.cat(patches, dim=2).transpose(1, 2))
     row, col = plan.coordinates()
     assert torch.equal(plan.order(x)[0, :, 0], x[0, 0, row, col])
     assert (plan.block_size, plan.num_blocks) == (p * p, h * w // p**2)
