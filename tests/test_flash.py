@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from bitdance import attention
 from bitdance.attention import _Flex, _outputs, without_flash
+from bitdance.cli import doctor
 from bitdance.mask import dense_mask, flex_mask_mod
 
 
@@ -131,6 +132,12 @@ def test_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "compute capability 9 or 10" in without_flash(cpu, half)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert "more than 16 bits" in without_flash(cuda, torch.float32)
+
+
+def test_doctor_says_whether_it_serves_and_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, shown in (("flash-attn-4 is not installed", "(no FLASH: flash-attn-4 is not installed)"), ("", "with FLASH")):
+        monkeypatch.setattr(attention, "without_flash", lambda device, dtype, reason=reason: reason)
+        assert f"flex_attention {shown}" in doctor._attention()
 
 
 def test_the_row_that_both_are_compared_on_has_all_kinds_of_blocks() -> None:
