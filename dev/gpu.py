@@ -194,9 +194,19 @@ def described() -> dict[str, Any]:
             "name": properties.name,
             "memory_bytes": properties.total_memory,
             "capability": [properties.major, properties.minor],
+            "driver": driver(),
         },
         "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions},
     }
+
+
+def driver() -> str | None:
+    """None where nvidia-smi does not say."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return None
 
 
 def predicted_bytes() -> float | None:

@@ -13,8 +13,10 @@ failed=0
 part() { # NAME OPTION…
     echo "== $1: ${*:2}"
     rm -f "$OUT/$1.json"
-    timeout "${PART_SECONDS:-230}" "$PYTHON" -m bitdance bench --shape 14b-64x --dtype bfloat16 "${@:2}" -o "$OUT/$1.json" 2>&1 |
-        tee "$OUT/$1.txt" || { echo "== $1 failed"; failed=1; }
+    # in the foreground: whoever ends this script's process group ends the part too
+    timeout --foreground --kill-after 15 "${PART_SECONDS:-230}" "$PYTHON" -m bitdance bench --shape 14b-64x --dtype bfloat16 "${@:2}" \
+        -o "$OUT/$1.json" > "$OUT/$1.txt" 2>&1 || { echo "== $1 failed"; failed=1; }
+    cat "$OUT/$1.txt"
 }
 
 part batch-1 --batch 1 --preset own balanced --repeats 3
