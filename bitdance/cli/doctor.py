@@ -18,7 +18,7 @@ from bitdance.cli.batch import add_options, check_unused, show
 from bitdance.cli.memory import GB, free_main_memory
 
 OPTIONAL = {
-    "flash_attn": "faster attention on NVIDIA GPUs",
+    "flash_attn": "attention in training on NVIDIA GPUs of compute capability 9 and 10: flash-attn-4",
     "deepspeed": "training",
     "webdataset": "training from shards",
     "tensorboard": "training curves",
@@ -130,8 +130,10 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _attention() -> list[str]:
-    """Names of the attention backends that this build of torch has; flash_attn only when installed."""
+    """Names of the attention backends that this build of torch has, and whether training has the FLASH kernel."""
     import torch
+
+    from bitdance.attention import without_flash
 
     names = ["sdpa math"]
     if torch.cuda.is_available():
@@ -139,9 +141,8 @@ def _attention() -> list[str]:
             names.append("sdpa flash")
         names.append("sdpa memory-efficient")
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is not None:
-        names.append("flex_attention")
-    if importlib.util.find_spec("flash_attn") is not None:
-        names.append("flash_attn")
+        reason = without_flash(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
+        names.append(f"flex_attention (no FLASH: {reason})" if reason else "flex_attention with FLASH")
     return names
 
 
