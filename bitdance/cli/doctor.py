@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     print(f"bitdance {found['bitdance']}, Python {found['python']}, {found['system']}")
     print(", ".join(f"{name} {number or 'missing'}" for name, number in found["packages"].items()))
     for device in found["devices"]:
-        print(f"device {device['device']}: {device['name']}, free memory {_gb(device['free_bytes'])}")
+        print(f"device {device['device']}: {device['name']}, free memory {_gb(device['free_bytes'])}; {_bfloat16(device)}")
     print("attention: " + ", ".join(found["attention"]))
     for name, present in found["optional"].items():
         print(f"{name}: {'present' if present else 'not installed'} ({OPTIONAL[name]})")
@@ -61,7 +61,7 @@ def examine() -> dict[str, Any]:
     """Everything that `doctor --json` prints. Needs of published models are computed, not measured."""
     from bitdance import __version__
 
-    devices = _devices()
+    devices = [{**device, **_dtypes(device["device"])} for device in _devices()]
     by_preference = sorted(devices, key=lambda device: (device["device"] == "cpu", -(device["free_bytes"] or 0)))
     best = "cuda" if by_preference[0]["device"].startswith("cuda") else "cpu"
     needs = {kind: published(kind) for kind in ("cpu", "cuda")}
@@ -102,6 +102,21 @@ def published(kind: str) -> dict[str, int]:
         "512×512, bfloat16, --quantize int4": Setting(512, 512, device=kind, quantize="int4"),
     }
     return {f"14B-64x, {name}": needs(SHAPES["14b-64x"], setting).peak for name, setting in settings.items()}
+
+
+def _dtypes(device: str) -> dict[str, Any]:
+    """The quick dtype of a device and, where bfloat16 is slow, how many times as long as float32 it takes."""
+    from bitdance.precision import quick_dtype, slow_bfloat16
+
+    return {"quick_dtype": quick_dtype(device), "bfloat16_times_float32": slow_bfloat16(device)}
+
+
+def _bfloat16(device: dict[str, Any]) -> str:
+    if device["quick_dtype"] == "bfloat16":
+        return "bfloat16 is quick (--dtype auto takes it)"
+    factor = device["bfloat16_times_float32"]
+    slow = f"takes about {factor:.0f} times as long as float32" if factor else "is not quicker than float32"
+    return f"bfloat16 {slow}: use float32"
 
 
 def _version(package: str) -> str | None:
