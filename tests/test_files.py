@@ -203,5 +203,5 @@ def test_security_md_states_every_limit_and_the_environment_raises_it():
     for name in names:
         assert f"| `{name}` | {getattr(limits, name):,} |" in said, name
     code = "from lfq_tokenizer import limits; print(limits.JOBS)"
-    raised = subprocess.run([sys.executable, "-c", code], env=os.environ | {"BITDANCE_LIMIT_JOBS": "7"}, capture_output=True, text=True)
-    assert raised.stdout == "7\n"
+    environment = os.environ | {"BITDANCE_LIMIT_JOBS": "7"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "7\n"
