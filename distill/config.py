@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from bitdance.pipeline import DTYPES
+from bitdance.values import RANGES
 from stages.config import TrainingConfig, read_config
+from stages.schema import Choice, StepsOrNone, Weight
 
 
 @dataclass(frozen=True)
@@ -19,16 +21,12 @@ class Objectives:
     samples  the bits of pictures that the teacher made (`bitdance distill CONFIG --write-samples`)
     """
 
-    data: float = 1.0
-    teacher: float = 0.0
-    samples: float = 0.0
+    data: Weight = 1.0
+    teacher: Weight = 0.0
+    samples: Weight = 0.0
 
     def __post_init__(self) -> None:
-        weights = {"data": self.data, "teacher": self.teacher, "samples": self.samples}
-        for name, weight in weights.items():
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"distill.objectives.{name} = {weight}; a weight is 0 or more")
-        if not any(weights.values()):
+        if not any((self.data, self.teacher, self.samples)):
             raise ValueError("distill.objectives: all weights are 0, so nothing is learned; give one of data, teacher, samples")
 
 
@@ -42,21 +40,16 @@ class DistillTraining:
     objectives: Objectives = field(default_factory=Objectives)
     samples: tuple[str, ...] = ()  # shards of the teacher's own pictures
     cached: bool = False  # the shards hold what the teacher predicts (--write-targets): it is not loaded
-    guidance: float = 1.0  # folded into the student where it is above 1: of the teacher's predictions and of its pictures
-    fade: float = 1.0  # the teacher's term at time t counts (1 − t)^(fade · what the teacher does not see)
-    fade_steps: int = 0  # the teacher's term falls linearly to nothing at this step; 0: it stays
-    dtype: str = "bfloat16"  # of the teacher
+    guidance: Annotated[float, RANGES["guidance"]] = 1.0  # folded into the student where it is above 1: of the teacher's predictions and of its pictures
+    fade: Weight = 1.0  # the teacher's term at time t counts (1 − t)^(fade · what the teacher does not see)
+    fade_steps: StepsOrNone = 0  # the teacher's term falls linearly to nothing at this step; 0: it stays
+    dtype: Annotated[str, Choice(tuple(DTYPES))] = "bfloat16"  # of the teacher
     device: str = ""  # of the teacher: "cpu", "cuda:1"; empty: that of the student
     offload: bool = False  # the teacher waits in main memory, and each layer visits the device for its own pass
 
     def __post_init__(self) -> None:
         if not self.teacher:
             raise ValueError("distill.teacher is empty; name the model to distil: a run, a checkpoint or a model folder")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"distill.dtype = {self.dtype!r}; allowed are {', '.join(map(repr, DTYPES))}")
-        for name, least in (("guidance", 0.0), ("fade", 0.0), ("fade_steps", 0)):
-            if not least <= getattr(self, name) < float("inf"):
-                raise ValueError(f"distill.{name} = {getattr(self, name)}; it must be {least:g} or more")
         if self.objectives.samples and not self.samples:
             raise ValueError(
                 "distill.objectives.samples is given and distill.samples is empty; name the shards that "
