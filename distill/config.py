@@ -40,7 +40,8 @@ class DistillTraining:
     objectives: Objectives = field(default_factory=Objectives)
     samples: tuple[str, ...] = ()  # shards of the teacher's own pictures
     cached: bool = False  # the shards hold what the teacher predicts (--write-targets): it is not loaded
-    guidance: Annotated[float, RANGES["guidance"]] = 1.0  # folded into the student where it is above 1: of the teacher's predictions and of its pictures
+    # folded into the student where it is above 1: of the teacher's predictions and of its pictures
+    guidance: Annotated[float, RANGES["guidance"]] = 1.0
     fade: Weight = 1.0  # the teacher's term at time t counts (1 − t)^(fade · what the teacher does not see)
     fade_steps: StepsOrNone = 0  # the teacher's term falls linearly to nothing at this step; 0: it stays
     dtype: Annotated[str, Choice(tuple(DTYPES))] = "bfloat16"  # of the teacher

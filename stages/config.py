@@ -198,10 +198,11 @@ class GeneratorTraining:
     freeze: tuple[Annotated[str, Choice(PARTS)], ...] = ()  # parts that do not learn
     lora: LoraTraining | None = None  # train an adapter to the model of `init`, which stays as it is
     checkpoint_activations: bool = False  # recompute a layer's inside in the backward pass instead of keeping it
-    attention: Annotated[str, Choice(("auto", "dense", "flex"))] = "auto"  # "dense", "flex"; auto: flex on CUDA, dense elsewhere
-    kernels: Annotated[str, Choice(("auto", "none"))] = "auto"  # "none"; auto: fused kernels of Liger on CUDA where it is installed
+    attention: Annotated[str, Choice(("auto", "dense", "flex"))] = "auto"  # auto: flex on CUDA, dense elsewhere
+    kernels: Annotated[str, Choice(("auto", "none"))] = "auto"  # auto: fused kernels of Liger on CUDA where it is installed
     max_text_tokens: Annotated[int, Range(1, 10**6)] = 256
-    resolution_tokens: Annotated[int, Range(0, 65_536)] = 0  # <|res_i|> for sides up to this; 0: 4096 / downsampling, or as many as `init` has
+    # <|res_i|> for sides up to this; 0: 4096 / downsampling, or as many as `init` has
+    resolution_tokens: Annotated[int, Range(0, 65_536)] = 0
     dropout: Share = 0.1  # prompts replaced by the unconditional one
     flip_max: Share = 0.1
     text_weight: Weight = 0.01

@@ -33,13 +33,14 @@ def precision_of(run: RunConfig) -> str:
 
 def warn_of_slow_precision(run: RunConfig) -> None:
     """A warning, by process 0, where the precision that is asked for costs time on this machine and gains none."""
-    if run.precision.startswith("bfloat16") and processes.rank() == 0 and not torch.cuda.is_available():
-        if factor := slow_bfloat16("cpu"):
-            warnings.warn(
-                f"run.precision = {run.precision!r} takes about {factor:.0f} times as long as float32 on this processor, which has "
-                'no instructions for it; "auto" and "float32" are quicker',
-                stacklevel=3,
-            )
+    if processes.rank() or torch.cuda.is_available() or not run.precision.startswith("bfloat16"):
+        return
+    if factor := slow_bfloat16("cpu"):
+        warnings.warn(
+            f"run.precision = {run.precision!r} takes about {factor:.0f} times as long as float32 on this processor, which lacks "
+            'instructions for it; "auto" and "float32" are quicker',
+            stacklevel=3,
+        )
 
 
 class Learner:

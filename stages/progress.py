@@ -1,5 +1,6 @@
 """What a run says while it trains: a bar where a terminal is, else a line now and then. On standard error, by process 0 alone."""
 
+import math
 import signal
 import sys
 import time
@@ -17,6 +18,15 @@ NEXT = {
     "generator": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL",
     "distill": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL",
 }
+HOUR, DAY = 3600.0, 86_400.0
+# unit, its seconds, and from how many seconds on the next one reads better
+UNITS = (
+    ("second", 1.0, 90.0),
+    ("minute", 60.0, 1.5 * HOUR),
+    ("hour", HOUR, 2 * DAY),
+    ("day", DAY, 700 * DAY),
+    ("year", 365.25 * DAY, math.inf),
+)
 ADAPTER_NEXT = "bitdance export {run} ADAPTER --adapter, bitdance generate PROMPT --lora ADAPTER"
 
 
@@ -94,11 +104,7 @@ class Progress:
 
 def time_text(seconds: float) -> str:
     """Seconds in the unit that fits: "45 seconds", "12 minutes", "3.4 hours", "2.1 days", "14 years"."""
-    for unit, size, until in (("second", 1, 90), ("minute", 60, 90 * 60), ("hour", 3600, 48 * 3600), ("day", 86_400, 700 * 86_400)):
-        if seconds < until:
-            break
-    else:
-        unit, size = "year", 365.25 * 86_400
+    unit, size = next((unit, size) for unit, size, until in UNITS if seconds < until)
     number = seconds / size
-    text = f"{number:,.1f}" if number < 10 and unit not in ("second",) else f"{number:,.0f}"
+    text = f"{number:,.1f}" if number < 10 and unit != "second" else f"{number:,.0f}"
     return f"{text} {unit}{'' if text in ('1', '1.0') else 's'}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bitdance.bench.peak import measure_peak
+from bitdance.precision import quick_dtype
 from stages import processes
 from stages.config import RunConfig
 from stages.learner import precision_of
@@ -91,12 +92,13 @@ class Watch:
 
 def peak_flops(device: torch.device, precision: str) -> float:
     """FLOP/s of one process: of a GPU the maker's figure, NaN where that is unknown; of a CPU what its quickest large product
-    reaches in the dtypes of this precision."""
+    reaches."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for part, peak in PEAKS.items() if part in name), math.nan)
-    dtypes = [torch.float32] if precision == "float32" else [torch.float32, torch.bfloat16]
-    return max(_measured(dtype, torch.get_num_threads()) for dtype in dtypes)
+    # a processor without instructions for bfloat16 is quicker in float32
+    quick = precision != "float32" and quick_dtype(device) == "bfloat16"
+    return _measured(torch.bfloat16 if quick else torch.float32, torch.get_num_threads())
 
 
 @cache

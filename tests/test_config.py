@@ -215,7 +215,7 @@ GENERATOR = 'recipe = "generator"\nrun.out = "r"\ndata.train = ["a.tar"]\n'
 HUGE = "1" + "0" * 400
 # Every place where a number, a key or a kind was once taken without a word: fields, tables within tables, lists.
 SILENT = [
-    ("generator.backbone.num_hidden_layer=7", "generator.backbone.num_hidden_layer; did you mean generator.backbone.num_hidden_layers?"),
+    ("generator.backbone.num_hidden_layer=7", "did you mean generator.backbone.num_hidden_layers?"),
     ("generator.head.ch_laten=128", "did you mean generator.head.ch_latent?"),
     ("generator.defaults.guidance=3", "did you mean generator.defaults.guidance_scale?"),
     ("optimizer.scale={backbon=1}", "did you mean optimizer.scale.backbone?"),
