@@ -32,20 +32,22 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step_{step:08d}"
 
 
-def save(run: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+def save(run: Path, step: int, write: Callable[[Path], None], keep: int, least: int = 0) -> Path:
     """Publish a checkpoint. `write(folder)` is called on every process, all see one disk; only process 0 renames and prunes.
 
-    ValueError on every process when the disk has no room, before anything is written where the last checkpoint tells how much it
-    takes; whatever fails, nothing is left behind and the last checkpoint stays. Between what all processes must do together
-    `write` must keep to `processes.together`.
+    ValueError on every process when the disk has no room: before anything is written where that is less than the last checkpoint
+    took, or than `least` bytes, which it will take at least. Whatever fails, nothing is left behind and the last checkpoint
+    stays. Where `write` needs all processes at once, what one of them does alone stands in `processes.together`.
     """
     final, first = step_folder(run, step), processes.rank() == 0
     working = temporary_beside(final)
     with processes.together(), naming_full(final):
         if first:
-            if last := last_saved(run):
-                check_room(final, sum(path.stat().st_size for path in last.rglob("*") if path.is_file()))
-            working.mkdir(parents=True)
+            last = last_saved(run)
+            taken = sum(path.stat().st_size for path in last.rglob("*") if path.is_file()) if last else 0
+            run.mkdir(parents=True, exist_ok=True)
+            check_room(final, max(taken, least))
+            working.mkdir()
     working = Path(processes.from_first(str(working)))
     try:
         with processes.together(), naming_full(final):

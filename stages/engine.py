@@ -78,6 +78,7 @@ def _train(recipe: Recipe, config: TrainingConfig, start_from: Path | None) -> i
             if first:
                 recipe.save_model(module, target / "model", step)
 
+    least = sum(resume_state.least_bytes(one) for one in learners.values())
     progress = Progress(config, start, first)
     parameters = [(partitions.size(p), p.requires_grad) for p in recipe.module.parameters()]
     sizes = sum(size for size, _ in parameters), sum(size for size, trains in parameters if trains)
@@ -128,7 +129,7 @@ def _train(recipe: Recipe, config: TrainingConfig, start_from: Path | None) -> i
                 code = 128 + stopped if stopped else 0
                 if keep or code:
                     with watch.aside():
-                        saved = checkpoint.save(folder, done, partial(write, done), run.keep)
+                        saved = checkpoint.save(folder, done, partial(write, done), run.keep, least)
                 if code:
                     break
         if start < run.steps:

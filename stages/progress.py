@@ -37,7 +37,8 @@ class Progress:
     def __init__(self, config: TrainingConfig, start: int, first: bool) -> None:
         self.run, self.recipe, self.start, self.first = config.run, config.recipe, start, first
         self._lora = config.generator.lora is not None
-        self.bar = tqdm(total=self.run.steps, initial=start, disable=None if first else True, unit="step")
+        terminal = first and sys.stderr is not None and sys.stderr.isatty()
+        self.bar = tqdm(total=self.run.steps, initial=start, disable=not terminal, unit="step")
         self._begun: tuple[int, float] | None = None  # after the first step, which is slower than the others
         self._told = False
 

@@ -56,6 +56,13 @@ def save(learners: dict[str, Learner], state: dict[str, Any], folder: Path) -> N
         _save(learner, folder / f"{name}_{processes.rank():05d}.safetensors", with_frozen="base" not in state)
 
 
+def least_bytes(learner: Learner) -> int:
+    """What `save` writes at least, over all processes: weights, moments and average of what trains, in float32, and once more
+    the weights in model/, in no less than bfloat16."""
+    trained = sum(partitions.size(p) for p in learner.module.parameters() if p.requires_grad)
+    return trained * (4 * (3 + bool(learner.adam.decay)) + 2)
+
+
 def load(learners: dict[str, Learner], state: dict[str, Any], folder: Path, accumulation: int) -> None:
     """Restore what `save` wrote. ValueError when the samples would come in another order, or the model is another one."""
     if not (folder / "resume" / "state.json").is_file():

@@ -3,6 +3,7 @@
 Process 0 holds the lock. It is the kernel's, so it ends with its process, and loader processes do not inherit it.
 """
 
+import errno
 import os
 import shutil
 import socket
@@ -13,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from lfq_tokenizer.files import INCOMPLETE, clear_leftovers, disk_full
+from lfq_tokenizer.files import INCOMPLETE, DiskFull, clear_leftovers, disk_full
 from lfq_tokenizer.lock import FolderLock, Locked
 from lfq_tokenizer.text import printable
 from stages import processes
@@ -42,11 +43,13 @@ def owned(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def naming_full(target: Path) -> Iterator[None]:
-    """A write to `target` that fails for want of room does so with the one message of `files.disk_full`."""
+    """A write to `target` that fails for want of room does so with the one message of `files.disk_full`, which names no hidden
+    file on the way to it."""
     try:
         yield
     except Exception as error:
-        if full := disk_full(error, target):
+        hidden = isinstance(error, DiskFull) and INCOMPLETE in str(error)
+        if full := disk_full(OSError(errno.ENOSPC, "") if hidden else error, target):
             raise full from None
         raise
 
