@@ -19,7 +19,7 @@ from stages.learner import Learner, precision_of, warn_of_slow_precision
 from stages.loader import micro_steps, step_generator
 from stages.progress import Progress
 from stages.recipe import Micro, Recipe
-from stages.run_folder import owned
+from stages.run_folder import naming_full, owned
 from stages.tracker import Tracker
 from stages.watch import Watch
 
@@ -72,9 +72,10 @@ def _train(recipe: Recipe, config: TrainingConfig, start_from: Path | None) -> i
             write_json(as_dict(config), folder / "config.json")
 
     def write(step: int, target: Path) -> None:
-        with processes.together():
+        final = checkpoint.step_folder(folder, step)
+        with processes.together(), naming_full(final):
             resume_state.save(learners, state, target)
-        with learner.averaged() as module, processes.together():
+        with learner.averaged() as module, processes.together(), naming_full(final):
             if first:
                 recipe.save_model(module, target / "model", step)
 
