@@ -9,6 +9,7 @@ import torch
 
 from bitdance.head import HeadConfig
 from bitdance.pipeline import DTYPES
+from bitdance.precision import AUTO
 from bitdance.prompt import SpecialTokens, add_image_tokens
 from bitdance.sizes import HEAD_CONFIG, read_config
 from distill.config import DistillConfig, DistillTraining
@@ -64,7 +65,7 @@ def companion(config: DistillConfig, teacher: Shape) -> Companion | None:
         teacher,
         passes=2 if distill.folded else 1,
         steps=min(steps, distill.fade_steps or steps),
-        dtype=DTYPES[distill.dtype],
+        dtype=DTYPES["bfloat16" if distill.dtype == AUTO else distill.dtype],
         place="host" if _device(distill) == "cpu" else "visits" if distill.offload else "gpu",
         remedy="distill.offload = true",
     )

@@ -20,15 +20,17 @@ from lfq_tokenizer import TokenizerConfig, limits
 from lfq_tokenizer.json_file import read_bytes
 from lfq_tokenizer.text import decoded, printable
 from stages import tables
-from stages.schema import Choice, Decay, Positive, Rate, Share, Steps, StepsOrNone, Weight, build
+from stages.schema import Checked, Choice, Decay, Positive, Rate, Share, Steps, StepsOrNone, Weight, build
 
 AUTO = "auto"
 PRECISIONS = (AUTO, "float32", "bfloat16", "bfloat16-weights")
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Checked):
     """Length and rhythm. Steps are optimiser steps; `out` is the run's folder."""
+
+    SECTION = "run"
 
     out: str = ""
     steps: Steps = 1000
@@ -51,25 +53,30 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Checked):
     """One of several sources of training samples: `weight` is its share of the samples."""
+
+    SECTION = "data.sources"
 
     places: tuple[str, ...] = ()
     weight: Positive = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.places:
             raise ValueError("data.sources: places is empty; name the shards of this source")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """Shards: paths, globs or URLs of webdataset tars. Relative paths are relative to where the command runs.
 
     `mix` gives each resolution (pixels: the side of a square of that area) its share of the pictures, for instance
     `{256 = 2, 512 = 7, 1024 = 1}`; without it every picture is taken in its own size. `keep` are conditions on a sample's
     attributes, all of which must hold, for instance `"aesthetic >= 5.5"`.
     """
+
+    SECTION = "data"
 
     train: tuple[str, ...] = ()
     sources: tuple[SourceConfig, ...] = ()  # instead of `train`, where there are several with weights
@@ -83,13 +90,16 @@ class DataConfig:
     crop: Annotated[int, Range(0, 65_536)] = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.mix and not any(self.mix.values()):
             raise ValueError("data.mix: all shares are 0, so no picture is taken; give one resolution a share above 0")
 
 
 @dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW. `schedule` is 'constant' or 'cosine' (down to `final_fraction` of lr), both after a linear warm-up."""
+
+    SECTION = "optimizer"
 
     lr: Rate = 1e-5
     betas: tuple[Decay, Decay] = (0.9, 0.95)
@@ -104,8 +114,10 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
-class DeepSpeedConfig:
+class DeepSpeedConfig(Checked):
     """What is handed to DeepSpeed beside batch size, clipping and precision. `settings` is merged into its JSON config last."""
+
+    SECTION = "deepspeed"
 
     zero_stage: Annotated[int, Range(0, 3)] = 0
     offload_optimizer: bool = False  # moments and master weights live in the host's memory (ZeRO 1 to 3)
@@ -113,6 +125,7 @@ class DeepSpeedConfig:
     settings: Annotated[Mapping[str, Any], tables.DEEPSPEED] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.offload_optimizer and not self.zero_stage:
             raise ValueError("deepspeed.offload_optimizer needs deepspeed.zero_stage 1, 2 or 3")
         if self.offload_parameters and self.zero_stage != 3:
@@ -120,8 +133,10 @@ class DeepSpeedConfig:
 
 
 @dataclass(frozen=True)
-class AdversaryTraining:
+class AdversaryTraining(Checked):
     """The discriminator of recipe 'tokenizer'. It begins to train, and to be deceived, at step `start`."""
+
+    SECTION = "tokenizer.adversary"
 
     weight: Weight = 0.0  # of deceiving it, in the tokenizer's loss (published: 0.1); 0: there is no discriminator
     start: StepsOrNone = 0
@@ -133,13 +148,16 @@ class AdversaryTraining:
     betas: tuple[Decay, Decay] = (0.5, 0.9)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.ch % 32:
             raise ValueError(f"tokenizer.adversary.ch = {self.ch}; a multiple of 32 is allowed")
 
 
 @dataclass(frozen=True)
-class TokenizerTraining:
+class TokenizerTraining(Checked):
     """Recipe 'tokenizer': L1 + perceptual + adversarial + entropy + commitment; a weight of 0 switches a term off."""
+
+    SECTION = "tokenizer"
 
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     init: str = ""  # tokenizer to start from (a run, a checkpoint or a model folder); its encoder must be that of `model`
@@ -160,12 +178,14 @@ PARTS = ("backbone", "projector", "head")
 
 
 @dataclass(frozen=True)
-class LoraTraining:
+class LoraTraining(Checked):
     """[generator.lora]: instead of the model's own weights, train low-rank changes s·B·A of its linear layers, s = alpha / rank.
 
     `targets`: "backbone" and "head" mean all linear layers of the LLM's layers and of the head's blocks; any other name means the
     linear layers whose name ends in it, for instance "q_proj", "attn.wqkv" or "head.net.final_layer.linear".
     """
+
+    SECTION = "generator.lora"
 
     rank: Annotated[int, Range(1, limits.WIDTH, hint="; leave [generator.lora] out to train all weights")] = 16
     alpha: Positive = 16.0
@@ -173,12 +193,13 @@ class LoraTraining:
     targets: tuple[str, ...] = ("backbone", "head")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.targets:
             raise ValueError('generator.lora.targets is empty; name layers, or leave it out for ["backbone", "head"]')
 
 
 @dataclass(frozen=True)
-class GeneratorTraining:
+class GeneratorTraining(Checked):
     """Recipe 'generator': velocity loss + text cross-entropy on top of a frozen tokenizer.
 
     `tokenizer` is a run of recipe 'tokenizer', a checkpoint of one, or a folder with ae_config.json and ae.safetensors.
@@ -186,6 +207,8 @@ class GeneratorTraining:
     with a text tokenizer trained on the captions. With `init` the model of an earlier stage goes on; what the config says beside
     it about tokenizer, backbone and head must then fit that model.
     """
+
+    SECTION = "generator"
 
     stage: str = ""  # "pretrain", "continue", "finetune", …: written into the model's card
     tokenizer: str = ""
@@ -210,6 +233,7 @@ class GeneratorTraining:
     sample_prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lora and not self.init:
             raise ValueError("generator.lora trains an adapter to a finished model; name that model in generator.init")
         if self.lora and self.freeze:

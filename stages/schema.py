@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from bitdance.values import Range, shown
 from lfq_tokenizer.text import check_unicode, printable
@@ -26,6 +26,18 @@ Decay = Annotated[float, Range(0, 1, whole=False, open_high=True)]
 Weight = Annotated[float, Range(0, 10**6, whole=False)]
 Positive = Annotated[float, Range(0, 10**6, whole=False, open_low=True)]
 Rate = Annotated[float, Range(0, 100, whole=False)]
+
+
+class Checked:
+    """A section of a config, `SECTION` by name: in Python too it holds no value that its fields do not allow."""
+
+    SECTION: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for one in dataclasses.fields(self):  # type: ignore[arg-type]
+            if (value := getattr(self, one.name)) is not None:
+                convert(hints[one.name], value, f"{self.SECTION}.{one.name}")
 
 
 @dataclass(frozen=True)
@@ -126,8 +138,12 @@ def convert(hint: Any, value: Any, name: str) -> Any:
     if isinstance(hint, types.UnionType):  # SECTION | None
         (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
         return convert(hint, value, name)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return build(typing.cast(type, hint), value, name + ".")
+    if dataclasses.is_dataclass(hint):
+        cls = typing.cast(type, hint)
+        if isinstance(value, Mapping):
+            return build(cls, value, name + ".")
+        if isinstance(value, cls):  # it has been checked when it was made
+            return value
     if origin is tuple:
         item, *others = typing.get_args(hint)
         length = None if others == [...] else 1 + len(others)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lfq_tokenizer.files import whole_file, whole_path
+from bitdance.picture import write_png
+from lfq_tokenizer.files import whole_file
 from stages.run_folder import naming_full
 
 _ITSELF = ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC")  # no link, and no waiting for whoever reads a pipe
@@ -84,8 +85,7 @@ class Tracker:
         path = folder / f"{name}_{step:08d}.png"
         with naming_full(path):
             folder.mkdir(exist_ok=True)
-            with whole_path(path) as temporary:
-                picture.save(temporary, format="PNG")
+            write_png(picture, path)
         if self._writer is not None:
             with naming_full(self.run / "tensorboard"):
                 self._writer.add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")

@@ -178,7 +178,7 @@ def test_generate_names_the_adapter_in_the_picture(adapter: Path, tmp_path: Path
     ("changes", "message"),
     [
         ({"generator__lora__targets": '["nowhere"]'}, "no linear layer is called 'nowhere'; there are backbone, head, q_proj"),
-        ({"generator__lora__rank": "0"}, "generator.lora.rank = 0; it must be at least 1"),
+        ({"generator__lora__rank": "0"}, "generator.lora.rank = 0; a whole number from 1 to"),
         ({"generator__init": ""}, "name that model in generator.init"),
         ({"generator__freeze": '["head"]'}, "all but the adapter is frozen"),
         ({"generator__resolution_tokens": "500"}, "an adapter holds no new tokens"),

@@ -30,7 +30,6 @@ def show(
 ) -> int:
     """Print the plan; for `shape` and `companion` see `make_plan`. ValueError where the config or the numbers given beside it
     cannot be."""
-    config = _with_precision(config, arguments)
     plan, text = _tokenizer(config) if config.recipe == "tokenizer" else _generator(config, arguments, shape, companion)
     print(json.dumps({**plan, "config": as_dict(config)}, indent=2, default=str) if arguments.json else text)
     return 0
@@ -42,25 +41,20 @@ def _generator(
     from stages.plan import report
     from stages.plan.plan import make_plan
 
-    here = _here(arguments)
-    machine = _processor() if here else _gpus(arguments)
     caption = CAPTION.check("--caption-tokens", arguments.caption_tokens)
-    plan = make_plan(config, machine, caption, shape, companion)
-    return {**plan.to_dict(), "device": "cpu" if here else "gpu"}, report.text(plan, here)
-
-
-def _here(arguments: argparse.Namespace) -> bool:
-    """Whether the plan is for this machine's processor: there is no GPU, and none was described."""
     described = (arguments.processes, arguments.gpu_memory, arguments.peak_tflops, arguments.mfu)
-    return not torch.cuda.is_available() and all(value is None for value in described)
+    if not torch.cuda.is_available() and all(value is None for value in described):
+        # no GPU, and none described: this machine's processor, if the run has room in its memory
+        plan = make_plan(_with_precision(config, quick_dtype("cpu")), _processor(), caption, shape, companion)
+        if plan.columns[0].fits:
+            return {**plan.to_dict(), "device": "cpu"}, report.text(plan, here=True)
+    plan = make_plan(_with_precision(config, "bfloat16"), _gpus(arguments), caption, shape, companion)
+    return {**plan.to_dict(), "device": "gpu"}, report.text(plan)
 
 
-def _with_precision(config: TrainingConfig, arguments: argparse.Namespace) -> TrainingConfig:
-    """"auto" as it will be where the run is planned: bfloat16 on GPUs."""
-    if config.run.precision != AUTO:
-        return config
-    precision = quick_dtype("cpu") if _here(arguments) else "bfloat16"
-    return replace(config, run=replace(config.run, precision=precision))
+def _with_precision(config: TrainingConfig, quick: str) -> TrainingConfig:
+    """The config with what "auto" means where the run is planned."""
+    return replace(config, run=replace(config.run, precision=quick)) if config.run.precision == AUTO else config
 
 
 def _gpus(arguments: argparse.Namespace) -> "Machine":
