@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitdance.cli.model_files import fingerprint
+from bitdance.fingerprint import fingerprint
 from bitdance.model import BitDanceModel
 from bitdance.sizes import read_extras
+from bitdance.values import Range, check_number, shown
+from lfq_tokenizer.files import check_links
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
 from lfq_tokenizer.weights import read_safetensors, read_shapes
@@ -35,7 +37,25 @@ PLAIN: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "use_qalora": (None, False),
+    "lora_bias": (None, False),
+    "alora_invocation_tokens": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    **dict.fromkeys(("arrow_config", "megatron_config", "velora_config", "monteclora_config", "lora_ga_config"), (None,)),
 }
+# how A and B began, where the base kept its weights; others (pissa, olora, corda, …) train beside a base that they changed
+BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+RANK = Range(1, 1 << 16)
+ALPHA = Range(-1e6, 1e6, whole=False)
+
+
+def _has_rank(name: str, shape: tuple[int, ...], rank: int) -> bool:
+    """Whether A is (rank, inputs), or B (outputs, rank)."""
+    return len(shape) == 2 and shape[0 if name.endswith(A) else 1] == rank
 
 
 @dataclass(frozen=True)
@@ -58,21 +78,34 @@ class Adapter:
                 f"no adapter in {str(folder)!r}, which lacks {ADAPTER_CONFIG}; `bitdance export RUN OUT --adapter` writes "
                 f"a folder with that and {ADAPTER_WEIGHTS}"
             )
-        if isinstance(strength, bool) or not isinstance(strength, int | float) or not math.isfinite(strength):
-            raise ValueError(f"the adapter's scale = {strength!r}; a finite number is allowed, 1 is as trained")
+        check_links(folder)
+        strength = check_number("lora_scale", strength)
         config = read_json(folder / ADAPTER_CONFIG)
         where = folder / ADAPTER_CONFIG
         if not isinstance(config, dict):
             raise ValueError(f"{where} holds no JSON object; export the adapter again")
         for name, allowed in PLAIN.items():
             if config.get(name, allowed[0]) not in allowed:
-                raise ValueError(f"{where}: {name} = {config[name]!r}; only plain LoRA is read ({name} = {allowed[0]!r})")
-        rank, alpha = config.get("r"), config.get("lora_alpha")
-        if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-            raise ValueError(f"{where}: r = {rank!r}, lora_alpha = {alpha!r}; a whole number from 1 and a number are needed")
-        names = read_shapes(folder / ADAPTER_WEIGHTS)
-        if odd := [name for name in names if not (name.startswith(PREFIX) and name.endswith((A, B)))]:
+                raise ValueError(f"{where}: {name} = {shown(config[name])}; only plain LoRA is read ({name} = {allowed[0]!r})")
+        if (beginning := config.get("init_lora_weights", True)) not in BEGINNINGS:
+            raise ValueError(
+                f"{where}: init_lora_weights = {shown(beginning)} trains beside a base that it changed; convert the adapter "
+                "to plain LoRA with peft (save_pretrained(…, path_initial_model_for_weight_conversion=…))"
+            )
+        for name in ("use_rslora",):
+            if not isinstance(config.get(name, False), bool):
+                raise ValueError(f"{where}: {name} = {shown(config[name])}; true or false is allowed")
+        rank = RANK.check("r", config.get("r"), str(where))
+        alpha = ALPHA.check("lora_alpha", config.get("lora_alpha"), str(where))
+        shapes = read_shapes(folder / ADAPTER_WEIGHTS)
+        if odd := [name for name in shapes if not (name.startswith(PREFIX) and name.endswith((A, B)))]:
             raise ValueError(f"{folder / ADAPTER_WEIGHTS} holds {listed(odd)}, which is no part of a LoRA adapter")
+        wrong = [f"{name} {list(shape)}" for name, shape in shapes.items() if not _has_rank(name, shape, rank)]
+        if wrong:
+            raise ValueError(
+                f"{folder / ADAPTER_WEIGHTS}: {listed(wrong)}; {where.name} says r = {rank}, so A is ({rank}, inputs) and B "
+                f"(outputs, {rank}). Weights and config must come from the same adapter."
+            )
         base = read_extras(folder).get("base", {})
         factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         mark, name = (str(base.get(key, "")) if isinstance(base, dict) else "" for key in ("fingerprint", "name"))
@@ -104,6 +137,8 @@ class Adapter:
             raise ValueError("an adapter is added before weights are quantised: load the model again, with quantize and lora")
         layers, tensors = dict(adaptable(model)), read_safetensors(self.folder / ADAPTER_WEIGHTS)
         pairs = self._pairs(layers, tensors)
+        if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+            raise ValueError(f"{self.folder / ADAPTER_WEIGHTS} holds NaN or infinity in {listed(broken)}; export it again")
         before = {}
         for name, (a_RI, b_OR) in pairs.items():
             layer = layers[name]

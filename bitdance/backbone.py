@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
 from bitdance.attention import ATTENTION, padding_runs
 from bitdance.cache import StaticCache
-from lfq_tokenizer.json_file import read_json, write_json
+from bitdance.foreign import build_config, view
+from lfq_tokenizer.json_file import read_config, read_json, write_json
 from lfq_tokenizer.text import listed
 from lfq_tokenizer.weights import read_shapes
 
@@ -61,7 +62,7 @@ class Backbone(nn.Module):
         With `generator`, the weights follow from it alone; without, from torch's global state, as transformers does.
         """
         if not isinstance(config, PreTrainedConfig):
-            config = _config_from_dict(config)
+            config = build_config(config)
         _check_family(config)
         if generator is None:
             return cls(_new_model(config, dtype))
@@ -79,22 +80,23 @@ class Backbone(nn.Module):
         weights that do not fit the config raise ValueError, which lists the first ten offenders.
         """
         folder = Path(folder)
-        config = _config_from_dict(read_json(folder / "config.json"))
+        config = read_config(folder / "config.json", build_config)
         _check_family(config)
         _check_files(folder)
         whole = output_head or getattr(config, "tie_word_embeddings", False)
         try:
-            with _quiet():
+            with _quiet(), view(folder) as safe:
                 lm, report = (AutoModelForCausalLM if whole else AutoModel).from_pretrained(
-                    str(folder),
+                    str(safe),
                     config=config,
-                    dtype="auto" if dtype is None else dtype,
+                    dtype=_dtype_of(folder) if dtype is None else dtype,
                     local_files_only=True,
                     use_safetensors=True,
+                    trust_remote_code=False,
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # reported below, in our words
                 )
-        except (OSError, RuntimeError, KeyError) as error:
+        except Exception as error:  # the library raises many kinds
             raise ValueError(f"the backbone in {folder} could not be loaded: {error}") from error
         if not whole:
             prefix = lm.base_model_prefix + "."
@@ -276,16 +278,12 @@ def _new_model(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTraine
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype is None else dtype)
 
 
-def _config_from_dict(values: Any) -> PreTrainedConfig:
-    if not isinstance(values, Mapping) or "model_type" not in values:
-        raise ValueError('a backbone config needs "model_type", for instance "qwen3"')
-    if "auto_map" in values:
-        raise ValueError("this backbone config asks to run code of its own (auto_map), which is refused")
-    fields = {name: value for name, value in values.items() if name != "model_type"}
-    try:
-        return AutoConfig.for_model(values["model_type"], **fields)
-    except ValueError as error:
-        raise ValueError(f"backbone config with model_type {values['model_type']!r} was refused: {error}") from error
+def _dtype_of(folder: Path) -> torch.dtype | str:
+    """The dtype that a config names, float32 where it names none; "auto", that of the weights, for anything else."""
+    said = read_json(folder / "config.json")
+    name = said.get("dtype", said.get("torch_dtype"))
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return known.get(name, "auto") if isinstance(name, str) else "auto"
 
 
 def _check_family(config: PreTrainedConfig) -> None:

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from bitdance.sizes import HEAD_CONFIG, default_size, read_extras, rule_of_folder, supported_sizes
 from lfq_tokenizer.files import write_text
 
@@ -28,16 +26,14 @@ def write_card(folder: Path, format: str = "official", of: Path | None = None) -
 def facts_of(folder: Path) -> dict[str, Any]:
     """What configs and headers of a folder in the published layout say: parts and their parameters, dtypes, sizes."""
     from bitdance.cli.model_files import parts
+    from bitdance.formats.stored import open_stored
     from bitdance.head import HeadConfig
     from lfq_tokenizer.json_file import read_json
-    from lfq_tokenizer.weights import read_shapes
 
     head, rule = HeadConfig.from_dict(read_json(folder / HEAD_CONFIG)), rule_of_folder(folder)
     networks = parts(folder)
-    dtypes: set[str] = set()
-    for file in {file for part in networks for file in part.files}:
-        with safe_open(str(file), framework="pt") as opened:
-            dtypes |= {str(opened.get_slice(name).get_dtype()) for name in read_shapes(file)}
+    stored = (held for file in {file for part in networks for file in part.files} for held in open_stored(file).values())
+    dtypes = {str(held.dtype).removeprefix("torch.") for held in stored}
     return {
         "parts": {part.name: part.parameters for part in networks},
         "dtypes": sorted(dtypes),
@@ -53,13 +49,13 @@ def facts_of(folder: Path) -> dict[str, Any]:
 def card_text(extras: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The card of a model. `extras`: its bitdance.json; `facts`: those of `facts_of` and "format" ("official", "diffusers")."""
     card, diffusers = extras.get("card", {}), facts.get("format") == "diffusers"
-    name = str(card.get("name", "BitDance model"))
+    name, use = str(card.get("name", "BitDance model")), _diffusers_use() if diffusers else _use()
     sections = [
         _header(card, diffusers),
         f"# {name}\n\n{card.get('what', 'A BitDance model: text to picture with binary tokens.')}",
         "## Data and licence\n\n" + f"Data: {card.get('data', UNKNOWN)}.\n\nLicence: {card.get('licence', UNKNOWN)}.",
         "## Model\n\n" + _model(facts),
-        "## Use\n\n" + (_diffusers_use() if diffusers else _use()) + _defaults(extras.get("defaults", {})),
+        "## Use\n\n" + use.replace(EXAMPLE, _example(extras)) + _defaults(extras.get("defaults", {})),
         "## Training\n\n" + _training(card),
         "## Figures\n\n" + _figures(card.get("figures", [])),
         "## Limits\n\n" + _listed(card.get("limits", []), "None were written down; that does not mean that there are none."),
@@ -99,6 +95,19 @@ def _model(facts: Mapping[str, Any]) -> str:
     )
 
 
+EXAMPLE = "a red house"
+
+
+def _example(extras: Mapping[str, Any]) -> str:
+    """A prompt that the model knows, as a shell and Python can quote it; any text where the folder names none."""
+    known = extras.get("prompts")
+    listed = list(known.values()) if isinstance(known, dict) else known
+    first = next(iter(listed), "") if isinstance(listed, list) else ""
+    first = first[0] if isinstance(first, list) and first else first
+    text = " ".join(str(first).split())
+    return text if isinstance(first, str) and text and not set(text) & set("\"\\$`!") else EXAMPLE
+
+
 def _use() -> str:
     return """```bash
 bitdance generate "a red house" --model FOLDER --seed 1 -o out
@@ -109,7 +118,7 @@ bitdance verify FOLDER
 from bitdance import BitDancePipeline
 
 pipe = BitDancePipeline.from_pretrained("FOLDER")
-pipe("a red house", seed=1).images[0].save("house.png")
+pipe("a red house", seed=1).images[0].save("picture.png")
 ```"""
 
 
@@ -120,7 +129,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)
-pipe("a red house", generator=torch.Generator().manual_seed(1)).images[0].save("house.png")
+pipe("a red house", generator=torch.Generator().manual_seed(1)).images[0].save("picture.png")
 ```
 
 This needs `pip install 'bitdance[diffusers]'`. `trust_remote_code` lets diffusers run `pipeline.py`, which imports the installed

@@ -18,16 +18,17 @@ import torch
 from torch import nn
 
 from bitdance.backbone import Backbone
+from bitdance.foreign import load_text_tokenizer
 from bitdance.formats.diffusers import as_official, is_diffusers
 from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
 from bitdance.prompt import SpecialTokens, save_text_tokenizer, vision_prefix_ids
 from bitdance.quantize import check_kinds, quantize_model
-from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_config, read_extras, rule_of_folder
+from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_extras, rule_of_folder
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
-from lfq_tokenizer.files import check_room, whole_folder
-from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.files import check_links, check_room, whole_folder
+from lfq_tokenizer.json_file import read_config, read_json, write_json
 from lfq_tokenizer.weights import check_shapes, read_safetensors, read_shapes, write_safetensors
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def resolve(folder: Path | str) -> Path:
             f"no model folder {str(folder)!r} (looked for {path.absolute()}); a model is a local folder with "
             f'{files} and their weights. "demo" names the bundled model.'
         )
+    check_links(path)
     return as_official(path) if is_diffusers(path) else path
 
 
@@ -199,12 +201,7 @@ def _cast_lm(folder: Path, dtype: torch.dtype) -> None:
 
 
 def _load_text_tokenizer(folder: Path, head: HeadConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many kinds, some of them plain Exception
-        raise ValueError(f"the text tokenizer in {folder} could not be read ({error}); download it again") from error
+    tokenizer = load_text_tokenizer(folder)
     try:
         vision_prefix_ids(SpecialTokens.from_tokenizer(tokenizer), 1, 1, head.parallel_num)
     except ValueError as error:

@@ -19,7 +19,7 @@ from bitdance.positions import sincos_2d
 from bitdance.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
 from bitdance.sampler import Noise, draws
 from bitdance.sampling import Sampling
-from lfq_tokenizer.binarize import binarize_unchecked, check_lost
+from lfq_tokenizer.binary import binarize_unchecked, check_lost
 
 OnBlock = Callable[[int, int, Tensor], None]
 

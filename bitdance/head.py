@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bitdance.flow import SCHEDULES, draw_time, interpolate, velocity_from_x
+from bitdance.values import Range, shown
+from lfq_tokenizer import limits
 
 HEAD_DIM = 128
 TIME_DIM = 256
@@ -58,9 +60,14 @@ class HeadConfig:
             "parallel_num",
             "diff_batch_mul",
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} = {value!r}; it must be a positive integer")
+            most = limits.LAYERS if name.startswith("depth") else limits.WIDTH
+            object.__setattr__(self, name, Range(1, most).check(name, getattr(self, name)))
+        for name in ("time_shift", "P_mean", "P_std"):
+            allowed = Range(-1000 if name == "P_mean" else 0, 1000, whole=False, open_low=name != "P_mean")
+            object.__setattr__(self, name, allowed.check(name, getattr(self, name)))
+        for name in ("use_swiglu", "grad_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} = {shown(getattr(self, name))}; true or false is allowed")
         if self.ch_latent % HEAD_DIM:
             raise ValueError(
                 f"ch_latent = {self.ch_latent}; the width must be a multiple of {HEAD_DIM} (one attention head)"
@@ -72,10 +79,8 @@ class HeadConfig:
             )
         if math.isqrt(self.parallel_num) ** 2 != self.parallel_num:
             raise ValueError(f"parallel_num = {self.parallel_num}; a block is a square patch: 1, 4, 16, 64, …")
-        if self.time_schedule not in SCHEDULES:
-            raise ValueError(f"time_schedule = {self.time_schedule!r}; allowed are {', '.join(SCHEDULES)}")
-        if not self.time_shift > 0:
-            raise ValueError(f"time_shift = {self.time_shift!r}; it must be positive (1.0 leaves times alone)")
+        if not isinstance(self.time_schedule, str) or self.time_schedule not in SCHEDULES:
+            raise ValueError(f"time_schedule = {shown(self.time_schedule)}; allowed are {', '.join(SCHEDULES)}")
 
     @property
     def patch_side(self) -> int:
@@ -85,6 +90,8 @@ class HeadConfig:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "HeadConfig":
         """From the JSON object of `vision_head_config.json`; an unknown or missing key is an error."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"the head config is a {type(data).__name__}; expected an object")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(data) - set(fields)):
             raise ValueError(f"unknown keys {unknown} in the head config; known are {sorted(fields)}")

@@ -67,7 +67,7 @@ class Jobs:
         self,
         requests: Iterable[Request],
         settings: Settings,
-        check_size: Callable[[int, int], object] | None = None,
+        check_size: Callable[[int, int], object] = lambda height, width: None,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
         self._requests, self._settings, self._shard = requests, settings, shard
@@ -77,14 +77,14 @@ class Jobs:
         seen: set[tuple[int, int]] = set()
         total = 0
         for request in requests:
-            height, width = self._size(request)
-            if (height, width) not in seen and check_size is not None:
+            size = self._size(request)
+            if size not in seen:
                 try:
-                    check_size(height, width)
+                    check_size(*size)
                 except ValueError as error:
                     raise ValueError(f"{request.source}: {error}") from None
-            seen.add((height, width))
-            self.sizes.add((height, width, self._guidance(request) > 1))
+                seen.add(size)
+            self.sizes.add((*size, self._guidance(request) > 1))
             total += self._check_seeds(request)
             if request.id is not None:
                 self._check_id(request, taken)
@@ -139,7 +139,7 @@ class Jobs:
         """How many pictures a request asks for. Its seeds are ranges [s, s + n), which are compared without being counted out."""
         seeds, n = self._seeds(request)
         check_number("seed", max(seeds) + n - 1, request.source)
-        for one, other in pairwise(sorted(seeds)):
+        for one, other in pairwise(sorted(seeds)) if len(seeds) > 1 else ():
             if other < one + n:
                 raise ValueError(
                     f"{request.source}: seed {other} is asked for twice (seeds {list(seeds)}, each counting up over {n} "

@@ -39,7 +39,7 @@ class OneDnnLinear(nn.Linear):
             or torch.compiler.is_compiling()  # the compiler chooses for itself
             or input.device.type != "cpu"
             or input.dtype != weight.dtype
-            or not _served(input.dtype)
+            or not served(input.dtype)
         ):
             return super().forward(input)
         if self.packing:
@@ -76,7 +76,7 @@ def use_onednn(*modules: nn.Module) -> int:
 
 
 @cache
-def _served(dtype: torch.dtype) -> bool:
+def served(dtype: torch.dtype) -> bool:
     """float32 always, bfloat16 where the processor has it."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

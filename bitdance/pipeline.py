@@ -5,14 +5,11 @@ pipe = BitDancePipeline.from_pretrained("demo")
 pipe("a red house", seed=1).images[0].save("house.png")
 """
 
-import math
 import secrets
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -28,9 +25,11 @@ from bitdance.kernels import use_onednn
 from bitdance.model import BitDanceModel
 from bitdance.offload import Phase, PhaseOffload
 from bitdance.picture import to_pil, to_unit
+from bitdance.precision import AUTO, resolve_dtype
 from bitdance.prompt import check_prompt
 from bitdance.sampling import choose
 from bitdance.sizes import check_size, default_size, size_rule
+from bitdance.values import check_number
 from lfq_tokenizer.strips import decoding_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,8 +39,7 @@ DECODE_BYTES = 1 << 30
 Callback = Callable[["BitDancePipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
 
-@dataclass(frozen=True)
-class BitDanceOutput:
+class BitDanceOutput(NamedTuple):
     """`images`: list of PIL pictures, array (B,H,W,3) or tensor (B,3,H,W) in [0,1], None for output_type "bits".
     `bits` (B,C,h,w) in {-1,+1}. `seeds`: what to pass as `seed` to get each picture again; None where a generator was
     passed.
@@ -79,10 +77,12 @@ class BitDancePipeline:
         quantize_head: str | None = None,
         lora: Path | str | None = None,
         lora_scale: float = 1.0,
+        torch_dtype: torch.dtype | str | None = None,
     ) -> "BitDancePipeline":
         """A model folder in the published layout, or "demo", the bundled model. Nothing is downloaded.
 
-        `device=None` is CUDA where there is one, else CPU. `dtype=None` is bfloat16 on CUDA, float32 elsewhere.
+        `device=None` is CUDA where there is one, else CPU. `dtype=None` is bfloat16 on CUDA, float32 elsewhere; "auto" is
+        bfloat16 where `device` computes it quicker. `torch_dtype` is another name of `dtype`.
         `compile=None` compiles the head on CUDA (a minute at the first picture); False leaves that out.
         `quantize` ("int8" or "int4") keeps the LLM's matrices in 8 or 4 bits, `quantize_head` ("int8" or "fp8") the head's.
         `lora` adds an adapter for good, before anything is quantised; see `load_lora_weights`.
@@ -90,7 +90,10 @@ class BitDancePipeline:
         config.
         """
         more: dict[str, Any] = {"quantize": quantize, "quantize_head": quantize_head, "lora": lora, "lora_scale": lora_scale}
-        model = load_model(folder, device, _dtype(dtype), **more)
+        if dtype is not None and torch_dtype is not None:
+            raise ValueError("dtype and torch_dtype are two names of one value; give one of them")
+        target = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(folder, target, _dtype(torch_dtype if dtype is None else dtype, target), **more)
         return cls(model, compile)
 
     def save_pretrained(self, folder: Path | str, overwrite: bool = False) -> None:
@@ -99,15 +102,32 @@ class BitDancePipeline:
         save_model(self.model, folder, overwrite=overwrite)
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None
+        self,
+        *targets: torch.device | torch.dtype | str | int,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> "BitDancePipeline":
-        """Move the model, in place. ValueError for a quantised one, which stays where and as it was made."""
+        """Move the model to a device, a dtype or both, in place: `pipe.to("cuda")`, `pipe.to(torch.bfloat16)`, `pipe.to(device=…,
+        dtype=…)`. ValueError for a quantised one, which stays where and as it was made."""
+        for target in targets:
+            if isinstance(target, torch.dtype) or target in DTYPES or target == AUTO:
+                target, dtype = dtype, target
+            else:
+                target, device = device, target
+            if target is not None:
+                raise ValueError(f"to({', '.join(map(repr, targets))}): give one device and one dtype at most")
         if getattr(self.model, "quantized", {}) and (device is not None or dtype is not None):
             raise ValueError("quantised weights keep device and dtype; load the model again with those that you want")
         if self.offload is not None:
             raise ValueError("the model moves by phases (enable_model_cpu_offload); load it again to have it in one place")
-        self.model.to(device=device, dtype=_dtype(dtype))
+        self.model.to(device=device, dtype=_dtype(dtype, self.device if device is None else torch.device(device)))
         return self
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts of the model by name."""
+        names = ("text_tokenizer", "backbone", "projector", "head", "tokenizer")
+        return {name: getattr(self.model, name) for name in names}
 
     def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
         """From now on the model lies in main memory, and `device` holds what a phase needs: LLM and head for prompt and loop,
@@ -180,6 +200,7 @@ class BitDancePipeline:
         preset: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
         last_steps: int | None = None,
+        return_dict: bool = True,
     ) -> BitDanceOutput:
         """Make `num_images_per_prompt` pictures per prompt, all in one batch, the pictures of a prompt together.
 
@@ -198,6 +219,7 @@ class BitDancePipeline:
                               is said beside it wins
         guidance_interval     times in [0, 1] between which guidance acts (1 is the finished block)
         last_steps            steps of the last block; those between change linearly
+        return_dict           for callers of diffusers; the output is an object and a tuple (images, bits, seeds) anyway
 
         A picture depends on its prompt, seed and settings, not on its neighbours in the batch. With one picture,
         float32 and CPU, the bits are those of the published pipeline for the same seed. All arguments are checked
@@ -210,17 +232,13 @@ class BitDancePipeline:
         wished = default_size(rule)
         height, width = wished[0] if height is None else height, wished[1] if width is None else width
         check_size(rule, height, width)
-        if num_inference_steps is not None:
-            _check_count("num_inference_steps", num_inference_steps)
-        if guidance_scale is not None and (
-            isinstance(guidance_scale, bool) or not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale)
-        ):
-            raise ValueError(f"guidance_scale = {guidance_scale!r}; it must be a finite number (published models: 7.5)")
+        numbers = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        said = {name: None if value is None else check_number(name, value) for name, value in numbers.items()}
         sampling = choose(
             defaults,
             preset,
-            steps=None if num_inference_steps is None else int(num_inference_steps),
-            guidance=None if guidance_scale is None else float(guidance_scale),
+            steps=said["num_inference_steps"],
+            guidance=said["guidance_scale"],
             sampler=sampler,
             guidance_interval=guidance_interval,
             last_steps=last_steps,
@@ -243,7 +261,8 @@ class BitDancePipeline:
             bits_BChw = generate_bits(
                 self.model, prompts, *size, sampling, generators, on_block, block_sampler=self._block_sampler, enter=self._enter
             )
-        return BitDanceOutput(self._images(bits_BChw, generators, output_type), bits_BChw, seeds)
+        images = self._images(bits_BChw, generators, output_type)
+        return BitDanceOutput(images, bits_BChw, seeds)
 
     def _images(
         self, bits_BChw: Tensor, generators: Sequence[torch.Generator], output_type: str
@@ -260,8 +279,23 @@ class BitDancePipeline:
     def decode(self, bits_BChw: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Bits (B,C,h,w) → decoder output (B,3,H,W), about [-1,1], float32; one picture at a time, which bounds the
         memory and keeps pictures independent, and a large one strip by strip. A generative decoder draws from the picture's
-        own generator, after all other draws.
+        own generator, after all other draws. ValueError when the decoder gives NaN or infinity, as float16 may.
         """
+        images_B3HW = self.decode_unchecked(bits_BChw, generators)
+        if not bool(torch.isfinite(images_B3HW).all()):
+            raise ValueError(self.not_finite())
+        return images_B3HW
+
+    def not_finite(self) -> str:
+        """What to say of a picture that is no picture."""
+        dtype = next(self._tokenizer.decoder.parameters()).dtype
+        other = "" if dtype == torch.float32 else "use float32 or bfloat16, or "
+        name = str(dtype).removeprefix("torch.")
+        return f"the decoder gives NaN or infinity in {name}; {other}check the weights (bitdance verify)"
+
+    @torch.no_grad()
+    def decode_unchecked(self, bits_BChw: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """As `decode`, without a look at the result, which would wait for the device."""
         self._enter("decode")
         tokenizer = self._tokenizer
         bits_BChw = bits_BChw.to(self.device, next(tokenizer.decoder.parameters()).dtype)
@@ -280,7 +314,7 @@ class BitDancePipeline:
 
 def _prompts(prompt: Any, per_prompt: Any) -> list[str]:
     """One string per picture, the pictures of a prompt together."""
-    _check_count("num_images_per_prompt", per_prompt)
+    per_prompt = check_number("num_images_per_prompt", per_prompt)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts:
         raise ValueError(f"prompt = {prompt!r}; give a string or a list of at least one string")
@@ -315,24 +349,17 @@ def _generators(count: int, seed: Any, generator: Any) -> tuple[list[torch.Gener
         if len(seed) != count:
             raise ValueError(f"{len(seed)} seeds for {count} pictures; give one per picture, or one seed for all")
     else:
-        _check_seed(seed)
-        seed = [seed + i for i in range(count)]
-    for value in seed:
-        _check_seed(value)
-    return [torch.Generator().manual_seed(int(value)) for value in seed], [int(value) for value in seed]
+        first = check_number("seed", seed)
+        seed = [first + i for i in range(count)]
+    seeds = [check_number("seed", value) for value in seed]
+    return [torch.Generator().manual_seed(value) for value in seeds], list(seeds)
 
 
-def _check_seed(seed: Any) -> None:
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= int(seed) < 2**63:
-        raise ValueError(f"seed = {seed!r}; it must be a whole number from 0 to 2**63 - 1")
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < 1:
-        raise ValueError(f"{name} = {value!r}; it must be a positive whole number")
-
-
-def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
+    if isinstance(dtype, str) and dtype in (*DTYPES, AUTO):
+        dtype = resolve_dtype(dtype, device)
+    elif dtype == torch.bfloat16:
+        resolve_dtype("bfloat16", device)  # warns where it is slow
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:

@@ -19,7 +19,7 @@ def quick_dtype(device: torch.device | str) -> str:
     return "bfloat16" if device.type not in ("cpu", "mps") or _cpu_has_bfloat16() else "float32"
 
 
-def resolve_dtype(name: str | None, device: torch.device | str) -> str | None:
+def resolve_dtype(name: str, device: torch.device | str) -> str:
     """What `name` means on `device`: "auto" is the quick one, everything else itself. Warns where bfloat16 is slow."""
     if name == AUTO:
         return quick_dtype(device)

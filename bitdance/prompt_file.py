@@ -9,9 +9,8 @@ import stat
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from bitdance.prompt import check_prompt
 from bitdance.values import check_number, shown
@@ -24,14 +23,15 @@ NUMBERS = ("seed", "height", "width", "guidance", "steps", "n")
 KEYS = ("prompt", "id", *NUMBERS)
 TEXT_ENDINGS, JSONL_ENDINGS = ("", ".txt", ".text"), (".jsonl", ".ndjson")
 MAX_NAME_BYTES = 120
+_KEYS, _NUMBERS = frozenset(KEYS), frozenset(NUMBERS)
 _COLUMNS = {*KEYS, "caption", "captions", "text", "file", "file_name", "image", "class", "negative_prompt"}
 _NOT_IN_NAMES = re.compile(r'[\x00-\x20\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff/\\:*?"<>|]+')
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,118}[A-Za-z0-9_-])?")
 _LINE_END = re.compile(b"\r\n|\r|\n")
 _CHUNK = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """One prompt as given. `None` means "not said here"; `source` names the place in errors ("jobs.jsonl line 3")."""
 
     prompt: str
@@ -174,23 +174,27 @@ def _from_json(line: str, source: str) -> Request:
     value = parse_json(line, source, nan=True)  # check_number refuses it in the words of every other door
     if not isinstance(value, dict):
         raise ValueError(f'{source}: holds {type(value).__name__}, not an object; write {{"prompt": "…"}}')
-    for key in value:
-        if key not in KEYS:
-            near = difflib.get_close_matches(key[:100], KEYS, 1, 0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(f"{source}: unknown key {shown(key)}; {hint}known keys: {', '.join(KEYS)}")
+    if not value.keys() <= _KEYS:
+        key = next(key for key in value if key not in _KEYS)
+        near = difflib.get_close_matches(key[:100], KEYS, 1, 0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{source}: unknown key {shown(key)}; {hint}known keys: {', '.join(KEYS)}")
     if "prompt" not in value:
         raise ValueError(f'{source}: has no "prompt"; only this key is required')
-    fields = {name: check_number(name, value[name], source) for name in NUMBERS if name in value}
+    for name in value.keys() & _NUMBERS:
+        value[name] = check_number(name, value[name], source)
     if "id" in value:
-        fields["id"] = safe_name(value["id"], source)
-    return Request(prompt=checked_prompt(value["prompt"], source), source=source, **fields)
+        value["id"] = safe_name(value["id"], source)
+    value["prompt"] = checked_prompt(value["prompt"], source)
+    return Request(source=source, **value)
 
 
 def safe_name(name: Any, source: str) -> str:
     """An id as a file name stem: no separators, spaces, control or invisible characters, no leading dot, at most 120 bytes."""
     if not isinstance(name, str):
         raise ValueError(f"{source}: id is {json.dumps(name)[:60]}; it must be a string")
+    if _PLAIN_NAME.fullmatch(name):
+        return name
     check_unicode(name, f"{source}: id")
     name = unicodedata.normalize("NFC", name[: 4 * MAX_NAME_BYTES])
     stem = cut(_NOT_IN_NAMES.sub("-", name).lstrip(".-").rstrip("."), MAX_NAME_BYTES)

@@ -1,11 +1,11 @@
 """How the bits of a picture are sampled: solver, steps, guidance. One object from the command line to the AR loop."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from bitdance.sampler import SAMPLERS
+from bitdance.values import check_interval, check_number, shown
 
 STEPS, GUIDANCE = 50, 7.5  # published defaults
 
@@ -26,17 +26,12 @@ class Sampling:
     last_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler = {self.sampler!r}; allowed are {', '.join(SAMPLERS)}")
-        if isinstance(self.guidance, bool) or not isinstance(self.guidance, int | float) or not math.isfinite(self.guidance):
-            raise ValueError(f"guidance = {self.guidance!r}; it must be a finite number (published models: 7.5)")
-        for name in ("steps", "last_steps"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} = {value!r}; it must be a positive whole number (published models: 50 steps)")
-        low, high = self.guidance_interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance_interval = {low}, {high}; two times with 0 ≤ low ≤ high ≤ 1 are allowed")
+        if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler = {shown(self.sampler)}; allowed are {', '.join(SAMPLERS)}")
+        for name in ("steps", "guidance", "last_steps"):
+            if name != "last_steps" or self.last_steps is not None:
+                object.__setattr__(self, name, check_number(name, getattr(self, name)))
+        object.__setattr__(self, "guidance_interval", check_interval(self.guidance_interval))
 
     @property
     def guided(self) -> bool:
@@ -79,7 +74,7 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, **said: Any) 
     `num_inference_steps`, which hold where no preset was named. ValueError for an unknown preset.
     """
     name = defaults.get("preset", "published") if preset is None else preset
-    if name not in PRESETS:
-        raise ValueError(f"preset = {name!r}; allowed are {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset = {shown(name)}; allowed are {', '.join(PRESETS)}")
     steps = defaults.get("num_inference_steps") if preset is None else None
     return PRESETS[name].changed(guidance=defaults.get("guidance_scale"), steps=steps).changed(**said)

@@ -3,20 +3,20 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from bitdance.head import HeadConfig
+from bitdance.values import check_number
 from lfq_tokenizer import TokenizerConfig
-from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.json_file import read_config, read_json
 
 Size = tuple[int, int]  # (height, width) in pixels
 TOKENIZER_CONFIG = "ae_config.json"
 HEAD_CONFIG = "vision_head_config.json"
 EXTRAS_FILE = "bitdance.json"
-Config = TypeVar("Config")
 DEFAULT_SIZE: Size = (1024, 1024)
 # Areas of the published training (BitDance paper, arXiv 2602.14041, training table) and usual aspect ratios.
 AREAS = (256, 512, 1024)
@@ -45,15 +45,6 @@ class SizeRule:
         return all(
             side > 0 and side % self.unit == 0 and side // self.downsampling in self.sides for side in (height, width)
         )
-
-
-def read_config(path: Path, parse: Callable[[Any], Config]) -> Config:
-    """A JSON file of a model folder, parsed. What is wrong with it is a ValueError that names the file."""
-    data = read_json(path)
-    try:
-        return parse(data)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def read_extras(folder: Path) -> dict[str, Any]:
@@ -124,8 +115,7 @@ def check_size(source: Any, height: int, width: int) -> None:
     """ValueError that names the nearest supported sizes, unless pictures of height × width pixels can be made."""
     rule = size_rule(source)
     for name, side in (("height", height), ("width", width)):
-        if not isinstance(side, int) or isinstance(side, bool) or side < 1:
-            raise ValueError(f"{name} = {side!r}; it must be a positive number of pixels")
+        check_number(name, side)
     if (height, width) in rule.trained or (not rule.trained and rule.allows(height, width)):
         return
     nearest = ", ".join(f"{h}×{w}" for h, w in nearest_sizes(rule, height, width)) or "none"
@@ -163,8 +153,9 @@ def _rule(downsampling: int, patch_side: int, tokens: Iterable[str], extras: dic
         )
     try:
         defaults = extras.get("defaults", {})
-        trained = tuple((int(h), int(w)) for h, w in extras.get("sizes", []))
-        default = (int(defaults.get("height", DEFAULT_SIZE[0])), int(defaults.get("width", DEFAULT_SIZE[1])))
+        trained = tuple((check_number("height", h), check_number("width", w)) for h, w in extras.get("sizes", []))
+        height, width = (defaults.get(name, side) for name, side in zip(("height", "width"), DEFAULT_SIZE))
+        default = check_number("height", height), check_number("width", width)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f'{EXTRAS_FILE}: "sizes" are pairs, "defaults" an object with height and width ({error})'

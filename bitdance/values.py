@@ -39,6 +39,8 @@ class Range:
 
     def number(self, value: Any) -> int | float | None:
         """`value` as an int or a float, None where it is not allowed."""
+        if type(value) is int and self.low < value < self.high:  # nearly always
+            return value if self.whole else float(value)
         kind: Any = Integral if self.whole else Real
         if isinstance(value, bool) or not isinstance(value, kind):
             return None
@@ -56,7 +58,7 @@ class Range:
         low = f"above {_plain(self.low)}" if self.open_low else f"from {_plain(self.low)}"
         if self.high == math.inf:
             return f"{kind} {low}" + ("" if self.open_low else " on")
-        return f"{kind} {low} {'to less than' if self.open_high else 'to'} {_plain(self.high)}"
+        return f"{kind} {low}{', below' if self.open_high else ', up to' if self.open_low else ' to'} {_plain(self.high)}"
 
 
 # What is generated. Sizes in pixels; steps of the solver per block.

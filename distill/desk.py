@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bitdance.checkpoint import load_model
-from bitdance.cli.model_files import fingerprint
+from bitdance.fingerprint import fingerprint
 from bitdance.model import BitDanceModel
 from bitdance.prompt import SpecialTokens
 from bitdance.sizes import rule_of_model

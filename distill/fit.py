@@ -6,11 +6,13 @@ from pathlib import Path
 import torch
 
 from bitdance.checkpoint import LM_CONFIG
+from bitdance.foreign import load_text_tokenizer
 from bitdance.head import HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.sizes import HEAD_CONFIG, read_config
+from bitdance.sizes import HEAD_CONFIG
 from distill.growth import check_sides
 from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer.json_file import read_config
 from stages.chain import SHOWN, encoder_hash
 
 BACKBONE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
@@ -39,9 +41,7 @@ def check_teacher(student: BitDanceModel, folder: Path, came: str) -> None:
             raise ValueError(
                 f"{came} has another backbone: {name} = {backbone.get(name)!r}, the student's is {own.get(name)!r}; {remedy}"
             )
-    from transformers import AutoTokenizer
-
-    words = AutoTokenizer.from_pretrained(str(folder), local_files_only=True).get_vocab()
+    words = load_text_tokenizer(folder).get_vocab()
     known = student.text_tokenizer.get_vocab()
     if other := next((word for word, number in words.items() if known.get(word) != number), None):
         raise ValueError(

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
+from bitdance.foreign import load_text_tokenizer
 from bitdance.head import HeadConfig
 from bitdance.pipeline import DTYPES
 from bitdance.precision import AUTO
 from bitdance.prompt import SpecialTokens, add_image_tokens
-from bitdance.sizes import HEAD_CONFIG, read_config
+from bitdance.sizes import HEAD_CONFIG
 from distill.config import DistillConfig, DistillTraining
 from distill.growth import check_sides
+from lfq_tokenizer.json_file import read_config
 from stages.config import GeneratorTraining, SourceConfig
 from stages.plan.command import show as show_plan
 from stages.plan.companion import Companion
@@ -82,9 +84,7 @@ def _device(distill: DistillTraining) -> str:
 
 def _grown(teacher: Shape, folder: Path, P: int) -> Shape:
     """The shape of what `distill.growth.grow` makes of the teacher in `folder`."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    tokenizer = load_text_tokenizer(folder)
     sides = len(SpecialTokens.from_tokenizer(tokenizer).res_ids)
     words = len(add_image_tokens(tokenizer, sides, P - 1))
     return replace(

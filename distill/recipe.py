@@ -12,7 +12,7 @@ import torch
 from bitdance.checkpoint import load_model
 from bitdance.head import HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.sizes import HEAD_CONFIG, read_config
+from bitdance.sizes import HEAD_CONFIG
 from distill.config import DistillConfig
 from distill.documents import DistillBatch
 from distill.fit import check_teacher
@@ -22,6 +22,7 @@ from distill.targets import joined, with_cached_draws
 from distill.teacher import Teacher, origin
 from distill.view import teacher_views
 from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer.json_file import read_config
 from stages.chain import check_chain
 from stages.checkpoint import model_folder
 from stages.data.mixture import Source

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdance.checkpoint import load_model
-from bitdance.cli.model_files import fingerprint
+from bitdance.fingerprint import fingerprint
 from bitdance.model import Attention, BitDanceModel
 from bitdance.sequence import TrainingBatch
 from distill.config import DistillTraining

@@ -1,4 +1,4 @@
-"""Binary picture tokenizer: image ⇄ grid of bits (lookup-free quantisation).
+"""Binary picture tokenizer: image ⇄ grid of bits (lookup-free quantisation). Names are imported when they are first used.
 
     from lfq_tokenizer import LFQTokenizer
     tokenizer = LFQTokenizer.from_pretrained(folder)
@@ -6,9 +6,33 @@
     images_B3HW = tokenizer.decode(bits_BChw)
 """
 
-from lfq_tokenizer.binarize import binarize
-from lfq_tokenizer.config import TokenizerConfig
-from lfq_tokenizer.quantizer import LookupFreeQuantizer
-from lfq_tokenizer.tokenizer import LFQTokenizer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["LFQTokenizer", "LookupFreeQuantizer", "TokenizerConfig", "binarize"]
+# Where each public name lives. What handles files and text alone, say `bitdance generate --help`, stays without torch.
+_HOME = {
+    "LFQTokenizer": "tokenizer",
+    "LookupFreeQuantizer": "quantizer",
+    "TokenizerConfig": "config",
+    "binarize": "binary",
+}
+
+__all__ = [*_HOME]
+
+if TYPE_CHECKING:
+    from lfq_tokenizer.binary import binarize as binarize
+    from lfq_tokenizer.config import TokenizerConfig as TokenizerConfig
+    from lfq_tokenizer.quantizer import LookupFreeQuantizer as LookupFreeQuantizer
+    from lfq_tokenizer.tokenizer import LFQTokenizer as LFQTokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lfq_tokenizer' has no attribute {name!r}")
+    value = getattr(import_module(f"lfq_tokenizer.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

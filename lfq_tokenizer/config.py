@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lfq_tokenizer import limits
+
 NORM_GROUPS = 32
 _DDCONFIG_KEYS = {"ch", "out_ch", "in_channels", "num_res_blocks", "z_channels", "ch_mult", "double_z", "resolution"}
 
@@ -20,14 +22,20 @@ class TokenizerConfig:
     gan_decoder: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ch_mult, (list, tuple)) or not 1 <= len(self.ch_mult) <= limits.LEVELS:
+            said = f"{len(self.ch_mult)} of them" if isinstance(self.ch_mult, (list, tuple)) else type(self.ch_mult).__name__
+            example = "give one width factor per level, for example [1, 1, 2, 2, 4]"
+            raise ValueError(f"ch_mult: {said}; {example}, at most {limits.LEVELS}")
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        if not self.ch_mult:
-            raise ValueError("ch_mult is empty; give one width factor per level, for example [1, 1, 2, 2, 4]")
-        for name in ("ch", "num_res_blocks", "z_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        most = {"ch": limits.WIDTH, "num_res_blocks": limits.LAYERS, "z_channels": limits.WIDTH}
+        for name, value in (*((name, getattr(self, name)) for name in most), *(("ch_mult", factor) for factor in self.ch_mult)):
+            high = most.get(name, limits.WIDTH)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
+                raise ValueError(f"{name} = {value!r:.60}; a whole number from 1 to {high} is allowed")
+        if not isinstance(self.gan_decoder, bool):
+            raise ValueError(f"gan_decoder = {self.gan_decoder!r:.60}; true or false is allowed")
         for factor in self.ch_mult:
-            if factor < 1 or (self.ch * factor) % NORM_GROUPS:
+            if (self.ch * factor) % NORM_GROUPS:
                 raise ValueError(
                     f"ch {self.ch} × ch_mult {factor} = {self.ch * factor} channels; group norm needs a positive "
                     f"multiple of {NORM_GROUPS}"
@@ -41,8 +49,10 @@ class TokenizerConfig:
     @classmethod
     def from_published(cls, data: Mapping[str, Any]) -> "TokenizerConfig":
         """From the JSON object of `ae_config.json`. `double_z`, `resolution` and `checkpoint` have no effect there."""
+        if not isinstance(data, Mapping):
+            raise ValueError(f"the tokenizer config is a {type(data).__name__}; expected an object")
         unknown = set(data) - {"ddconfig", "gan_decoder", "checkpoint"}
-        if unknown or "ddconfig" not in data:
+        if unknown or not isinstance(data.get("ddconfig"), Mapping):
             raise ValueError(
                 f"tokenizer config has keys {sorted(data)}; expected 'ddconfig' and 'gan_decoder'. "
                 "Is this an ae_config.json?"
@@ -57,10 +67,10 @@ class TokenizerConfig:
                 raise ValueError(f"ddconfig {key} = {dd[key]}; only RGB tokenizers (3) exist")
         return cls(
             ch=dd["ch"],
-            ch_mult=tuple(dd["ch_mult"]),
+            ch_mult=dd["ch_mult"],
             num_res_blocks=dd["num_res_blocks"],
             z_channels=dd["z_channels"],
-            gan_decoder=bool(data.get("gan_decoder", False)),
+            gan_decoder=data.get("gan_decoder", False),
         )
 
     @classmethod

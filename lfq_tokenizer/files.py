@@ -196,6 +196,33 @@ def inside(path: Path | str, root: Path | str) -> Path:
     return target
 
 
+_own_views: set[Path] = set()
+
+
+def links_are_ours(folder: Path) -> None:
+    """Say that this process made `folder`, a view of another whose own links were checked: its links may lead there."""
+    _own_views.add(folder.resolve())
+
+
+def check_links(folder: Path | str) -> None:
+    """ValueError for a file of a model folder, or of a folder in it, that is a link which leads out of the folder:
+    whoever made the folder could make others copy what they must not see.
+
+    In the cache of a hub a snapshot's files are links into the folder of its repository, which counts as the folder then.
+    """
+    folder = Path(folder).resolve()
+    if folder in _own_views:
+        return
+    repository = folder.parent.parent
+    cached = folder.parent.name == "snapshots" and (repository / "blobs").is_dir() and repository.name.startswith("models--")
+    root = repository if cached else folder
+    for path in (*folder.iterdir(), *folder.glob("*/*")):
+        if path.is_symlink() and not path.is_dir():
+            inside(path, root)
+        elif path.is_symlink() and path.is_dir() and not path.resolve().is_relative_to(root):
+            raise ValueError(f"{path} is a link that leads out of {root}; nothing outside is read: put the folder itself there")
+
+
 def sha256(path: Path | str) -> str:
     """SHA-256 of the whole file, in hexadecimal digits."""
     with Path(path).open("rb") as file:

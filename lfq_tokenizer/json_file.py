@@ -3,12 +3,15 @@
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lfq_tokenizer import limits
 from lfq_tokenizer.files import size_text, write_text
-from lfq_tokenizer.text import printable
+from lfq_tokenizer.text import escaped_json, printable
+
+Config = TypeVar("Config")
 
 
 def parse_json(text: str | bytes, source: object, nan: bool = False) -> Any:
@@ -17,27 +20,10 @@ def parse_json(text: str | bytes, source: object, nan: bool = False) -> Any:
     reason."""
     if len(text) > limits.JSON_BYTES:
         raise ValueError(f"{source}: {size_text(len(text))} of JSON; at most {size_text(limits.JSON_BYTES)} are read")
-    keys = 0
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        nonlocal keys
-        keys += len(pairs)
-        if keys > limits.JSON_KEYS:
-            raise ValueError(f"more than {limits.JSON_KEYS:,} keys")
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise ValueError(f"key {printable(twice)[:100]!r} is given twice; keep one")
-        return value
-
-    def no_constant(name: str) -> Any:
-        raise ValueError(f"{name} is no JSON; write a number")
-
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=float if nan else no_constant)
+        return (_WITH_NAN if nan else _STRICT).decode(text)
     except RecursionError:
         raise ValueError(f"{source}: nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -47,6 +33,28 @@ def parse_json(text: str | bytes, source: object, nan: bool = False) -> Any:
     except ValueError as error:  # our own, or a number of more digits than Python converts
         reason = "a number of too many digits" if "digits" in str(error) else str(error)
         raise ValueError(f"{source}: {reason}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {printable(twice)[:100]!r} is given twice; keep one")
+    return value
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON; write a number")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+_WITH_NAN = json.JSONDecoder(object_pairs_hook=_no_duplicates)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON to print: what could steer a terminal is written as \\uXXXX, all other letters as they are."""
+    return escaped_json(json.dumps(value, ensure_ascii=False, indent=indent, default=str))
 
 
 def read_bytes(path: Path | str, limit: int) -> bytes:
@@ -73,6 +81,15 @@ def read_json(path: Path | str) -> Any:
         return parse_json(read_bytes(path, limits.JSON_BYTES), path)
     except ValueError as error:
         raise ValueError(f"{error}; download or export it again") from None
+
+
+def read_config(path: Path, parse: Callable[[Any], Config]) -> Config:
+    """A JSON file of a model folder, parsed. What is wrong with it is a ValueError that names the file."""
+    data = read_json(path)
+    try:
+        return parse(data)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def write_json(value: Any, path: Path | str) -> None:

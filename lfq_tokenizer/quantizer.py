@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lfq_tokenizer.binarize import binarize
+from lfq_tokenizer.binary import binarize
 from lfq_tokenizer.entropy import check_groups, group_entropy
 
 

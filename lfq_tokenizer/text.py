@@ -24,6 +24,11 @@ def printable(text: object, lines: bool = False) -> str:
     return _UNSHOWABLE.sub(escaped, str(text))
 
 
+def escaped_json(text: str) -> str:
+    """The text of a JSON value with what could steer a terminal written as \\uXXXX, which means the same in JSON."""
+    return _UNSHOWABLE.sub(lambda found: found.group() if found.group() == "\n" else f"\\u{ord(found.group()):04x}", text)
+
+
 def listed(items: Sequence[str], separator: str = "; ") -> str:
     """The first ten items, and how many more there are."""
     more = f"{separator}and {len(items) - SHOWN} more" if len(items) > SHOWN else ""

@@ -6,16 +6,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lfq_tokenizer.binarize import binarize
+from lfq_tokenizer.binary import binarize
 from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
-from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.files import check_links
+from lfq_tokenizer.json_file import read_config, write_json
 from lfq_tokenizer.strips import decode_in_strips, encode_in_strips
 from lfq_tokenizer.weights import check_shapes, read_safetensors, read_shapes, write_safetensors
 
 CONFIG_FILE = "ae_config.json"
 WEIGHTS_FILE = "ae.safetensors"
+DEMO = Path(__file__).parent.parent / "bitdance" / "pretrained" / "demo"  # of the same distribution
 # OURS: a whole picture takes about five activations at full size, in float32 12 GB for the published 32-bit tokenizer at this
 # size; what it was trained for stays below.
 STRIP_PIXELS = 1536 * 1536
@@ -80,16 +82,15 @@ class LFQTokenizer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "LFQTokenizer":
-        """Read `ae_config.json` and `ae.safetensors` of a folder; the dtype on disk is the dtype of the module.
+        """Read `ae_config.json` and `ae.safetensors` of a folder, or of "demo", the bundled model; the dtype on disk is
+        the dtype of the module.
 
         FileNotFoundError or ValueError name the file and, for wrong tensors, the first ten offenders.
         """
-        config_path, weights_path = Path(folder) / CONFIG_FILE, Path(folder) / WEIGHTS_FILE
-        data = read_json(config_path)
-        try:
-            config = TokenizerConfig.from_published(data)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{config_path}: {error}") from error
+        folder = DEMO if str(folder) == "demo" else Path(folder)
+        if folder.is_dir():
+            check_links(folder)
+        config, weights_path = read_config(folder / CONFIG_FILE, TokenizerConfig.from_published), folder / WEIGHTS_FILE
         with torch.device("meta"):
             tokenizer = cls(config)
         expected = {name: tuple(t.shape) for name, t in tokenizer.state_dict().items()}

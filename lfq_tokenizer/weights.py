@@ -11,11 +11,18 @@ from torch import Tensor, nn
 from lfq_tokenizer.files import whole_path
 from lfq_tokenizer.text import listed
 
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
 
 def read_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor, from the header only."""
+    """Name → shape of every tensor of a file of weights, from the header only. ValueError for tensors of other than
+    floating point numbers."""
     with _opened(path) as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        odd = [f"{name} ({held.get_dtype()})" for name, held in slices.items() if held.get_dtype() not in FLOATS]
+        if odd:
+            raise ValueError(f"{path} holds {listed(odd)}; weights are floating point numbers: {', '.join(FLOATS)}")
+        return {name: tuple(held.get_shape()) for name, held in slices.items()}
 
 
 def read_safetensors(path: Path | str) -> dict[str, Tensor]:

@@ -293,7 +293,7 @@ def test_info_shows_how_a_picture_was_made(tmp_path: Path, capsys: pytest.Captur
 
 def test_info_prints_the_card_and_the_prompts_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for file in Path(MODEL).iterdir():
-        (tmp_path / file.name).symlink_to(file)
+        (tmp_path / file.name).hardlink_to(file)
     extras = {
         "defaults": {"height": 64, "width": 64},
         "sizes": [[64, 64], [32, 64]],

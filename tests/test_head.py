@@ -131,11 +131,11 @@ def test_gradient_checkpointing_changes_no_gradient():
         ({"ch_latent": 192}, "multiple of 128"),
         ({"ch_latent": 64}, "multiple of 128"),
         ({"depth_adanln": 3}, "no multiple of depth_adanln"),
-        ({"depth_adanln": 0}, "positive integer"),
-        ({"ch_target": True}, "positive integer"),
+        ({"depth_adanln": 0}, "a whole number from 1 to"),
+        ({"ch_target": True}, "a whole number from 1 to"),
         ({"parallel_num": 8}, "square patch"),
         ({"time_schedule": "cosine"}, "logit_normal, uniform"),
-        ({"time_shift": 0.0}, "positive"),
+        ({"time_shift": 0.0}, "above 0, up to"),
     ],
 )
 def test_impossible_configs_are_refused(change, message):

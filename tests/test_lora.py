@@ -17,7 +17,7 @@ from bitdance.adapters import Adapter
 from bitdance.backbone import Backbone
 from bitdance.checkpoint import save_model
 from bitdance.cli import main as bitdance
-from bitdance.cli.model_files import fingerprint
+from bitdance.fingerprint import fingerprint
 from bitdance.picture import read_metadata
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors

@@ -111,7 +111,7 @@ def test_a_model_that_offload_cannot_help_says_so(monkeypatch):
     [
         ["--model", "demo", "--height", "64", "--width", "64"],
         ["--model", "demo", "--height", "64", "--width", "64", "--batch-size", "16"],
-        ["--shape", "mid", "--dtype", "bfloat16"],
+        ["--shape", "mid", "--dtype", "auto"],
         ["--shape", "mid", "--batch-size", "4"],
     ],
     ids=lambda batch: " ".join(batch),

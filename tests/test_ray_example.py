@@ -97,7 +97,8 @@ def test_every_worker_gets_something_and_no_block_is_long(example: ModuleType) -
 def test_planning_needs_no_gpu_and_gives_the_same_hashes(example: ModuleType, tmp_path: Path) -> None:
     _, cpu = example.read(arguments(tmp_path))
     _, gpu = example.read([*arguments(tmp_path), "--gpus-per-worker", "1", "--dtype", "float32"])
-    assert (cpu.device, gpu.device) == ("cpu", "cuda") and [cpu.hash(job) for job in cpu.jobs] == [gpu.hash(job) for job in gpu.jobs]
+    assert (cpu.device, gpu.device) == ("cpu", "cuda")
+    assert [cpu.hash(job) for job in cpu.jobs] == [gpu.hash(job) for job in gpu.jobs]
     assert example.read([*arguments(tmp_path), "--gpus-per-worker", "1"])[1].dtype == "bfloat16"
     with pytest.raises(ValueError, match="--device is left to Ray"):
         example.read([*arguments(tmp_path), "--device", "cpu"])

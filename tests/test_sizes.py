@@ -63,7 +63,7 @@ def test_a_model_that_names_its_sizes_makes_only_those():
 
 @pytest.mark.parametrize("side", [0, -128, 128.0, True, "128", None])
 def test_sides_are_positive_whole_numbers(side):
-    with pytest.raises(ValueError, match="positive number of pixels"):
+    with pytest.raises(ValueError, match="a whole number from 1 to 65536 is allowed"):
         check_size(PUBLISHED, 128, side)
 
 

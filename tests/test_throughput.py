@@ -151,11 +151,11 @@ def test_at_most_one_batch_waits_and_the_order_stays() -> None:
         gate.acquire()
         saved.append(job.index)
 
-    finisher, given = Finisher(save), []
+    finisher, given = Finisher(save, print), []
 
     def give() -> None:
         for i in range(4):
-            finisher.give([job(2 * i), job(2 * i + 1)], lambda: np.zeros((2, 8, 8, 3), np.uint8), 0.0)
+            finisher.give([job(2 * i), job(2 * i + 1)], lambda: (np.zeros((2, 8, 8, 3), np.uint8), np.ones(2, bool)), 0.0)
             given.append(i)
 
     giver = threading.Thread(target=give, daemon=True)
@@ -177,8 +177,8 @@ def test_what_goes_wrong_while_writing_is_raised_where_the_batches_are_made() ->
             raise OSError(28, "No space left on device")
         saved.append(job.index)
 
-    finisher = Finisher(save)
-    finisher.give([job(0), job(1), job(2)], lambda: np.zeros((3, 8, 8, 3), np.uint8), 0.0)
+    finisher = Finisher(save, print)
+    finisher.give([job(0), job(1), job(2)], lambda: (np.zeros((3, 8, 8, 3), np.uint8), np.ones(3, bool)), 0.0)
     with pytest.raises(OSError, match="No space left"):
         finisher.close()
     with pytest.raises(OSError, match="No space left"):

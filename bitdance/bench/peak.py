@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bitdance.kernels import served
+from bitdance.precision import slow_bfloat16
+
 
 @dataclass(frozen=True)
 class Peak:
@@ -30,13 +33,15 @@ class Peak:
 
 
 def measure_peak(device: torch.device | str, dtype: torch.dtype, side: int | None = None, repeats: int | None = None) -> Peak:
-    """The best of `repeats` on `device`; products of side × side matrices (default: 5 of 2048 on a CPU, else 20 of 8192)."""
+    """The best of `repeats` on `device`; products of side × side matrices (default: 5 of 2048 on a CPU,
+    768 where it is slow in this dtype, else 20 of 8192)."""
     device = torch.device(device)
-    side, repeats = side or (2048 if device.type == "cpu" else 8192), repeats or (5 if device.type == "cpu" else 20)
+    usual = 8192 if device.type != "cpu" else 768 if dtype == torch.bfloat16 and slow_bfloat16(device) else 2048
+    side, repeats = side or usual, repeats or (5 if device.type == "cpu" else 20)
     x, weight = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     speeds = {
         name: 2 * side**3 / best_seconds(lambda run=run: run(x, weight), device, repeats)  # type: ignore[misc]
-        for name, run in _kernels(device).items()
+        for name, run in _kernels(device, dtype).items()
     }
     kernel = max(speeds, key=lambda name: speeds[name])
     source = torch.ones(8 * side * side, device=device)  # beyond every cache, and written: untouched pages are all one page
@@ -45,10 +50,10 @@ def measure_peak(device: torch.device | str, dtype: torch.dtype, side: int | Non
     return Peak(speeds[kernel], 2 * source.numel() * source.element_size() / copying, kernel)
 
 
-def _kernels(device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def _kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """On CPUs that are not its maker's, MKL, which serves float32, may be half as fast as oneDNN."""
     found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": F.linear}
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and served(dtype):
         found["oneDNN"] = lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return found
 

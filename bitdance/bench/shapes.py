@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from bitdance.backbone import Backbone
 from bitdance.checkpoint import LM_CONFIG, check_folder, load_model, resolve
+from bitdance.foreign import build_config, load_text_tokenizer
 from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
 from bitdance.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
 from bitdance.quantize import quantize_model
-from bitdance.sizes import TOKENIZER_CONFIG, check_size, default_size, read_config, read_extras, rule_of_folder
+from bitdance.sizes import TOKENIZER_CONFIG, check_size, default_size, read_extras, rule_of_folder
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
-from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.json_file import read_config
 
 LARGEST_SIDE = 4096  # pixels with a <|res_i|> token
 
@@ -46,7 +47,7 @@ class Shape:
         head, rule = check_folder(folder), rule_of_folder(folder)
         tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
         defaults = read_extras(folder).get("defaults", {})
-        backbone = AutoConfig.for_model(**read_json(folder / LM_CONFIG)).to_dict()  # with what the file leaves to defaults
+        backbone = read_config(folder / LM_CONFIG, build_config).to_dict()  # with what the file leaves to defaults
         return cls(folder.name, backbone, head, tokenizer, default_size(rule), defaults, folder)
 
     @property
@@ -76,7 +77,7 @@ class Shape:
     def text_tokenizer(self) -> Any:
         """The folder's; without one, of bytes: a token for each letter of a prompt."""
         if self.folder:
-            return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+            return load_text_tokenizer(self.folder)
         text_tokenizer = build_text_tokenizer([], 256 + len(BASE_TOKENS))
         return add_image_tokens(text_tokenizer, LARGEST_SIDE // self.tokenizer.downsampling, self.head.parallel_num - 1)
 
@@ -123,7 +124,7 @@ SHAPES = {shape.name: shape for shape in (_published(64), _published(16), _MID)}
 
 def bare_model(shape: Shape) -> BitDanceModel:
     """Without memory (on the meta device), and without what generation never uses: picture encoder and word scores."""
-    text_tokenizer, config = shape.text_tokenizer(), AutoConfig.for_model(**shape.backbone)
+    text_tokenizer, config = shape.text_tokenizer(), build_config(shape.backbone)
     with torch.device("meta"):
         tokenizer, backbone = LFQTokenizer(shape.tokenizer), Backbone(AutoModel.from_config(config))
         projector, head = Projector(shape.head.ch_target, shape.head.ch_cond), BinaryDiffusionHead(shape.head)

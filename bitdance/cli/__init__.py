@@ -12,10 +12,11 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import NoReturn
+from typing import Any, NoReturn
 
 GROUP = "bitdance.commands"
 OWN = {
@@ -47,9 +48,23 @@ class UsageError(ValueError):
     """A command line that cannot be carried out."""
 
 
+def number(name: str) -> Callable[[str], Any]:
+    """For `type=` of an argument: the number of that name, checked as at every other door (`bitdance.values`)."""
+
+    def check(text: str) -> Any:
+        from bitdance.values import from_text
+
+        try:
+            return from_text(name, text, "")
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return check
+
+
 def count(text: str) -> int:
     """For `type=` of an argument: a whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:10]) < 10**9 or len(text) > 9:
         raise ValueError  # argparse names the option and the value
     return int(text)
 
@@ -58,9 +73,25 @@ count.__name__ = "positive whole number"  # as argparse calls it in its error
 
 
 def report(message: str, kind: str = "error") -> None:
-    """One line on standard error: `bitdance: error: …`."""
-    line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode("utf-8")
-    print(f"bitdance: {kind}: {line}", file=sys.stderr, flush=True)
+    """One line on standard error: `bitdance: error: …`. What a stranger wrote cannot steer the terminal."""
+    from lfq_tokenizer.text import printable
+
+    print(f"bitdance: {kind}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+
+
+def print_json(value: Any) -> None:
+    """The value as indented JSON on standard output; what could steer a terminal is escaped."""
+    from lfq_tokenizer.json_file import json_text
+
+    print(json_text(value, 2))
+
+
+def print_page(lines: Iterable[str]) -> None:
+    """Lines for people on standard output; what could steer a terminal is written out."""
+    from lfq_tokenizer.text import printable
+
+    for line in lines:
+        print(printable(line))
 
 
 def _foreign_commands() -> dict[str, EntryPoint]:
@@ -114,12 +145,21 @@ def _command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequence[st
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv` without the program's name; None reads `sys.argv`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):  # None where a scheduler has closed it; what is done counts all the same
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(
             errors="backslashreplace"
         )  # a terminal without "×" must not turn an answer into an error
     for talkative in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
         logging.getLogger(talkative).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: report(str(message), "warning")
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     try:
         foreign = _foreign_commands()
         parser = _parser(list(foreign))
@@ -133,17 +173,39 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 2
         code = _command(options.command, foreign)(options.arguments)
-        sys.stdout.flush()
-        return code
+        return _flushed(code)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except BrokenPipeError:
         # The reader (`| head`) has gone; without this the interpreter would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, FileNotFoundError) as error:
-        report(str(error))
+    except (ValueError, OSError) as error:
+        report(_words(error))
+        return 2
+    except (RecursionError, MemoryError) as error:  # of an input that no limit foresaw
+        report(f"{type(error).__name__}: an input is nested too deeply or too large for the memory")
         return 2
     except KeyboardInterrupt:
         report("SIGINT", "stopped")
         return 130
+
+
+def _flushed(code: int) -> int:
+    """The exit code once standard output is written; 1 where it cannot be, say because its disk is full."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        report(f"standard output could not be written ({error.strerror}); what the command did counts")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter does not try again at exit
+        return max(code, 1)
+    return code
+
+
+def _words(error: ValueError | OSError) -> str:
+    """What is wrong, with the file where the system names one."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None and not isinstance(error, ValueError):
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

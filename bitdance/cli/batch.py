@@ -1,12 +1,11 @@
 """The part of `bitdance doctor` about a batch of pictures: what it takes by part, whether it fits, and what it really took."""
 
 import argparse
-import json
 from typing import Any
 
-from bitdance.cli import Parser, UsageError, count
-from bitdance.cli.devices import usable_device
-from bitdance.cli.generate import DTYPES, QUANTIZE, QUANTIZE_HEAD
+from bitdance.cli import Parser, UsageError, number, print_json
+from bitdance.cli.devices import DTYPE_HELP, DTYPES, usable_device, usable_dtype
+from bitdance.cli.generate import QUANTIZE, QUANTIZE_HEAD
 from bitdance.cli.memory import GB, free_bytes, free_main_memory
 
 MEASURED_STEPS = 2  # the peak does not depend on their number
@@ -18,12 +17,12 @@ def add_options(parser: Parser) -> None:
     source = group.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="DIR|demo", help="of this model")
     source.add_argument("--shape", metavar="NAME", help="of a published shape: 14b-64x, 14b-16x, or mid; no weights needed")
-    group.add_argument("--height", type=count, metavar="H", help="pixels; default: the model's")
-    group.add_argument("--width", type=count, metavar="W", help="pixels; default: the model's")
-    group.add_argument("--batch-size", type=count, metavar="B", help="pictures at once (default: 1)")
+    group.add_argument("--height", type=number("height"), metavar="H", help="pixels; default: the model's")
+    group.add_argument("--width", type=number("width"), metavar="W", help="pixels; default: the model's")
+    group.add_argument("--batch-size", type=number("batch_size"), metavar="B", help="pictures at once (default: 1)")
     group.add_argument("--device", help="default: cuda where there is one, else cpu")
-    group.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
-    group.add_argument("--guidance", type=float, metavar="G", help="1 switches guidance off, which halves the cache")
+    group.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
+    group.add_argument("--guidance", type=number("guidance"), metavar="G", help="1 switches guidance off, which halves the cache")
     group.add_argument("--quantize", choices=QUANTIZE, help="LLM in 8 or 4 bits")
     group.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="head in 8 bits")
     group.add_argument("--offload", action="store_true", help="model in main memory, on the device what a phase needs")
@@ -50,7 +49,7 @@ def show(options: argparse.Namespace) -> int:
     shape.check_size(height, width)
     device = usable_device(options.device)
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    dtype = options.dtype or ("bfloat16" if kind == "cuda" else "float32")
+    dtype = usable_dtype(options.dtype, device)
     if options.measure:
         check_kinds(options.quantize, options.quantize_head, device)
     quantized = {"quantize": options.quantize, "quantize_head": options.quantize_head}
@@ -74,7 +73,7 @@ def show(options: argparse.Namespace) -> int:
         if not fits:
             raise ValueError(f"needs {found.peak / GB:.1f} GB, {(free or 0) / GB:.1f} GB free on {device}: nothing to measure")
         facts["measured_bytes"] = measure(shape, setting, device)
-    print(json.dumps(facts, ensure_ascii=False, indent=2) if options.json else _text(facts))
+    print_json(facts) if options.json else print(_text(facts))
     return 0 if fits else 1
 
 

@@ -5,9 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitdance.cli import Parser, count
-from bitdance.cli.devices import usable_device
-from bitdance.cli.generate import DTYPES, QUANTIZE, QUANTIZE_HEAD
+from bitdance.cli import Parser, count, number
+from bitdance.cli.devices import DTYPE_HELP, DTYPES, usable_device, usable_dtype
+from bitdance.cli.generate import QUANTIZE, QUANTIZE_HEAD
 
 OWN = "own"
 
@@ -30,14 +30,14 @@ def run(argv: Sequence[str]) -> int:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="DIR", help='a model folder; default "demo", the bundled model')
     source.add_argument("--shape", metavar="NAME", help="random weights of a shape: 14b-64x, 14b-16x, mid")
-    parser.add_argument("--height", type=count, metavar="N", help="pixels; default: the model's own")
-    parser.add_argument("--width", type=count, metavar="N", help="pixels; default: the model's own")
-    parser.add_argument("--steps", type=int, help="sampler steps per block; default: the model's own")
-    parser.add_argument("--guidance", type=float, help="default: the model's own; <= 1 leaves guidance out")
+    parser.add_argument("--height", type=number("height"), metavar="N", help="pixels; default: the model's own")
+    parser.add_argument("--width", type=number("width"), metavar="N", help="pixels; default: the model's own")
+    parser.add_argument("--steps", type=number("steps"), help="sampler steps per block; default: the model's own")
+    parser.add_argument("--guidance", type=number("guidance"), help="default: the model's own; <= 1 leaves guidance out")
     parser.add_argument("--sampler", help="default euler_maruyama")
     parser.add_argument("--preset", nargs="+", default=[OWN], help="one or more; own (the default): the model's settings")
-    parser.add_argument("--batch", type=count, nargs="+", default=[1], metavar="N", help="pictures at once, one or more sizes")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help="one or more; default bfloat16 on CUDA, else float32")
+    parser.add_argument("--batch", type=number("batch_size"), nargs="+", default=[1], metavar="N", help="pictures at once")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help=f"one or more; {DTYPE_HELP}")
     parser.add_argument("--quantize", choices=QUANTIZE, help="the LLM's matrices in 8 or 4 bits")
     parser.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="the head's matrices in 8 bits")
     parser.add_argument("--no-compile", action="store_true", help="on CUDA: no torch.compile, no CUDA graphs")
@@ -74,7 +74,8 @@ def run(argv: Sequence[str]) -> int:
         name: choose(shape.defaults, None if name == OWN else name, **said, sampler=options.sampler) for name in options.preset
     }
     device = torch.device(usable_device(options.device))
-    dtypes = options.dtype or ["bfloat16" if options.floor or device.type == "cuda" else "float32"]
+    asked = options.dtype or ["bfloat16" if options.floor else None]
+    dtypes = asked if options.floor else list(dict.fromkeys(usable_dtype(name, str(device)) for name in asked))
     study = Study(
         shape,
         height,

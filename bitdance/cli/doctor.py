@@ -7,14 +7,13 @@ With a model or a shape it says instead what a batch of pictures takes, phase by
 """
 
 import importlib.util
-import json
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bitdance.cli import Parser
+from bitdance.cli import Parser, print_json
 from bitdance.cli.batch import add_options, check_unused, show
 from bitdance.cli.memory import GB, free_main_memory
 
@@ -40,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     check_unused(options)
     found = examine()
     if options.json:
-        print(json.dumps(found, ensure_ascii=False, indent=2))
+        print_json(found)
         return 0
     print(f"bitdance {found['bitdance']}, Python {found['python']}, {found['system']}")
     print(", ".join(f"{name} {number or 'missing'}" for name, number in found["packages"].items()))

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from bitdance.pipeline import BitDancePipeline
 
 Save = Callable[[Job, Image.Image, float], None]
-Pixels = Callable[[], np.ndarray]
+Fail = Callable[[Job], None]
+Pixels = Callable[[], tuple[np.ndarray, np.ndarray]]
 
 
 class Decoder:
@@ -35,37 +36,48 @@ class Decoder:
         self.stream = torch.cuda.Stream(pipe.device) if beside else None
 
     def decode(self, bits_BChw: Tensor, generators: Sequence[torch.Generator]) -> Pixels:
-        """→ a function, for any thread, that waits for the pixels: (B,H,W,3) uint8."""
+        """→ a function, for any thread, that waits for the pixels, (B,H,W,3) uint8, and whether each is finite, (B)."""
         if self.stream is None:
-            pixels_BHW3 = to_uint8(self.pipe.decode(bits_BChw, generators)).cpu().numpy()
-            return lambda: pixels_BHW3
+            images_B3HW = self.pipe.decode_unchecked(bits_BChw, generators)
+            found = to_uint8(images_B3HW).cpu().numpy(), _finite(images_B3HW).cpu().numpy()
+            return lambda: found
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))  # the bits are being computed there
         with torch.cuda.stream(self.stream):
-            on_device_BHW3 = to_uint8(self.pipe.decode(bits_BChw, generators))
-            copy_BHW3 = torch.empty(on_device_BHW3.shape, dtype=torch.uint8, pin_memory=True)
-            copy_BHW3.copy_(on_device_BHW3, non_blocking=True)
+            images_B3HW = self.pipe.decode_unchecked(bits_BChw, generators)
+            copies = [_copied(on_device) for on_device in (to_uint8(images_B3HW), _finite(images_B3HW))]
             done = torch.cuda.Event()
             done.record(self.stream)
         bits_BChw.record_stream(self.stream)  # its memory is not given away while this stream reads it
 
-        def wait() -> np.ndarray:
+        def wait() -> tuple[np.ndarray, np.ndarray]:
             done.synchronize()
-            return copy_BHW3.numpy()
+            pixels_BHW3, finite_B = copies
+            return pixels_BHW3.numpy(), finite_B.numpy()
 
         return wait
 
 
+def _finite(images_B3HW: Tensor) -> Tensor:
+    return torch.isfinite(images_B3HW).flatten(1).all(1)
+
+
+def _copied(on_device: Tensor) -> Tensor:
+    copy = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+    return copy.copy_(on_device, non_blocking=True)
+
+
 class Finisher:
-    """Saves batches in a thread of its own, in the order given. Besides the one being saved at most one waits.
+    """Saves batches in a thread of its own, in the order given, but for pictures that are no finite numbers, which go to `fail`.
+    Besides the batch being saved at most one waits.
 
     What goes wrong in the thread is raised by the next `check`, `give` or `close`; from then on nothing is saved.
     """
 
-    def __init__(self, save: Save) -> None:
-        self._save = save
+    def __init__(self, save: Save, fail: Fail) -> None:
+        self._save, self._fail = save, fail
         self._waiting: Queue[tuple[Sequence[Job], Pixels, float] | None] = Queue(maxsize=1)
         self._error: BaseException | None = None
-        # A daemon: whoever leaves in a hurry (a second Ctrl-C) does not wait. A file cut short then is a `.tmp`.
+        # A daemon: whoever leaves in a hurry (a second Ctrl-C) does not wait. A file cut short then has a hidden name.
         self._thread = Thread(target=self._work, name="bitdance-finisher", daemon=True)
         self._thread.start()
 
@@ -90,7 +102,10 @@ class Finisher:
             if self._error is None:  # afterwards the queue is only emptied, so that nobody waits for ever
                 try:
                     batch, pixels, seconds = item
-                    for job, pixels_HW3 in zip(batch, pixels(), strict=True):
-                        self._save(job, Image.fromarray(pixels_HW3), seconds)
+                    for job, pixels_HW3, finite in zip(batch, *pixels(), strict=True):
+                        if finite:
+                            self._save(job, Image.fromarray(pixels_HW3), seconds)
+                        else:
+                            self._fail(job)
                 except BaseException as error:
                     self._error = error

@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitdance.cli import Parser, UsageError, report
-from bitdance.cli.devices import usable_device
+from bitdance.cli.devices import DTYPE_HELP, DTYPES, usable_device, usable_dtype
 from bitdance.jobs import Job, Jobs, Settings, job_hash, parse_shard
 from bitdance.prompt_file import KEYS, PromptFile, Request, checked_prompt, requests_from_arguments
-from bitdance.values import check_interval, check_number, from_text
+from bitdance.values import check_interval, check_number, from_text, shown
 
 if TYPE_CHECKING:
     from bitdance.adapters import Adapter
     from bitdance.sampling import Sampling
 
-DTYPES = ("float32", "bfloat16", "float16")
+# those of `bitdance.sampler` and `bitdance.sampling`, known without torch, so that --help is quick
+SAMPLERS = ("euler_maruyama", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde")
+PRESETS = ("published", "balanced", "fast")
 QUANTIZE, QUANTIZE_HEAD = ("int8", "int4"), ("int8", "fp8")  # those of `bitdance.quantize`, known without torch
 BATCH_SIZE = 8
 
@@ -51,6 +53,8 @@ class Order:
     quantize: str | None = None
     quantize_head: str | None = None
     offload: bool = False
+    quiet: bool = False
+    verbose: bool = False
     adapter: "Adapter | None" = None
 
     @property
@@ -122,8 +126,8 @@ def parser(prog: str = "bitdance generate") -> Parser:
     parser.add_argument("--width", help="pixels; default: the model's")
     parser.add_argument("--steps", help="solver steps per block")
     parser.add_argument("--guidance", help="strength of the prompt; 1 switches guidance off")
-    parser.add_argument("--preset", help="solver and steps at once: published (exact), balanced, …; flags beside it win")
-    parser.add_argument("--sampler", help="solver, for instance euler_maruyama (published)")
+    parser.add_argument("--preset", help=f"solver and steps at once: {', '.join(PRESETS)}; flags beside it win")
+    parser.add_argument("--sampler", help=f"solver: {', '.join(SAMPLERS)} (published: the first)")
     parser.add_argument(
         "--guidance-interval", nargs=2, metavar=("LOW", "HIGH"), help="times in [0, 1] between which guidance acts"
     )
@@ -133,7 +137,7 @@ def parser(prog: str = "bitdance generate") -> Parser:
     parser.add_argument("--batch-size", metavar="B", help=f"pictures made at once (default: {BATCH_SIZE})")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--no-compile", action="store_true", help="on cuda: no torch.compile, no CUDA graphs")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, else float32")
+    parser.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
     parser.add_argument("--quantize", choices=QUANTIZE, help="LLM in 8 or 4 bits: half or a quarter of bfloat16's memory")
     parser.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="head in 8 bits")
     parser.add_argument("--lora", metavar="DIR", help="folder of an adapter (bitdance export RUN DIR --adapter) to the model")
@@ -141,6 +145,8 @@ def parser(prog: str = "bitdance generate") -> Parser:
     parser.add_argument("--offload", action="store_true", help="model in main memory, on the device what a phase needs")
     parser.add_argument("--shard", metavar="I/N", default="0/1", help="only pictures I, I+N, I+2N, … of the whole list")
     parser.add_argument("--grid", action="store_true", help="also write grid.png, all pictures on one sheet")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors and warnings")
+    parser.add_argument("-v", "--verbose", action="store_true", help="a line for each picture")
     return parser
 
 
@@ -154,7 +160,7 @@ def read_order(options: argparse.Namespace) -> Order:
     model = options.model or _model_of(picture, options.source)
 
     from bitdance.checkpoint import check_folder, read_extras, resolve
-    from bitdance.cli.model_files import fingerprint
+    from bitdance.fingerprint import fingerprint
     from bitdance.quantize import check_kinds
     from bitdance.sizes import check_size, default_size, rule_of_folder
 
@@ -175,7 +181,7 @@ def read_order(options: argparse.Namespace) -> Order:
     jobs = Jobs(requests, Settings(**values), lambda height, width: check_size(rule, height, width), shard)
 
     device = usable_device(options.device)
-    dtype = options.dtype or picture.get("dtype") or ("bfloat16" if device.startswith("cuda") else "float32")
+    dtype = usable_dtype(options.dtype or picture.get("dtype"), device)
     quantized = {name: getattr(options, name) or picture.get(name) for name in ("quantize", "quantize_head")}
     check_kinds(**quantized, device=device)
     if options.offload and device == "cpu":
@@ -199,6 +205,8 @@ def read_order(options: argparse.Namespace) -> Order:
         compile=False if options.no_compile else None,
         sizes=frozenset(jobs.sizes),
         offload=options.offload,
+        quiet=options.quiet,
+        verbose=options.verbose,
         adapter=adapter,
         **quantized,
     )
@@ -297,16 +305,14 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
         if name in found:
             settings[name] = check_number(name, found[name], source)
     if "sampler" in found:
-        from bitdance.sampler import SAMPLERS
-
-        if found["sampler"] not in list(SAMPLERS):
-            raise UsageError(f"{source} was made with sampler {found['sampler']!r}; there are {', '.join(SAMPLERS)}")
+        if found["sampler"] not in SAMPLERS:
+            raise UsageError(f"{source} was made with sampler {shown(found['sampler'])}; there are {', '.join(SAMPLERS)}")
         settings["sampler"] = found["sampler"]
     if "guidance_interval" in found:
         settings["guidance_interval"] = check_interval(found["guidance_interval"], source)
     words = ("model", "model_fingerprint", "lora", "lora_fingerprint")
     settings |= {name: found[name] for name in words if isinstance(found.get(name), str)}
-    for name, allowed in (("dtype", DTYPES), ("quantize", QUANTIZE), ("quantize_head", QUANTIZE_HEAD)):
+    for name, allowed in (("dtype", DTYPES[:3]), ("quantize", QUANTIZE), ("quantize_head", QUANTIZE_HEAD)):
         if found.get(name) in allowed:
             settings[name] = found[name]
     return settings

@@ -1,13 +1,16 @@
 """`bitdance info MODEL | PICTURE.png [--json] [--prompts]`: what a folder of a model or a tokenizer holds, or how a picture was
 made."""
 
+import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitdance.cli import Parser, UsageError
+from bitdance.cli import Parser, UsageError, print_json, print_page
+
+LINE = 200  # letters of a fact that is shown without -v
 
 
 def run(argv: Sequence[str]) -> int:
@@ -18,12 +21,13 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument("--prompts", action="store_true", help="only the prompts or concepts that the model knows")
+    parser.add_argument("-v", "--verbose", action="store_true", help="every fact, also those that fill a page")
     options = parser.parse_args(argv)
     path = Path(options.what)
     if path.suffix.lower() == ".png" or path.is_file():
         if options.prompts:
             raise UsageError(f"--prompts lists what a model knows; {options.what} is a picture")
-        return _show(_picture(path), options.json)
+        return _show(_picture(path), options)
 
     from bitdance.checkpoint import HEAD_CONFIG, TOKENIZER_CONFIG, read_extras, resolve
 
@@ -31,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
     if options.prompts:
         return _show_prompts(options.what, read_extras(folder).get("prompts"), options.json)
     alone = (folder / TOKENIZER_CONFIG).is_file() and not (folder / HEAD_CONFIG).is_file()
-    return _show(_tokenizer(folder) if alone else _model(folder), options.json)
+    return _show(_tokenizer(folder) if alone else _model(folder), options)
 
 
 def _picture(path: Path) -> dict[str, Any]:
@@ -42,7 +46,8 @@ def _picture(path: Path) -> dict[str, Any]:
 
 def _model(folder: Path) -> dict[str, Any]:
     from bitdance.checkpoint import check_folder, read_extras
-    from bitdance.cli.model_files import fingerprint, parts
+    from bitdance.cli.model_files import parts
+    from bitdance.fingerprint import fingerprint
     from bitdance.sizes import default_size, rule_of_folder, supported_sizes
 
     head = check_folder(folder)
@@ -68,7 +73,7 @@ def _model(folder: Path) -> dict[str, Any]:
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """Of a folder that holds a tokenizer and nothing else, as training and converting one leave it."""
     from bitdance.checkpoint import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS
-    from bitdance.cli.model_files import fingerprint
+    from bitdance.fingerprint import fingerprint
     from lfq_tokenizer import TokenizerConfig
     from lfq_tokenizer.json_file import read_json
     from lfq_tokenizer.weights import read_shapes
@@ -89,24 +94,37 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     }
 
 
-def _show(facts: dict[str, Any], as_json: bool) -> int:
-    if as_json:
-        print(json.dumps(facts, ensure_ascii=False, indent=2))
-        return 0
-    for key, value in facts.items():
-        if key in ("sizes", "default_size"):
-            sizes = [value] if key == "default_size" else value
-            print(f"{key}: " + ", ".join(f"{height}×{width}" for height, width in sizes))
-        elif isinstance(value, dict):
-            print(f"{key}:" + ("" if value else " none"))
-            for name, content in value.items():
-                print(f"  {name}: {_text(content)}")
-        else:
-            print(f"{key}: {_text(value)}")
+def _show(facts: dict[str, Any], options: argparse.Namespace) -> int:
+    if options.json:
+        print_json(facts)
+    else:
+        print_page(_page(facts, options.verbose))
     return 0
 
 
+def _page(facts: dict[str, Any], verbose: bool) -> Iterator[str]:
+    """A line for each fact that fits on one, but for -v; the last line names what was left out."""
+    left_out = []
+    for key, value in facts.items():
+        if key in ("sizes", "default_size"):
+            sizes = [value] if key == "default_size" else value
+            yield f"{key}: " + ", ".join(f"{height}×{width}" for height, width in sizes)
+        elif isinstance(value, dict):
+            rows = {name: _text(content) for name, content in value.items()}
+            short = {name: text for name, text in rows.items() if verbose or (len(text) <= LINE and key != "files")}
+            left_out += [key] if len(short) < len(rows) and not short else [name for name in rows if name not in short]
+            if short or not rows:
+                yield f"{key}:" + ("" if rows else " none")
+            yield from (f"  {name}: {text}" for name, text in short.items())
+        else:
+            yield f"{key}: {_text(value)}"
+    if left_out:
+        yield f"more with -v or --json: {', '.join(left_out)}"
+
+
 def _text(value: Any) -> str:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return ", ".join(value)
     if isinstance(value, bool) or not isinstance(value, int):
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return f"{value:,}" if value >= 100_000 else str(value)
@@ -116,11 +134,9 @@ def _show_prompts(name: str, prompts: Any, as_json: bool) -> int:
     if not prompts:
         raise UsageError(f"model {name!r} names no prompts (bitdance.json has no 'prompts'); any text may be tried")
     if as_json:
-        print(json.dumps(prompts, ensure_ascii=False))
+        print_json(prompts)
         return 0
     for group, words in prompts.items() if isinstance(prompts, dict) else (("", prompts),):
-        if group:
-            print(f"{group}:")
-        for word in words if isinstance(words, list) else [words]:
-            print(("  " if group else "") + _text(word))
+        lines = [("  " if group else "") + _text(word) for word in (words if isinstance(words, list) else [words])]
+        print_page([*([f"{group}:"] if group else []), *lines])
     return 0

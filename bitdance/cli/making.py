@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from bitdance.cli import report
+from bitdance.cli import print_page, report
 from bitdance.cli.finishing import Decoder, Finisher, Pixels
 from bitdance.cli.generate import Order
 from bitdance.cli.loading import load
@@ -37,10 +37,9 @@ def make(order: Order) -> int:
     output = OutputFolder(order.output, order.model, order.shard)
     output.check_writable()
     maker = Maker(order, output)
-    with StopSignals() as stop, warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+    with StopSignals() as stop:
         try:
-            with output.held(), Progress(len(order.jobs)) as progress:
+            with output.held(), Progress(len(order.jobs), order.quiet) as progress:
                 pipe: BitDancePipeline | None = None
                 for jobs in _windows(order.jobs):
                     todo = output.missing(jobs, order.hash)
@@ -81,9 +80,9 @@ def conclude(
 ) -> int:
     """Say what is there now; the exit code. `before`: pictures that were there already."""
     count = len(order.jobs) - len(failures)
-    print(f"{count} picture{'' if count == 1 else 's'} in {order.output} ({made} made, {before} there before)")
-    if grid_path is not None:
-        print(f"grid: {grid_path}")
+    if not order.quiet:
+        lines = [f"{count} picture{'' if count == 1 else 's'} in {order.output} ({made} made, {before} there before)"]
+        print_page([*lines, *([f"grid: {grid_path}"] if grid_path else [])])
     if failures:
         report(
             f"{len(failures)} of {len(order.jobs)} pictures failed: {failures[0][1]}; "
@@ -113,7 +112,8 @@ class Maker:
         A batch that fails is halved until the broken job stands alone. In `with held():` a signal has to wait.
         `show` gets the count of finished pictures, those of the batch at work by their share. OSError: writing failed.
         """
-        decoder, finisher = Decoder(pipe), Finisher(self._save)
+        decoder = Decoder(pipe)
+        finisher = Finisher(self._save, lambda job: self.failures.append((job, pipe.not_finite())))
         queue = deque(batches(jobs, self.order.batch_size, _length(pipe)))
 
         def on_block(_: Any, step: int, share: float, values: dict[str, Any]) -> None:
@@ -161,6 +161,8 @@ class Maker:
     def _save(self, job: Job, picture: Image.Image, seconds: float) -> None:
         self.output.save(job, picture, self.order.metadata(job), seconds)
         self.made += 1
+        if self.order.verbose:
+            print_page([f"{self.output.folder / job.file}: {seconds:.2f} s"])
 
 
 def _length(pipe: "BitDancePipeline") -> Callable[[Job], int]:
@@ -201,7 +203,3 @@ def write_grid(jobs: Iterable[Job], failures: Failures, output: OutputFolder) ->
 def _opened(path: Path) -> Image.Image:
     with Image.open(path, formats=["PNG"]) as picture:
         return picture.convert("RGB")
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    report(str(message), "warning")

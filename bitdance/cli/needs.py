@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from bitdance.backbone import Backbone
 from bitdance.bench.shapes import Shape
+from bitdance.foreign import build_config
 from bitdance.head import BinaryDiffusionHead
 from bitdance.kernels import PACK_LIMIT
 from bitdance.pipeline import DECODE_BYTES, DTYPES
@@ -129,7 +130,7 @@ def _parts(shape: Shape, quantize: str | None, quantize_head: str | None, itemsi
     """LLM without embedding, embedding, head, projector, decoder."""
     c = shape.head
     with torch.device("meta"):
-        backbone = Backbone(AutoModel.from_config(AutoConfig.for_model(**shape.backbone)))
+        backbone = Backbone(AutoModel.from_config(build_config(shape.backbone)))
         head, projector = BinaryDiffusionHead(c), Projector(c.ch_target, c.ch_cond)
         decoder = Decoder(shape.tokenizer)
     table = backbone.lm.get_input_embeddings().weight.numel()

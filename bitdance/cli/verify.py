@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bitdance.cli import Parser, UsageError
-from bitdance.cli.devices import usable_device
-from bitdance.cli.generate import DTYPES, QUANTIZE, QUANTIZE_HEAD
+from bitdance.cli import Parser, UsageError, number, print_json, print_page
+from bitdance.cli.devices import DTYPE_HELP, DTYPES, usable_device, usable_dtype
+from bitdance.cli.generate import QUANTIZE, QUANTIZE_HEAD
 from lfq_tokenizer.text import SHOWN, listed
 
 PICTURES = 2  # that two renditions are compared on, unless --pictures says otherwise
@@ -47,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
         if options.at_least is not None and facts["agreement"]["agree"] < options.at_least:
             share, asked = _percent(facts["agreement"]["agree"]), _percent(options.at_least)
             facts["problems"].append(f"{share} of bits agree, at least {asked} were asked for")
-    print(json.dumps(facts, ensure_ascii=False, indent=2) if options.json else "\n".join(_lines(facts)))
+    print_json(facts) if options.json else print_page(_lines(facts, options.verbose))
     return 1 if facts["problems"] else 0
 
 
@@ -61,12 +61,13 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--against", metavar="OTHER", help="folder to compare with, tensor by tensor; other values are no error")
     parser.add_argument("--tolerance", type=float, metavar="X", help="… unless they are more than X apart; 0: bit for bit")
     parser.add_argument("--json", action="store_true", help="one JSON object with every tensor and every file")
+    parser.add_argument("-v", "--verbose", action="store_true", help="also the SHA-256 of every file")
     group = parser.add_argument_group(
         "bits that two renditions predict, teacher-forced",
         "The reference is OTHER or, without --against, MODEL itself. It makes pictures, and both predict every block given the "
         "reference's earlier bits and the same random draws.",
     )
-    group.add_argument("--dtype", choices=DTYPES, help="of MODEL; default: bfloat16 on cuda, else float32")
+    group.add_argument("--dtype", choices=DTYPES, help=f"of MODEL; {DTYPE_HELP}")
     group.add_argument("--quantize", choices=QUANTIZE, help="MODEL's LLM in 8 or 4 bits")
     group.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="MODEL's head in 8 bits")
     group.add_argument("--against-dtype", choices=DTYPES, help="of the reference; default: bfloat16 on cuda, else float32")
@@ -74,10 +75,10 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="of the pictures, may be repeated")
     prompts.add_argument("--prompts", metavar="FILE", help="one prompt per line; default: what the model knows, or four of ours")
     group.add_argument("--pictures", type=int, metavar="N", help=f"default: one per prompt given, else {PICTURES}")
-    group.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next one (default: 0)")
-    group.add_argument("--height", type=int, metavar="H", help="pixels; default: the model's")
-    group.add_argument("--width", type=int, metavar="W", help="pixels; default: the model's")
-    group.add_argument("--steps", type=int, help="sampler steps per block; default: the model's")
+    group.add_argument("--seed", type=number("seed"), default=0, help="of the first picture (default: 0), counting up")
+    group.add_argument("--height", type=number("height"), metavar="H", help="pixels; default: the model's")
+    group.add_argument("--width", type=number("width"), metavar="W", help="pixels; default: the model's")
+    group.add_argument("--steps", type=number("steps"), help="sampler steps per block; default: the model's")
     group.add_argument("--device", help="default: cuda where there is one, else cpu")
     group.add_argument("--at-least", type=float, metavar="SHARE", help="exit code 1 when a smaller share of bits agrees")
     options = parser.parse_args(argv)
@@ -99,8 +100,7 @@ def _wants_agreement(options: argparse.Namespace) -> bool:
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
     """Device and dtypes. UsageError, before anything is read, when nothing differs between the two."""
     device = usable_device(options.device)
-    own = "bfloat16" if device.startswith("cuda") else "float32"
-    dtype, other = options.dtype or own, options.against_dtype or own
+    dtype, other = usable_dtype(options.dtype, device), usable_dtype(options.against_dtype, device)
     if options.against is None and dtype == other and not (options.quantize or options.quantize_head):
         raise UsageError(
             f"both sides would be the same model in {dtype}; add --against OTHER, --dtype, --quantize or --quantize-head"
@@ -182,7 +182,7 @@ def _judge_difference(facts: dict[str, Any], tolerance: float | None) -> None:
         facts["problems"].append(f"{len(bad)} tensors are more than {tolerance:g} apart: {names}")
 
 
-def _lines(facts: dict[str, Any]) -> list[str]:
+def _lines(facts: dict[str, Any], verbose: bool) -> list[str]:
     counts = f"{facts['parameters']:,} parameters in {facts['tensors']} tensors"
     lines = [f"{facts['model']}: {counts}, fingerprint {facts['fingerprint']}"]
     for name, part in facts["parts"].items():
@@ -191,7 +191,10 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         if known := part["published"]:
             line += f"   {'as' if known['equal'] else 'NOT as'} published: {known['name']}, {known['parameters']:,}"
         lines.append(line)
-    lines += [f"  {file['sha256']}  {name}" for name, file in facts["files"].items()]
+    if verbose:
+        lines += [f"  {file['sha256']}  {name}" for name, file in facts["files"].items()]
+    else:
+        lines.append(f"  {len(facts['files'])} files, whose SHA-256 -v and --json show")
     if "difference" in facts:
         lines += _difference_lines(facts["difference"])
     if "agreement" in facts:

@@ -26,7 +26,7 @@ from bitdance.formats.source import (
 )
 from bitdance.formats.stored import Held, pieces, write_pieces
 from bitdance.sizes import EXTRAS_FILE
-from lfq_tokenizer.files import check_room, fsync, whole_folder
+from lfq_tokenizer.files import check_room, fsync, whole_folder, write_text
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.text import SHOWN
 
@@ -119,8 +119,9 @@ def _write(source: Source, kind: Format, files: Files, folder: Path, dtype: torc
         write_json(index, folder / f"{stem}.safetensors.index.json")
     kind.finish(source, folder)
     if source.is_pipeline():
-        text = card_text(source.bitdance_json(), {**facts_of(source.folder), "format": kind.name})
-        (folder / CARD).write_text(text, encoding="utf-8")
+        dtypes = {str(_target(held, dtype)).removeprefix("torch.") for _, _, held in source.tensors()}
+        facts = {**facts_of(source.folder), "format": kind.name, "dtypes": sorted(dtypes)}
+        write_text(card_text(source.bitdance_json(), facts), folder / CARD)
 
 
 def _files(source: Source, kind: Format, dtype: torch.dtype | None, limit: int) -> Files:

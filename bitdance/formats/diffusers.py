@@ -18,6 +18,7 @@ from typing import Any
 from bitdance.formats.source import AUTOENCODER, HEAD, PROJECTOR, TEXT, TEXT_CONFIG, Source
 from bitdance.formats.source import STEMS as OFFICIAL
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG
+from lfq_tokenizer.files import links_are_ours, write_text
 from lfq_tokenizer.json_file import read_json, write_json
 
 INDEX = "model_index.json"
@@ -58,11 +59,11 @@ def finish(source: Source, folder: Path) -> None:
     write_json(_index(source), folder / INDEX)
     package = folder / "bitdance_diffusers"
     package.mkdir()
-    (folder / "pipeline.py").write_text(_shim("bitdance_diffusers", PIPELINE), encoding="utf-8")
-    (package / "__init__.py").write_text("", encoding="utf-8")
+    write_text(_shim("bitdance_diffusers", PIPELINE), folder / "pipeline.py")
+    write_text("", package / "__init__.py")
     for part, name in CLASSES.items():
         module = f"modeling_{part}"
-        (package / f"{module}.py").write_text(_shim(f"bitdance_diffusers.{module}", name), encoding="utf-8")
+        write_text(_shim(f"bitdance_diffusers.{module}", name), package / f"{module}.py")
 
 
 def _projector(source: Source) -> dict[str, Any]:
@@ -115,6 +116,7 @@ def as_official(folder: Path) -> Path:
     view = tempfile.TemporaryDirectory(prefix="bitdance-")
     target = Path(view.name) / folder.resolve().name
     target.mkdir()
+    links_are_ours(target)
     for part in CLASSES:
         (target / f"{OFFICIAL[part]}.safetensors").symlink_to((folder / f"{STEMS[part]}.safetensors").resolve())
     for path in sorted((folder / TEXT).iterdir()):

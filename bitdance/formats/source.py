@@ -43,7 +43,7 @@ class Source:
         if not alone:
             check_folder(folder)
         stems = {AUTOENCODER: STEMS[AUTOENCODER]} if alone else STEMS
-        parts: dict[str, dict[str, Held]] = {part: dict(_tensors(folder, stem)) for part, stem in stems.items()}
+        parts: dict[str, dict[str, Held]] = {part: dict(stored_tensors(folder, stem)) for part, stem in stems.items()}
         return cls(folder, parts, origin={"kind": "tokenizer" if alone else "model"})
 
     def is_pipeline(self) -> bool:
@@ -80,7 +80,8 @@ class Source:
                 yield part, name, self.parts[part][name]
 
 
-def _tensors(folder: Path, stem: str) -> Mapping[str, Held]:
+def stored_tensors(folder: Path, stem: str) -> Mapping[str, Held]:
+    """Name → tensor of the part whose files begin with `stem`: one file, or several that an index names."""
     index = folder / f"{stem}.safetensors.index.json"
     if (folder / f"{stem}.safetensors").is_file() or not index.is_file():
         return open_stored(folder / f"{stem}.safetensors")

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lfq_tokenizer.files import whole_file
 from lfq_tokenizer.weights import read_shapes
 
 PIECE = 2**22  # numbers that are in memory at a time
@@ -105,7 +106,7 @@ def write_pieces(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with whole_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             shape, dtype, parts = tensors[name]

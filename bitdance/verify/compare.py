@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitdance.checkpoint import LM_CONFIG
+from bitdance.foreign import load_text_tokenizer
 from bitdance.formats.stored import PIECE
 from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
 from bitdance.verify.examine import Place, places_of
@@ -112,7 +113,5 @@ def _flat(value: Any, before: str = "") -> dict[str, Any]:
 
 def _texts(first: Path, second: Path) -> list[str]:
     """Those of a few texts of which the two text tokenizers make other tokens; user text and special tokens alike."""
-    from transformers import AutoTokenizer
-
-    one, other = (AutoTokenizer.from_pretrained(str(folder), local_files_only=True) for folder in (first, second))
+    one, other = map(load_text_tokenizer, (first, second))
     return [text for text in TEXTS if one(text)["input_ids"] != other(text)["input_ids"]]

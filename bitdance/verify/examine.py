@@ -21,7 +21,8 @@ from bitdance.checkpoint import (
     TOKENIZER_WEIGHTS,
     check_folder,
 )
-from bitdance.cli.model_files import fingerprint, parts
+from bitdance.cli.model_files import parts
+from bitdance.fingerprint import fingerprint
 from bitdance.formats.stored import PIECE
 from bitdance.head import HeadConfig
 from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG

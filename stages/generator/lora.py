@@ -13,7 +13,7 @@ import torch
 
 from bitdance.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, adaptable
 from bitdance.checkpoint import DEMO, load_model
-from bitdance.cli.model_files import fingerprint
+from bitdance.fingerprint import fingerprint
 from bitdance.head import HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.quantize import quietly

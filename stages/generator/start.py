@@ -8,6 +8,7 @@ import torch
 
 from bitdance.backbone import Backbone
 from bitdance.checkpoint import load_model
+from bitdance.foreign import load_text_tokenizer
 from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
@@ -52,9 +53,7 @@ def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]],
     head = HeadConfig.from_dict({"ch_target": tokenizer.config.z_channels, "ch_cond": int(config["hidden_size"]), **t.head})
     sides = t.resolution_tokens or LARGEST_SIDE // tokenizer.downsampling
     if t.pretrained:
-        from transformers import AutoTokenizer
-
-        text_tokenizer = AutoTokenizer.from_pretrained(t.pretrained, local_files_only=True)
+        text_tokenizer = load_text_tokenizer(t.pretrained)
         add_image_tokens(text_tokenizer, sides, head.parallel_num - 1)
         backbone = Backbone.from_pretrained(t.pretrained, dtype)
         if backbone.vocabulary_size < len(text_tokenizer):

@@ -11,13 +11,14 @@ import torch
 
 from bitdance.backbone import Backbone
 from bitdance.checkpoint import LM_CONFIG
+from bitdance.foreign import load_text_tokenizer
 from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
 from bitdance.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
-from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG, read_config
+from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
-from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.json_file import read_config, read_json
 from stages.chain import check_backbone, stage_head
 from stages.checkpoint import model_folder
 from stages.config import PARTS, GeneratorTraining, TrainingConfig
@@ -53,10 +54,8 @@ class Shape:
         if training.pretrained:
             path = Path(training.pretrained) / LM_CONFIG
             if path.is_file():
-                from transformers import AutoTokenizer
-
                 backbone = read_config(path, dict)
-                words = len(AutoTokenizer.from_pretrained(training.pretrained, local_files_only=True))
+                words = len(load_text_tokenizer(training.pretrained))
             else:
                 absent.append(f"generator.pretrained = {training.pretrained!r}")
         if "hidden_size" not in backbone:
