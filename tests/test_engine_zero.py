@@ -76,11 +76,13 @@ def refused(folder: Path, rank: int) -> None:
     for zero in STAGES:
         run, original, calls = folder / f"full_{zero}", weights.save_file, 0
 
-        def full(*arguments: Any, original: Any = original, **options: Any) -> None:
+        # of process 1 the second checkpoint's part; of process 0, which alone writes under ZeRO 0, its model
+        fails, at = (1, 2) if zero else (0, 4)
+
+        def full(*arguments: Any, original: Any = original, fails: int = fails, at: int = at, **options: Any) -> None:
             nonlocal calls
             calls += 1
-            # of process 1 the second checkpoint's part, of process 0 (alone under ZeRO 0) its model
-            if calls == (4 if not zero else 2) and rank == (0 if not zero else 1):
+            if calls == at and rank == fails:
                 raise weights.SafetensorError("I/O error: No space left on device (os error 28)")
             original(*arguments, **options)
 

@@ -1,5 +1,6 @@
 """A run has its folder for itself, whoever else wants it and however its owner ended; nothing is left or told twice."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,10 +67,8 @@ def ended() -> Iterator[list[Any]]:
     yield started
     for process in started:
         number = process.pid if isinstance(process, subprocess.Popen) else process
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         if isinstance(process, subprocess.Popen):
             process.wait()
             process.stdout.close()
