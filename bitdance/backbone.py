@@ -275,7 +275,11 @@ def _grown(weight_VD: nn.Parameter, size: int, generator: torch.Generator) -> nn
 
 
 def _new_model(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype is None else dtype)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32 if dtype is None else dtype, trust_remote_code=False)
+    except Exception as error:  # the library raises many kinds for values that do not fit together
+        kind = config.model_type
+        raise ValueError(f"backbone config of family {kind!r} was refused: {type(error).__name__}: {error}") from error
 
 
 def _dtype_of(folder: Path) -> torch.dtype | str:

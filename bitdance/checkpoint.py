@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from bitdance.backbone import Backbone
-from bitdance.foreign import load_text_tokenizer
+from bitdance.foreign import build_config, load_text_tokenizer
 from bitdance.formats.diffusers import as_official, is_diffusers
 from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
@@ -119,6 +119,7 @@ def check_folder(folder: Path) -> HeadConfig:
     config = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict)
     tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
     lm = read_config(folder / LM_CONFIG, dict)
+    read_config(folder / LM_CONFIG, build_config)
     for name, value, file, other, expected in (
         ("ch_target", config.ch_target, TOKENIZER_CONFIG, "z_channels", tokenizer.z_channels),
         ("ch_cond", config.ch_cond, LM_CONFIG, "hidden_size", lm.get("hidden_size")),
@@ -133,7 +134,7 @@ def check_folder(folder: Path) -> HeadConfig:
     found = _lm_shapes(folder)
     # Other families may be stored under other names than in memory; there transformers checks while loading.
     if lm.get("model_type") == "qwen3":
-        backbone = _on_meta(lambda: Backbone.from_config(lm))
+        backbone = _on_meta(lambda: read_config(folder / LM_CONFIG, Backbone.from_config))
         shapes = _shapes(backbone.lm)
         if lm.get("tie_word_embeddings") and "lm_head.weight" not in found:
             del shapes["lm_head.weight"]

@@ -117,12 +117,14 @@ class PromptFile:
         for number, (line, length) in enumerate(_split(self._stream, self.label), 1):
             if line.strip():
                 try:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                         decoded(line, self.label)
                     at = f"not UTF-8 at byte {position + error.start} of the file"
                     raise ValueError(f"{self.label} line {number}: {at}; save it as UTF-8") from None
+                if text.strip():  # other blanks than ASCII's, or a byte order mark alone
+                    yield number, text
             position += length
 
 

@@ -77,4 +77,8 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, **said: Any) 
     if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset = {shown(name)}; allowed are {', '.join(PRESETS)}")
     steps = defaults.get("num_inference_steps") if preset is None else None
-    return PRESETS[name].changed(guidance=defaults.get("guidance_scale"), steps=steps).changed(**said)
+    try:
+        own = PRESETS[name].changed(guidance=defaults.get("guidance_scale"), steps=steps)
+    except ValueError as error:
+        raise ValueError(f'"defaults" of bitdance.json: {error}') from None
+    return own.changed(**said)

@@ -18,7 +18,7 @@ from distill.documents import DistillBatch
 from distill.fit import check_teacher
 from distill.growth import check_sides, grow
 from distill.objective import DistillObjective
-from distill.targets import joined, with_cached_draws
+from distill.targets import check_targets, joined, with_cached_draws
 from distill.teacher import Teacher, origin
 from distill.view import teacher_views
 from lfq_tokenizer import LFQTokenizer
@@ -60,6 +60,9 @@ class DistillRecipe(GeneratorRecipe):
             sources += [Source(source.data, (weights.data or 1.0) * source.weight / together) for source in real]
         if weights.samples:
             sources.append(Source(ShardDataset(ShardIndex.open(self.distill.samples)), weights.samples))
+        if self.distill.cached:
+            for source in sources:
+                source.data.accept = check_targets  # a broken member costs its sample
         return sources
 
     def start(self, dtype: torch.dtype) -> BitDanceModel:

@@ -59,8 +59,12 @@ def vision_loss(pipe: BitDancePipeline, heldout: ShardDataset) -> float:
 def report(models: dict[str, str], a: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
     """All figures by model, and the pictures."""
     unseen = ShardDataset(ShardIndex.open(a.heldout))
-    prompts = [unseen.caption(number)[0][0] for number in range(0, len(unseen), max(1, len(unseen) // COLUMNS))][:COLUMNS]
-    size = (unseen.shape(0).height, unseen.shape(0).width)
+    spread = range(0, len(unseen), max(1, len(unseen) // COLUMNS))
+    prompts = [captions[0] for captions, _ in filter(None, (unseen.readable(unseen.caption, i) for i in spread))][:COLUMNS]
+    shape = next(filter(None, (unseen.readable(unseen.shape, i) for i in range(len(unseen)))), None)
+    if not prompts or shape is None:
+        raise ValueError(f"--heldout {' '.join(a.heldout)}: no sample can be read; see `bitdance data inspect`")
+    size = (shape.height, shape.width)
     gallery = open_gallery(open_pipe(next(iter(models.values()))), a.train, a.heldout)
     figures: dict[str, Any] = {}
     pictures: list[Image.Image] = []

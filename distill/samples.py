@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,9 +11,17 @@ from bitdance.generate import generate_bits
 from bitdance.sampling import choose
 from distill.desk import Desk
 from stages.data.bits import pack_bits
-from stages.data.mixture import Place
-from stages.data.sample import CaptionedPicture
+from stages.data.sample import CaptionedPicture, Skipped
 from stages.generator.documents import slot_generator
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is known of the sample in a slot: the picture will show one of its captions."""
+
+    slot: int
+    captions: list[str]
+    attributes: dict[str, Any]
 
 
 class Samples:
@@ -29,32 +37,36 @@ class Samples:
         self.sampling = choose(defaults, steps=steps, guidance=float(desk.distill.guidance))
         self._digest = hashlib.sha256()
 
-    def __iter__(self) -> Iterator[CaptionedPicture]:
-        waiting: dict[tuple[int, int], list[tuple[int, Place]]] = {}  # pictures of one size are made together
+    def __iter__(self) -> Iterator[CaptionedPicture | Skipped]:
+        waiting: dict[tuple[int, int], list[Asked]] = {}  # pictures of one size are made together
         for slot in self.slots:
             place = self.desk.mixture.at(slot)
-            size = self.desk.mixture.size(place, self.desk.buckets)
-            waiting.setdefault(size, []).append((slot, place))
+            data = self.desk.sources[place.source].data
+            try:
+                captions, attributes = data.caption(place.number)
+                size = self.desk.mixture.size(place, self.desk.buckets)
+            except ValueError as error:
+                yield Skipped(data.name(place.number), getattr(error, "reason", "cannot be read"), str(error))
+                continue
+            waiting.setdefault(size, []).append(Asked(slot, captions, attributes))
             if len(waiting[size]) == self.batch_size:
                 yield from self._made(size, waiting.pop(size))
         for size, group in waiting.items():
             yield from self._made(size, group)
 
-    def _made(self, size: tuple[int, int], group: list[tuple[int, Place]]) -> Iterator[CaptionedPicture]:
+    def _made(self, size: tuple[int, int], group: list[Asked]) -> Iterator[CaptionedPicture]:
         desk, s = self.desk, self.desk.tokenizer.downsampling
-        captions: list[str] = []
-        attributes: list[dict[str, Any]] = []
-        generators = [slot_generator(desk.seed, slot) for slot, _ in group]
-        for (_, place), generator in zip(group, generators, strict=True):
-            known, about = desk.sources[place.source].data.caption(place.number)
-            captions.append(known[int(torch.rand((), generator=generator) * len(known))])
-            attributes.append(about)
+        generators = [slot_generator(desk.seed, asked.slot) for asked in group]
+        captions = [
+            asked.captions[int(torch.rand((), generator=generator) * len(asked.captions))]
+            for asked, generator in zip(group, generators, strict=True)
+        ]
         grid = (size[0] // s, size[1] // s)
         bits_BChw = generate_bits(desk.teacher, captions, *grid, self.sampling, generators).cpu()
-        for (slot, _), caption, about, bits_Chw in zip(group, captions, attributes, bits_BChw, strict=True):
+        for asked, caption, bits_Chw in zip(group, captions, bits_BChw, strict=True):
             bits = pack_bits(bits_Chw)
             self._digest.update(bits)
-            yield CaptionedPicture(f"{slot:09d}", None, [caption], about, encoded=bits, ending="bits")
+            yield CaptionedPicture(f"{asked.slot:09d}", None, [caption], asked.attributes, encoded=bits, ending="bits")
 
     def describe(self) -> dict[str, Any]:
         return {"name": "samples", **asdict(self.sampling), "sha256": self._digest.hexdigest(), **self.desk.origin()}

@@ -22,11 +22,19 @@ from torch import Tensor
 from bitdance.draws import ImageDraws
 from bitdance.head import HeadConfig
 from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch
+from lfq_tokenizer.json_file import parse_json
+from stages.data.shards import Sample
 from stages.generator.documents import Drawn
 
 MAGIC = b"TARGETS1"
 _LENGTH = struct.Struct("<I")
 DRAWS = ("parallel_num", "ch_target", "diff_batch_mul", "time_schedule", "P_mean", "P_std", "time_shift")
+
+
+class BrokenTargets(ValueError):
+    """The predictions beside a sample cannot be read."""
+
+    reason = "targets unreadable"
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Targets:
             raise ValueError(f"not a .targets member: it starts with {data[:8]!r} and holds {len(data)} bytes")
         end = start + _LENGTH.unpack_from(data, len(MAGIC))[0]
         try:
-            said = json.loads(data[start:end])
+            said = parse_json(data[start:end], "its opening")
             seed, shape = said.pop("seed"), said.pop("shape")
             if type(seed) is not int or len(shape) != 4 or not all(type(side) is int and side > 0 for side in shape):
                 raise ValueError("seed or shape is no number")
@@ -61,6 +69,15 @@ class Targets:
         if numbers.size != np.prod(shape, dtype=object):
             raise ValueError(f".targets member of shape {tuple(shape)} holds {len(data) - end} bytes; write the targets again")
         return cls(seed, said, torch.from_numpy(numbers.astype(np.float16).reshape(shape)))
+
+
+def check_targets(sample: Sample) -> None:
+    """BrokenTargets for a sample whose `.targets` member is broken; that it has none is another matter."""
+    try:
+        if sample.targets is not None:
+            Targets.from_bytes(sample.targets)
+    except ValueError as error:
+        raise BrokenTargets(str(error)) from None
 
 
 def settings(head: HeadConfig, guidance: float) -> dict[str, Any]:

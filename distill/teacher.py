@@ -11,6 +11,7 @@ from bitdance.model import Attention, BitDanceModel
 from bitdance.sequence import TrainingBatch
 from distill.config import DistillTraining
 from distill.view import TeacherView
+from lfq_tokenizer.entropy import without_autocast
 from stages.checkpoint import model_folder
 
 
@@ -54,7 +55,7 @@ class Teacher:
         predicted = []
         for view in views:
             # the student's autocast is none of the teacher's business
-            with torch.autocast(device.type, enabled=False):
+            with without_autocast(device):
                 rows_KTC = self.model(view.seen(student).to(device), attention=attention).predicted_rows
             predicted.append(view.as_student(rows_KTC.float().to(home), student.draws))
         if len(predicted) == 1:

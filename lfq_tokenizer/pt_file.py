@@ -8,15 +8,13 @@ Two layouts are known (published checkpoints):
     tokenizer   {"state_dict": {encoder.*, decoder.*, and further keys, such as losses}}
     generator   {"model", "optimizer", "epochs", "args", ["ema"]}, whose state dicts hold the tokenizer as vae.*
 
-The file is a pickle. torch's restricted reader builds tensors, plain containers and argparse.Namespace (`args`, which is data and
-not used); anything else is refused before it is built.
+The file is a pickle, which `pickles.py` looks through first: tensors, plain containers and argparse.Namespace (`args`, which is
+data and not used) are built; anything else is refused before it is built, and so is what would grow beyond the file.
 """
 
 import argparse
-import contextlib
-import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,8 @@ import torch
 from torch import Tensor
 
 from lfq_tokenizer.config import TokenizerConfig
-from lfq_tokenizer.text import SHOWN
+from lfq_tokenizer.pickles import Refused, read_torch
+from lfq_tokenizer.text import SHOWN, printable
 from lfq_tokenizer.tokenizer import LFQTokenizer
 from lfq_tokenizer.weights import check_shapes
 
@@ -74,44 +73,24 @@ def read_pt(path: Path | str) -> tuple[LFQTokenizer, PtReport]:
 
 
 def _load(path: Path) -> Mapping[Any, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give the .pt file of a tokenizer or of a class-conditional generator")
     try:
-        with _only(argparse.Namespace):
-            try:
-                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap" not in str(error):
-                    raise
-                content = torch.load(path, map_location="cpu", weights_only=True)  # the layout before 2020
+        content = read_torch(path, argparse.Namespace, mmap=True)
+    except Refused as error:
+        raise ValueError(
+            f"{path} asks for {error.named}, which could run code; refused, and nothing was run. Only tensors, plain containers "
+            "and argparse.Namespace are read. If you trust whoever made the file, ask for safetensors."
+        ) from None
     except Exception as error:  # a broken pickle may raise anything
-        # torch's own text advises to switch the protection off
-        named = re.search(r"GLOBAL ([\w.<>]+)", str(error))
-        if named:
-            raise ValueError(
-                f"{path} asks for {named[1]}, which could run code; refused, and nothing was run. Only tensors, plain containers "
-                "and argparse.Namespace are read. If you trust whoever made the file, ask for safetensors."
-            ) from None
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        # of torch's own text only the first line: it goes on to advise to switch the protection off
+        reason = printable(str(error).splitlines()[0][:200]) if str(error) else type(error).__name__
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is no readable .pt file ({reason}); nothing in it was run. Download it again."
         ) from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected a dictionary with one of {', '.join(STATE_DICTS)}")
     return content
-
-
-@contextlib.contextmanager
-def _only(*classes: type) -> Iterator[None]:
-    """What torch's restricted reader may build beside tensors; what other packages have added to its list does not count here."""
-    before = torch.serialization.get_safe_globals()
-    try:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(list(classes))
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
 
 
 def _part(key: Any, prefix: str) -> bool:
@@ -128,7 +107,7 @@ def _tokenizer_tensors(content: Mapping[Any, Any], path: Path | str) -> tuple[st
         if found:
             return name, found[0], state
     state = places[0][1] if places else content
-    shown = sorted({str(key).split(".")[0] for key in state})
+    shown = sorted({printable(str(key).split(".")[0][:100]) for key in state})
     more = f" and {len(shown) - SHOWN} more" if len(shown) > SHOWN else ""
     raise ValueError(
         f"{path} holds no tokenizer: no encoder.* or vae.encoder.* among {', '.join(shown[:SHOWN]) or 'no keys'}{more}. "

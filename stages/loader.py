@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from stages.config import RunConfig
+from stages.data.skipping import name_skipped
 from stages.recipe import Micro, Recipe
 
 
@@ -34,16 +35,21 @@ class MicroSteps(Dataset[Micro]):
 
 
 def micro_steps(recipe: Recipe, run: RunConfig, start: int, rank: int = 0, world: int = 1) -> Iterator[Micro]:
-    """All micro-steps from optimiser step `start` to the end of the run, in order; `run.workers` processes prepare them."""
+    """All micro-steps from optimiser step `start` to the end of the run, in order; `run.workers` processes prepare them.
+
+    Samples that could not be read are named once on standard error, whichever process met them.
+    """
     numbers = range(start * run.accumulation, run.steps * run.accumulation)
-    yield from DataLoader(
+    for micro in DataLoader(
         MicroSteps(recipe, run, rank, world),
         sampler=numbers,
         batch_size=None,
         num_workers=min(run.workers, len(numbers)),
         prefetch_factor=run.prefetch if run.workers and numbers else None,
         worker_init_fn=_begin_worker,
-    )
+    ):
+        name_skipped(micro.named)
+        yield micro
 
 
 def _begin_worker(worker: int) -> None:

@@ -32,6 +32,7 @@ class Micro:
     skipped: dict[str, int] = field(default_factory=dict)  # samples that could not be read and were replaced, by reason
     tokens: int = 0  # of the sequence, without padding; 0 where there is no sequence
     positions: int = 0  # with padding
+    named: dict[str, str] = field(default_factory=dict)  # the samples that were replaced → why
 
 
 class Recipe(Protocol):

@@ -9,7 +9,6 @@ Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or config, 130 and 143 s
 import argparse
 import difflib
 import io
-import logging
 import os
 import sys
 import warnings
@@ -152,8 +151,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(
             errors="backslashreplace"
         )  # a terminal without "×" must not turn an answer into an error
-    for talkative in ("torchao", "torch.utils._pytree"):  # where torchao is installed, transformers imports it
-        logging.getLogger(talkative).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: report(str(message), "warning")
         return _run(argv)

@@ -98,8 +98,15 @@ def examine(folder: Path, own: Path | None = None) -> dict[str, Any]:
             for path in sorted((own or folder).rglob("*"))
             if path.is_file()
         },
-        "fingerprint": fingerprint(folder),
+        "fingerprint": _fingerprint(folder),
     }
+
+
+def _fingerprint(folder: Path) -> str:
+    try:
+        return fingerprint(folder)
+    except (ValueError, OSError):  # of a file whose fault stands among the problems
+        return "unknown"
 
 
 def value_range(tensor: Tensor) -> tuple[float, float, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -102,11 +103,9 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer a parsed `data` command; 0, or 2 with a message for what the user can mend."""
-    try:
-        return {"pack": _pack, "index": _index, "inspect": _inspect}[args.data_action](args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"bitdance data: error: {error}", file=sys.stderr)
-        return 2
+    from stages.cli import guarded
+
+    return guarded("bitdance data", lambda _: {"pack": _pack, "index": _index, "inspect": _inspect}[args.data_action](args), [])
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -115,9 +114,19 @@ def _pack(args: argparse.Namespace) -> int:
     options = PackOptions(args.samples_per_shard, args.max_bad, args.overwrite, progress=True)
     source = {"icons": _icons, "folder": _folder, "tiles": _tiles}[args.data_source](args)
     report = pack(source, args.out, options)
-    skipped = ", ".join(f"{count} {reason}" for reason, count in report["skipped"].items()) or "none"
-    print(f"{args.out}: {report['samples']} samples in {len(report['shards'])} shards; skipped: {skipped}")
+    print(f"{args.out}: {report['samples']} samples in {len(report['shards'])} shards; skipped: {counts(report['skipped'])}")
+    if args.data_source == "folder":
+        print(source.sizes())
+    if notes := {what: count for what, count in getattr(source, "notes", {}).items() if count}:
+        print(f"not looked at, or changed: {counts(notes)}", file=sys.stderr)
     return 0
+
+
+def counts(reasons: Mapping[str, int]) -> str:
+    """ "3 format, 1 truncated", or "none"."""
+    from lfq_tokenizer.text import printable
+
+    return ", ".join(f"{count} {printable(reason)}" for reason, count in reasons.items()) or "none"
 
 
 def _icons(args: argparse.Namespace) -> Any:
@@ -165,38 +174,43 @@ def _tiles(args: argparse.Namespace) -> Any:
 
 
 def _index(args: argparse.Namespace) -> int:
+    from lfq_tokenizer.text import printable
     from stages.data.index_file import write_index
 
-    counts = write_index(args.shards, args.out, progress=True)
-    print(f"{args.out}: {counts['samples']} samples in {counts['shards']} shards")
-    if counts["unreadable"]:
-        print(f"header unreadable: {counts['unreadable']} samples, which training will skip")
-    for reason, count in counts["left_out"].items():
-        print(f"left out: {count} {reason}")
+    found = write_index(args.shards, args.out, progress=True)
+    print(f"{args.out}: {found['samples']} samples in {found['shards']} shards")
+    if found["unreadable"]:
+        print(f"header unreadable: {found['unreadable']} samples, which training will skip")
+    for reason, count in found["left_out"].items():
+        print(f"left out: {count} {printable(reason)}")
     return 0
 
 
 def _inspect(args: argparse.Namespace) -> int:
+    from lfq_tokenizer.text import printable
     from stages.data.shards import ShardIndex
     from stages.data.summary import summarise
 
+    if args.examples < 0:
+        raise ValueError(f"--examples {args.examples}: give 0 or more")
     summary = summarise(ShardIndex.open(args.shards), args.examples)
     if args.json:
-        print(json.dumps(summary, ensure_ascii=False, indent=1))
+        print(json.dumps(summary, indent=1))  # in ASCII: a caption may hold what steers a terminal
         return 0
     print(
         f"{summary['samples']} samples in {len(summary['shards'])} shards, {summary['bytes']} bytes, "
         f"hash {summary['hash'][:16]}"
     )
-    for reason, count in summary["left_out"].items():
-        print(f"left out: {count} {reason}")
+    for kind in ("left_out", "unreadable"):
+        for reason, count in summary[kind].items():
+            print(f"{kind.replace('_', ' ')}: {count} {printable(reason)}")
     for name, values in summary["attributes"].items():
         shown = ", ".join(f"{value} ({count})" for value, count in list(values.items())[:12])
-        print(f"{name}: {summary['distinct'][name]} values: {shown}")
+        print(printable(f"{name}: {summary['distinct'][name]} values: {shown}"))
     for example in summary["examples"]:
-        print(f"\n{example['key']} {example['picture']}")
+        print("\n" + printable(f"{example['key']} {example['picture']}"))
         for caption in example["captions"]:
-            print(f"  {caption}")
+            print(printable(f"  {caption}"))
     return 0
 
 

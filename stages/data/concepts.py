@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lfq_tokenizer.text import decoded, text_lines
+
 _COMPONENTS_AND_FLAGS = (None, 2, 9)
 _SHOWABLE_GROUPS = (3, 4, 5, 6, 7)  # animals & nature, food & drink, travel & places, activities, objects
 GROUP_NAMES = {
@@ -102,7 +104,7 @@ def choose(concepts: Sequence[Concept], wish: str) -> list[Concept]:
         concept.hexcode: concept for concept in concepts
     }
     chosen: dict[str, Concept] = {}
-    for number, line in enumerate(Path(wish).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text_lines(decoded(Path(wish).read_bytes(), Path(wish).name)), start=1):
         name = line.strip().lower()
         if not name or name.startswith("#"):
             continue

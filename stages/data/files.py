@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -44,8 +45,13 @@ class LocalFile:
     block = 2**13
 
     def __init__(self, path: str) -> None:
-        self.handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        self.size = os.fstat(self.handle).st_size
+        """OSError where the file cannot be opened; ValueError for a pipe or a device, which are never waited for."""
+        self.handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        found = os.fstat(self.handle)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(self.handle)
+            raise ValueError(f"{path} is no regular file; give a .tar file, a folder of them or an index file")
+        self.size = found.st_size
 
     def read(self, offset: int, size: int) -> bytes:
         data = b""

@@ -5,11 +5,11 @@ bitdance data pack folder shards/mine my-pictures --size 64 --table captions.jso
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +17,14 @@ from typing import Any
 
 from PIL import Image
 
-from stages.data.metadata import MEMBER_LIMITS
-from stages.data.picture import BrokenPicture, decode_picture
+from lfq_tokenizer import limits
+from lfq_tokenizer.json_file import read_bytes
+from stages.data.caption_table import Captioned, read_table
+from stages.data.caption_text import BrokenCaption, captions_of_text, too_long
+from stages.data.picture import ENDINGS, BrokenPicture, decode_picture
 from stages.data.sample import CaptionedPicture, Skipped
+from stages.data.walk import ending_of, listing, read_inside, shown_name, within
 
-ENDINGS = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 FITS = ("crop", "pad", "none")
 
 
@@ -44,9 +47,8 @@ class FolderOptions:
 class FolderSource:
     """The captioned pictures of a folder as a `PictureSource`.
 
-    Without a table every picture needs a .txt of the same name, one caption a line. A table has the columns `file` and
-    `caption` or `captions` (in JSONL a list, in CSV one text), or `prompt`, as manifest.jsonl of `bitdance generate` has; further
-    columns become attributes. A table may only name files inside the folder.
+    Without a table every picture needs a .txt of the same name, one caption a line; with one, see `caption_table`. A table may
+    only name files inside the folder. `notes` counts what was not looked at and what was done with the pictures.
     """
 
     def __init__(self, folder: str | os.PathLike[str], options: FolderOptions = FolderOptions()) -> None:
@@ -54,79 +56,97 @@ class FolderSource:
         self.options = options
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder; name the folder that holds the pictures")
-        self._rows = self._from_table(options.table) if options.table else self._from_text_files()
-        self.expected = len(self._rows)
+        found = listing(self.folder, [options.table] if options.table else [])
+        self.notes, self._unread = found.passed, found.unread
+        self._rows: dict[str, Captioned | str | None] = {**found.pictures}  # name → what the table says, or its .txt, or neither
+        if options.table:
+            self._rows = {**self._table(options.table)}
+            self._unread = {}
+            self.notes["pictures that the table does not name"] += sum(name not in self._rows for name in found.pictures)
+        self.expected = len(self._rows) + len(self._unread)
         self._digest = hashlib.sha256()
-        if not self._rows:
-            raise ValueError(f"{folder} holds no PNG, JPEG or WebP file")
+        self._sizes: Counter[tuple[int, int]] = Counter()
+        if not self.expected:
+            raise ValueError(f"{folder} holds no PNG, JPEG or WebP file, nor GIF, BMP, TIFF or AVIF; name another folder")
 
-    def _from_text_files(self) -> list[tuple[str, list[str] | None, dict[str, Any]]]:
-        rows: list[tuple[str, list[str] | None, dict[str, Any]]] = []
-        for path in sorted(self.folder.rglob("*")):
-            if path.suffix.lower() in ENDINGS and path.is_file():
-                name = path.relative_to(self.folder)
-                text = self._inside(name.with_suffix(".txt").as_posix())
-                captions = _lines(text) if text is not None and text.is_file() else None
-                rows.append((name.as_posix(), captions, {}))
-        return rows
-
-    def _from_table(self, name: str) -> list[tuple[str, list[str] | None, dict[str, Any]]]:
-        path = self._inside(name)
+    def _table(self, name: str) -> dict[str, Captioned]:
+        try:
+            path = within(self.folder, name)
+        except BrokenPicture:
+            path = None
         if path is None or not path.is_file():
             raise FileNotFoundError(f"--table {name}: no such file inside {self.folder}")
         if path.suffix.lower() not in (".jsonl", ".csv"):
             raise ValueError(f"--table {name}: expected a .jsonl or a .csv file")
-        rows = []
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            records = csv.DictReader(stream) if path.suffix.lower() == ".csv" else _json_lines(stream, name)
-            try:
-                for number, record in enumerate(records, start=1):
-                    rows.append(_row(record, name, number))
-            except csv.Error as error:
-                raise ValueError(f"{name}: no readable CSV ({error})") from error
-        return rows
-
-    def _inside(self, name: str) -> Path | None:
-        """The file of that name, if it lies inside the folder, links followed."""
-        try:
-            path = (self.folder / name).resolve()
-        except (OSError, ValueError):
-            return None
-        return path if path.is_relative_to(self.folder) else None
+        return read_table(path, name)
 
     def __iter__(self) -> Iterator[CaptionedPicture | Skipped]:
-        for name, captions, attributes in self._rows:
+        for name, known in self._rows.items():
             try:
-                yield self._sample(name, captions, attributes)
-            except BrokenPicture as error:
-                yield Skipped(name, error.reason)
+                yield self._sample(name, known)
+            except (BrokenPicture, BrokenCaption) as error:
+                yield Skipped(shown_name(name), error.reason, str(error))
+        for name, reason in self._unread.items():
+            yield Skipped(shown_name(name), reason)
 
-    def _sample(self, name: str, captions: list[str] | None, attributes: dict[str, Any]) -> CaptionedPicture:
-        path = self._inside(name)
-        if path is None:
-            raise BrokenPicture("outside the folder", name)
-        if not captions:
-            raise BrokenPicture("no caption", name)
-        if not path.is_file() or path.suffix.lower() not in ENDINGS:
-            raise BrokenPicture("missing" if not path.is_file() else "format", name)
-        if path.stat().st_size > MEMBER_LIMITS["png"]:
-            raise BrokenPicture("too large", name)
-        data = path.read_bytes()
-        self._digest.update(json.dumps([name, captions]).encode() + hashlib.sha256(data).digest())
-        picture = decode_picture(data)
+    def _sample(self, name: str, known: Captioned | str | None) -> CaptionedPicture:
+        path = within(self.folder, name)
+        if not isinstance(known, Captioned):
+            known = Captioned(text_captions(self.folder, known) if known else [])
+        if known.broken:
+            raise known.broken
+        if not known.captions:
+            raise BrokenCaption("no caption", shown_name(name))
+        if path.exists() and ending_of(name) not in ENDINGS:
+            raise BrokenPicture("format", shown_name(name))
+        data = read_inside(self.folder, name)
+        self._digest.update(json.dumps([shown_name(name), known.captions]).encode() + hashlib.sha256(data).digest())
+        picture = decode_picture(data, notes=self.notes)
         if min(picture.size) < self.options.min_side:
-            raise BrokenPicture("too small", name)
-        key = shard_key(name)
+            raise BrokenPicture("too small", shown_name(name))
+        self._sizes[picture.size] += 1
+        key, attributes = shard_key(name), {"file": shown_name(name), **known.attributes}
         if self.options.fit == "none":
-            return CaptionedPicture(
-                key, picture, captions, {"file": name, **attributes}, data, ENDINGS[path.suffix.lower()]
-            )
-        return CaptionedPicture(
-            key, fit(picture, self.options.size, self.options.fit), captions, {"file": name, **attributes}
-        )
+            return CaptionedPicture(key, picture, known.captions, attributes, data, ENDINGS[ending_of(name)])
+        return CaptionedPicture(key, fit(picture, self.options.size, self.options.fit), known.captions, attributes)
 
     def describe(self) -> dict[str, Any]:
         return {"name": "folder", "sha256": self._digest.hexdigest(), "arguments": asdict(self.options)}
+
+    def sizes(self) -> str:
+        """What was done with the sizes of the pictures, and what changes it, for people."""
+        if not self._sizes:
+            return ""
+        largest, smallest = (pick(self._sizes, key=lambda size: size[0] * size[1]) for pick in (max, min))
+        told = f"pictures of {smallest[0]}×{smallest[1]}"
+        told += f" to {largest[0]}×{largest[1]} pixels" if largest != smallest else " pixels"
+        if self.options.fit == "none":
+            return f"{told} are kept as they are (--fit none)"
+        size = self.options.size
+        oblong = sum(n for (width, height), n in self._sizes.items() if width != height)
+        side = min if self.options.fit == "crop" else max
+        enlarged = sum(n for both, n in self._sizes.items() if side(both) < size)
+        how = "cropped to the middle square" if self.options.fit == "crop" else "padded with white to a square"
+        return (
+            f"{told} became {size}×{size}: {oblong} {how}, {enlarged} enlarged; "
+            "--size N changes the side, --fit pad|none how it is reached"
+        )
+
+
+def text_captions(folder: Path, name: str) -> list[str]:
+    """The captions in a .txt file of a folder. BrokenCaption or BrokenPicture name it."""
+    path = within(folder, name)
+    try:
+        if path.is_file() and path.stat().st_size > limits.CAPTION_BYTES:
+            raise too_long(shown_name(name), path.stat().st_size)
+        data = read_bytes(path, limits.CAPTION_BYTES)
+    except OSError as error:
+        raise BrokenCaption("caption cannot be read", f"{shown_name(name)}: {error.strerror}") from error
+    except BrokenCaption:
+        raise
+    except ValueError as error:
+        raise BrokenCaption("caption cannot be read", str(error)) from None
+    return captions_of_text(data, shown_name(name))
 
 
 def fit(picture: Image.Image, size: int, how: str) -> Image.Image:
@@ -148,43 +168,4 @@ def fit(picture: Image.Image, size: int, how: str) -> Image.Image:
 def shard_key(name: str) -> str:
     """A shard key: readable, and distinct for distinct files."""
     readable = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(name).with_suffix("").as_posix())[-60:]
-    return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
-def _lines(path: Path) -> list[str]:
-    if path.stat().st_size > MEMBER_LIMITS["txt"]:
-        raise ValueError(
-            f"{path.name} is longer than {MEMBER_LIMITS['txt']} bytes; a caption file holds one caption a line"
-        )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _json_lines(stream: Any, name: str) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{name}, line {number}: no JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{name}, line {number}: expected an object with file and caption")
-        yield record
-
-
-def _row(record: dict[str, Any], name: str, number: int) -> tuple[str, list[str] | None, dict[str, Any]]:
-    file = record.get("file")
-    captions = record.get("captions", record.get("caption", record.get("prompt")))
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(file, str) or not file:
-        raise ValueError(f"{name}, row {number}: no column `file`; found {', '.join(map(str, record))}")
-    if captions is not None and not (isinstance(captions, list) and all(isinstance(text, str) for text in captions)):
-        raise ValueError(f"{name}, row {number}: captions must be text, or a list of texts")
-    attributes = {
-        str(column): value for column, value in record.items() if column not in ("file", "caption", "captions", None)
-    }
-    return file, [text.strip() for text in captions or [] if text.strip()], attributes
+    return f"{readable}-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"

@@ -13,18 +13,20 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
+from lfq_tokenizer import limits
+from lfq_tokenizer.files import clear_leftovers, size_text, whole_file
 from stages.data.files import OpenFiles, stream
 from stages.data.metadata import LONGEST_SIDE, MEMBER_LIMITS, Place, Shape
-from stages.data.places import INDEX_ENDING, Places, beside, find_shards, is_url, shown
+from stages.data.places import INDEX_ENDING, Places, beside, find_shards, is_url, name_of, shown
+from stages.data.skipping import name_skipped
 from stages.data.table import Known, ShardTable, read_known, read_table, unusable
 
 FORMAT = "bitdance shards"
 VERSION = 1
-_LONGEST_LINE = 2**30
 
 
 def open_tables(addresses: Sequence[str], files: OpenFiles) -> Iterator[ShardTable]:
@@ -49,9 +51,9 @@ def write_index(places: Places, out: str | os.PathLike[str], progress: bool = Fa
         raise ValueError(f"{target} exists and is no index file; choose another name")
     files = OpenFiles()
     shards, samples, unreadable, left_out = 0, 0, 0, Counter[str]()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    clear_leftovers(target.parent, target.name)
     try:
-        with open(temporary, "w", encoding="ascii") as stream:
+        with whole_file(target) as stream:
             _write_line(stream, {"format": FORMAT, "version": VERSION})
             for table in tqdm(open_tables(find_shards(places), files), unit="shard", disable=None if progress else True):
                 table = read_known(table, files)
@@ -59,15 +61,13 @@ def write_index(places: Places, out: str | os.PathLike[str], progress: bool = Fa
                 _write_line(stream, _to_json(table, target.parent))
                 shards += 1
                 samples += len(table.known)
-                unreadable += sum(known.shape is None for known in table.known.values())
+                broken = [key for key, known in table.known.items() if known.shape is None]
+                name_skipped({f"sample {key} in {name_of(table.address)}": "its header cannot be read" for key in broken})
+                unreadable += len(broken)
                 left_out.update(table.left_out)
                 left_out.update(filter(None, map(unusable, table.groups.values())))
             _write_line(stream, {"shards": shards})
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)
         files.close()
     return {"shards": shards, "samples": samples, "unreadable": unreadable, "left_out": dict(sorted(left_out.items()))}
 
@@ -77,8 +77,9 @@ def read_index(address: str, files: OpenFiles) -> Iterator[ShardTable]:
     count = 0
     with stream(files.open(address)) as lines:
         for number in itertools.count(1):
-            line = lines.readline(_LONGEST_LINE)
+            line = lines.readline(limits.INDEX_LINE_BYTES + 1)
             try:
+                _check_length(line)
                 value = _object(json.loads(line))
                 if number == 1:
                     if value.get("format") != FORMAT or value.get("version") != VERSION:
@@ -101,8 +102,18 @@ def _is_index(path: Path) -> bool:
         return FORMAT.encode() in stream.readline(200)
 
 
-def _write_line(stream: TextIO, value: Any) -> None:
-    stream.write(json.dumps(value, separators=(",", ":")) + "\n")
+def _write_line(stream: BinaryIO, value: Any) -> None:
+    line = json.dumps(value, separators=(",", ":")).encode("ascii") + b"\n"
+    try:
+        _check_length(line)
+    except ValueError as error:
+        raise ValueError(f"the index of {shown(value['name'])} is too long: {error}; make smaller shards") from None
+    stream.write(line)
+
+
+def _check_length(line: bytes) -> None:
+    if len(line) > limits.INDEX_LINE_BYTES:
+        raise ValueError(f"a line of more than {size_text(limits.INDEX_LINE_BYTES)} (BITDANCE_LIMIT_INDEX_LINE_BYTES)")
 
 
 def _to_json(table: ShardTable, folder: Path) -> dict[str, Any]:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lfq_tokenizer import limits
+from lfq_tokenizer.json_file import parse_json
 from stages.data.bits import HEADER_BYTES, bits_shape
-from stages.data.picture import BrokenPicture, upright_size
+from stages.data.caption_text import UNCONDITIONAL, BrokenCaption, captions_of_record, captions_of_text
+from stages.data.picture import ENDINGS, BrokenPicture, upright_size
 
-PICTURE_ENDINGS = ("png", "jpg", "jpeg", "webp")
+PICTURE_ENDINGS = tuple(dict.fromkeys(("png", "jpg", "jpeg", "webp", *ENDINGS)))
 TEXT_ENDINGS = ("json", "txt")
-MEMBER_LIMITS = dict.fromkeys((*PICTURE_ENDINGS, "bits", "targets"), 64 * 2**20) | dict.fromkeys(TEXT_ENDINGS, 2**20)
+MEMBER_LIMITS = dict.fromkeys((*PICTURE_ENDINGS, "bits", "targets"), limits.PICTURE_BYTES)
+MEMBER_LIMITS |= dict.fromkeys(TEXT_ENDINGS, limits.CAPTION_BYTES)
 _PICTURE_HEAD = 2**16
 LONGEST_SIDE = 2**20
 
 Place = tuple[int, int]
 Read = Callable[[int, int], bytes]  # (offset, size) → bytes
-
-
-class BrokenCaption(ValueError):
-    """The captions or attributes of a sample cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -39,39 +38,39 @@ def picture_ending(members: Mapping[str, Place]) -> str | None:
 
 
 def read_text(members: Mapping[str, Place], read: Read) -> tuple[list[str], dict[str, Any]]:
-    """Captions and attributes of a sample. BrokenCaption where there is no caption."""
+    """Captions and attributes of a sample: its .json member says both, and where that has no caption the .txt member does.
+
+    BrokenCaption where neither has one.
+    """
     captions, attributes = read_json(members, read)
-    try:
-        if not captions and "txt" in members:
-            captions = [read(*members["txt"]).decode("utf-8").strip()]
-    except UnicodeDecodeError as error:
-        raise BrokenCaption(f"the .txt member is no UTF-8 text ({error})") from error
-    if not captions or not all(isinstance(caption, str) for caption in captions):
-        raise BrokenCaption('captions are missing or not text; expected {"captions": ["…"]}, {"caption": "…"} or a .txt member')
+    if captions in ([], UNCONDITIONAL) and "txt" in members:
+        captions = captions_of_text(read(*members["txt"]), "the .txt member") or captions
+    if not captions:
+        expected = 'expected {"captions": ["…"]}, {"caption": "…"} or a .txt member with text'
+        raise BrokenCaption("no caption", expected)
     return captions, attributes
 
 
-def read_json(members: Mapping[str, Place], read: Read) -> tuple[list[Any], dict[str, Any]]:
+def read_json(members: Mapping[str, Place], read: Read) -> tuple[list[str], dict[str, Any]]:
     """Captions and attributes of the .json member: its object `attributes` or, where there is none, all its other fields."""
     if "json" not in members:
         return [], {}
     try:
-        content = json.loads(read(*members["json"]))
-    except RecursionError as error:
-        raise BrokenCaption("the .json member is nested too deeply") from error
+        content = parse_json(read(*members["json"]), "the .json member", nan=True)
     except ValueError as error:
-        raise BrokenCaption(f"the .json member is no JSON ({error})") from error
+        raise BrokenCaption("caption unreadable", str(error)) from None
     if not isinstance(content, dict):
-        raise BrokenCaption(f"the .json member holds a {type(content).__name__}, not an object")
-    captions = content.pop("captions", content.pop("caption", []))
-    attributes = content.get("attributes", content)
-    if not isinstance(captions, (list, str)) or not isinstance(attributes, dict):
-        raise BrokenCaption("the .json member needs captions as a list and attributes as an object")
-    return [captions] if isinstance(captions, str) else captions, attributes
+        raise BrokenCaption("caption unreadable", f"the .json member holds a {type(content).__name__}, not an object")
+    captions = captions_of_record(content, "the .json member")
+    others = {name: value for name, value in content.items() if name not in ("captions", "caption")}
+    attributes = content.get("attributes", others)
+    if attributes is not None and not isinstance(attributes, dict):
+        raise BrokenCaption("caption unreadable", "the .json member needs attributes as an object")
+    return captions, attributes or {}
 
 
-def read_shape(members: Mapping[str, Place], attributes: Mapping[str, Any], read: Read) -> Shape:
-    """Of bits from their header; of a picture from the attributes `width` and `height`, or else from its header, upright.
+def read_shape(members: Mapping[str, Place], read: Read) -> Shape:
+    """Of bits or a picture, from the header; that of a picture upright. What attributes say of its size is not believed.
 
     ValueError (`BrokenPicture` is one) where the header cannot be read.
     """
@@ -79,9 +78,6 @@ def read_shape(members: Mapping[str, Place], attributes: Mapping[str, Any], read
         offset, size = members["bits"]
         _, height, width = bits_shape(read(offset, min(size, HEADER_BYTES)))
         return Shape(height, width, bits=True)
-    height, width = _side(attributes.get("height")), _side(attributes.get("width"))
-    if height and width:
-        return Shape(height, width)
     ending = picture_ending(members)
     assert ending is not None, "a sample has a picture or bits"
     offset, size = members[ending]
@@ -92,8 +88,6 @@ def read_shape(members: Mapping[str, Place], attributes: Mapping[str, Any], read
             raise
         # long comments stand before the size, or the format wants the whole file
         width, height = upright_size(read(offset, size))
+    if max(height, width) > LONGEST_SIDE:
+        raise BrokenPicture("too large", f"{width}×{height} pixels; sides of at most {LONGEST_SIDE} are used")
     return Shape(height, width)
-
-
-def _side(value: Any) -> int:
-    return value if type(value) is int and 1 <= value <= LONGEST_SIDE else 0

@@ -16,6 +16,7 @@ import numpy as np
 from stages.data.buckets import Buckets
 from stages.data.order import EpochOrder
 from stages.data.shards import ShardDataset
+from stages.data.skipping import name_skipped
 
 LONGEST_PATTERN = 1000  # slots; shares are rounded to parts of it
 
@@ -92,8 +93,9 @@ class Mixture:
         for number in range(len(data)):
             try:
                 shape = data.shape(number)
-            except ValueError:
+            except ValueError as error:
                 self.unused["size cannot be read"] += 1
+                name_skipped(dict.fromkeys(getattr(error, "__notes__", ()), str(error)))
                 continue
             if shape.bits:
                 resolutions = buckets.of_bits(shape.height * s, shape.width * s)
@@ -117,7 +119,7 @@ class Mixture:
         return Place(stream.source, int(stream.numbers[stream.order.at(turn)]), stream.resolution)
 
     def size(self, place: Place, buckets: Buckets) -> tuple[int, int]:
-        """Height and width in pixels of the picture at a place."""
+        """Height and width in pixels of the picture at a place. ValueError where its header cannot be read."""
         shape, s = self.sources[place.source].data.shape(place.number), buckets.rule.downsampling
         if shape.bits:
             return shape.height * s, shape.width * s

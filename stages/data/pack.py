@@ -7,17 +7,17 @@ import io
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lfq_tokenizer.files import replace_folder, sha256
+from lfq_tokenizer.files import disk_full, sha256, whole_folder
+from lfq_tokenizer.text import printable
 from stages.data.metadata import MEMBER_LIMITS
 from stages.data.sample import CaptionedPicture, PictureSource, Skipped
+from stages.data.skipping import name_skipped
 
 MANIFEST = "pack.json"
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -48,23 +48,21 @@ def pack(
 ) -> dict[str, Any]:
     """Write `NAME-000000.tar`, … and `pack.json` into the new folder `destination`; returns what `pack.json` holds.
 
-    NAME is the folder's own name. Everything is written in a hidden neighbour and moved in one step. Raises ValueError
-    when the destination holds anything else, `TooManyBad` above the limit, OSError when the disk is full; then
-    `destination` is as before.
+    NAME is the folder's own name. Everything is written in a hidden neighbour and moved in one step; what a killed command left
+    there is removed. Raises ValueError when the destination holds anything else, `TooManyBad` above the limit, `DiskFull` when
+    there is no room; then `destination` is as before.
     """
     target = Path(os.path.abspath(os.path.expanduser(destination)))
     if target.exists() or target.is_symlink():
         _check_replaceable(target, options.overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    workplace = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.incomplete-"))
     try:
-        report = _write(source, workplace, target.name, options)
-        os.chmod(workplace, 0o755)
-        replace_folder(workplace, target)
-    except BaseException:
-        shutil.rmtree(workplace, ignore_errors=True)
+        with whole_folder(target) as workplace:
+            return _write(source, workplace, target.name, options)
+    except OSError as error:
+        if full := disk_full(error, target):
+            raise full from None
         raise
-    return report
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
@@ -107,6 +105,8 @@ def _write(source: PictureSource, folder: Path, name: str, options: PackOptions)
             if isinstance(item, Skipped):
                 skipped[item.reason] += 1
                 examples.setdefault(item.reason, item.name)
+                if options.progress:
+                    name_skipped({item.name: item.why or item.reason})
                 _check_limit(skipped, examples, source.expected, options.max_bad)
                 continue
             seen_keys.add(item.key)
@@ -186,7 +186,7 @@ def _check_limit(skipped: Counter[str], examples: dict[str, str], expected: int,
 
 
 def _reasons(skipped: Counter[str], examples: dict[str, str]) -> str:
-    return ", ".join(f"{count} {reason}, e.g. {examples[reason]}" for reason, count in skipped.most_common())
+    return ", ".join(f"{count} {reason}, e.g. {printable(examples[reason])}" for reason, count in skipped.most_common())
 
 
 def _with_progress(source: PictureSource, progress: bool) -> Any:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from lfq_tokenizer import limits
+
 SCHEMES = {  # scheme → the package that reads it
     "http": "aiohttp",
     "https": "aiohttp",
@@ -161,4 +163,28 @@ def _expanded(text: str) -> list[str]:
         from braceexpand import braceexpand
     except ImportError as error:
         raise ValueError(f"{shown(text)!r}: braces need another package ({error}); pip install braceexpand") from error
+    if _most_names(text) > limits.SHARD_NAMES:
+        raise ValueError(
+            f"{shown(text)[:200]!r}: its braces stand for more than {limits.SHARD_NAMES:,} names; name fewer, give a pattern "
+            f"with *, or an index file ({INDEX_ENDING})"
+        )
     return list(braceexpand(text))
+
+
+def _most_names(text: str) -> int:
+    """A bound for how many names braces stand for: each range and each list counted as if all others came together with it."""
+    names, commas = 1, [0]
+    for piece in re.findall(r"\\.|\{|\}|,|[^{},\\]+", text, re.DOTALL):
+        if piece == "{":
+            commas.append(0)
+        elif piece == "}" and len(commas) > 1:
+            names *= commas.pop() + 1
+        elif piece == ",":
+            commas[-1] += 1
+        elif ends := re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", piece):
+            if len(piece) > 60:
+                return limits.SHARD_NAMES + 1
+            names *= abs(int(ends[1]) - int(ends[2])) // max(1, int(ends[3] or 1)) + 1
+        if names > limits.SHARD_NAMES:
+            break
+    return names

@@ -29,10 +29,11 @@ class CaptionedPicture:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A picture that could not be used: `name` for the log, `reason` a short code that is counted."""
+    """A picture that could not be used: `name` for the log, `reason` a short code that is counted, `why` in full, where known."""
 
     name: str
     reason: str
+    why: str = field(default="", compare=False)
 
 
 class PictureSource(Protocol):

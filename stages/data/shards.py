@@ -12,23 +12,27 @@ import hashlib
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from lfq_tokenizer.text import printable
 from stages.data.bits import unpack_bits
 from stages.data.conditions import Condition, first_failure
 from stages.data.entries import Entries, Entry
 from stages.data.files import OpenFiles
 from stages.data.index_file import open_tables
-from stages.data.metadata import BrokenCaption, Read, Shape, picture_ending, read_json, read_shape, read_text
+from stages.data.metadata import Read, Shape, picture_ending, read_shape, read_text
 from stages.data.picture import MAX_PIXELS, BrokenPicture, decode_picture
 from stages.data.places import Places, find_shards, name_of
+from stages.data.skipping import Skips, name_skipped
 from stages.data.table import read_known, unusable
+
+T = TypeVar("T")
 
 _HEADER = 2 * tarfile.BLOCKSIZE  # with the filling before it
 
@@ -115,13 +119,15 @@ class ShardIndex:
 class ShardDataset(Dataset[Sample]):
     """`dataset[i]` → `Sample`, read from its place; safe with loader workers: every process opens its own files.
 
-    Raises ValueError naming shard and key for a sample that cannot be read (`BrokenPicture` is one).
+    Raises ValueError naming shard and key for a sample that cannot be read (`BrokenPicture` is one). `accept`, where it is
+    given, raises ValueError for a sample that is of no use.
     """
 
-    def __init__(self, index: ShardIndex, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, index: ShardIndex, max_pixels: int = MAX_PIXELS, accept: Callable[[Sample], object] | None = None) -> None:
         self.index = index
         self.max_pixels = max_pixels
-        self.broken: dict[str, str] = {}  # key → why, of the samples that `take` has skipped
+        self.accept = accept
+        self._broken: dict[int, str] = {}  # number → why, of the samples that were left out
         self._files = OpenFiles()
 
     def __len__(self) -> int:
@@ -136,51 +142,79 @@ class ShardDataset(Dataset[Sample]):
             picture = decode_picture(read(*entry.members[ending]), self.max_pixels) if ending else None
             bits_Chw = unpack_bits(read(*entry.members["bits"])) if "bits" in entry.members else None
             targets = read(*entry.members["targets"]) if "targets" in entry.members else None
-        return Sample(entry.key, picture, bits_Chw, captions, attributes, targets)
+            sample = Sample(entry.key, picture, bits_Chw, captions, attributes, targets)
+            if self.accept is not None:
+                self.accept(sample)
+            return sample
 
     def key(self, number: int) -> str:
-        """The name of a sample; nothing is read."""
+        """The key of a sample; nothing is read."""
         return self.index.entries.key(number)
+
+    def name(self, number: int) -> str:
+        """Key and shard of a sample, for messages; nothing is read."""
+        entry = self.index.entries[number]
+        return f"sample {entry.key} in {self.index.shards[entry.shard].name}"
 
     def shape(self, number: int) -> Shape:
         """Height and width of a sample, from headers alone: in tokens where it has bits, else in pixels.
 
-        Attributes `width` and `height` are believed. ValueError where the header cannot be read.
+        ValueError where the header cannot be read.
         """
         known = self.index.entries.shape(number)
         if known is not None:
             return known
         entry = self.index.entries[number]
-        read = self._reader(entry)
         with self._naming(entry):
-            return read_shape(entry.members, read_json(entry.members, read)[1], read)
+            return read_shape(entry.members, self._reader(entry))
+
+    def caption(self, number: int) -> tuple[list[str], dict[str, Any]]:
+        """Captions and attributes of a sample, without decoding its picture. ValueError where they cannot be read."""
+        entry = self.index.entries[number]
+        with self._naming(entry):
+            return read_text(entry.members, self._reader(entry))
+
+    def readable(self, read: Callable[[int], T], number: int, skipped: Counter[str] | None = None) -> T | None:
+        """`read(number)`, one of the readers above; None for a sample that cannot be read, which is noted as in `take`."""
+        try:
+            return read(number)
+        except ValueError as error:
+            self._note(number, error, skipped)
+            return None
 
     def take(self, number: int, skipped: Counter[str] | None = None) -> Sample:
         """Sample `number` or, where it cannot be read, the next one that can: what training asks for.
 
-        Depends on the data alone, so a resumed run takes the same samples. Skipped ones are noted in `broken` and counted by
-        reason in `skipped`, each time; ValueError when more than 1 % of the samples (and more than 10) are broken. A shard that
-        cannot be reached (`RemoteError`) or was changed (`ChangedShard`) is no broken sample: it is raised.
+        Depends on the data alone, so a resumed run takes the same samples. Skipped ones are counted by reason in `skipped`, each
+        time, and named once on standard error, or in the names of `skipped` where that keeps any (`Skips`). ValueError when more
+        than 1 % of the samples (and more than 10) are broken. A shard that cannot be reached (`RemoteError`) or was changed
+        (`ChangedShard`) is no broken sample: it is raised.
         """
         limit = max(10, len(self) // 100)
         for step in range(len(self)):
             place = (number + step) % len(self)
-            try:
-                return self[place]
-            except ValueError as error:
-                self.broken[self.key(place)] = str(error)
-                if skipped is not None:
-                    skipped[_reason(error)] += 1
-                if len(self.broken) > limit:
-                    break
+            sample = self.readable(self.__getitem__, place, skipped)
+            if sample is not None:
+                return sample
+            if len(self._broken) > limit:
+                break
         listed = "; ".join(f"{key}: {reason}" for key, reason in list(self.broken.items())[:10])
-        found = f"{len(self.broken)} of {len(self)} samples cannot be read, more than {limit}"
-        raise ValueError(f"{found}: {listed}. Pack them again.")
+        found = f"{len(self._broken)} of {len(self)} samples cannot be read, more than {limit}"
+        raise ValueError(f"{found}: {printable(listed)}. Pack them again.")
 
-    def caption(self, number: int) -> tuple[list[str], dict[str, Any]]:
-        """Captions and attributes of a sample, without decoding its picture."""
-        entry = self.index.entries[number]
-        return read_text(entry.members, self._reader(entry))
+    @property
+    def broken(self) -> dict[str, str]:
+        """Key → why, of the samples that were left out so far."""
+        return {self.key(number): why for number, why in self._broken.items()}
+
+    def _note(self, number: int, error: ValueError, skipped: Counter[str] | None) -> None:
+        self._broken[number] = str(error)
+        if isinstance(skipped, Skips):
+            skipped.note(self.name(number), _reason(error), str(error))
+            return
+        if skipped is not None:
+            skipped[_reason(error)] += 1
+        name_skipped({self.name(number): str(error)})
 
     def close(self) -> None:
         """Close the files of this process; a later read opens them again."""
@@ -206,11 +240,11 @@ class ShardDataset(Dataset[Sample]):
         try:
             yield
         except ValueError as error:
-            error.add_note(f"sample {entry.key} in {self.index.shards[entry.shard].name}")
+            error.add_note(f"sample {entry.key} in {self.index.shards[entry.shard].name}")  # as `name` says it
             raise
 
 
 def _reason(error: ValueError) -> str:
     if isinstance(error, BrokenPicture):
         return f"picture {error.reason}"
-    return "caption unreadable" if isinstance(error, BrokenCaption) else "bits unreadable"
+    return str(getattr(error, "reason", "bits unreadable"))

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lfq_tokenizer import limits
 from stages.data.files import File, OpenFiles, stream
 from stages.data.metadata import MEMBER_LIMITS, TEXT_ENDINGS, Place, Read, Shape, picture_ending, read_json, read_shape
 from stages.data.places import shown
+from stages.data.walk import UNREAD, is_hidden
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class Known:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What conditions are about: the attributes and, of a picture, `width` and `height`."""
+        """What conditions are about: the attributes and, of a picture, its true `width` and `height`."""
         sides = {} if self.shape is None or self.shape.bits else {"width": self.shape.width, "height": self.shape.height}
-        return sides | self.attributes
+        return self.attributes | sides
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,24 @@ class ShardTable:
     known: dict[str, Known] | None = None
 
 
+class TarHeaders:
+    """A tar file as `tarfile` sees it: it reads headers alone, and none may announce more bytes than any header needs."""
+
+    def __init__(self, source: Any) -> None:
+        self.seek, self.tell, self._read = source.seek, source.tell, source.read
+
+    def read(self, size: int) -> bytes:
+        if size > limits.TAR_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header announces {size} bytes; at most {limits.TAR_HEADER_BYTES} are read")
+        return bytes(self._read(size))
+
+
 def read_table(address: str, file: File) -> ShardTable:
     """ValueError for a file that is no uncompressed tar; a shard that breaks off keeps its whole samples."""
     groups: dict[str, dict[str, Place]] = {}
     left_out: Counter[str] = Counter()
     try:
-        with stream(file) as source, tarfile.open(fileobj=source, mode="r:") as archive:
+        with stream(file) as source, tarfile.open(fileobj=TarHeaders(source), mode="r:") as archive:  # type: ignore[call-overload]
             for member in archive:
                 if member.size < 0:
                     # going on would read the same headers again and again
@@ -58,7 +72,7 @@ def read_table(address: str, file: File) -> ShardTable:
                     left_out[reason] += 1
                 else:
                     groups.setdefault(key, {})[ending] = (member.offset_data, member.size)
-    except (tarfile.TarError, ValueError, OverflowError, EOFError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, RecursionError, MemoryError) as error:
         if not groups:
             found = f"{shown(address)} is not an uncompressed tar file ({error})"
             raise ValueError(f"{found}; unpack it, or pack it again") from error
@@ -93,7 +107,7 @@ def _known(members: Mapping[str, Place], read: Read) -> Known:
     with contextlib.suppress(ValueError):
         attributes = read_json(members, read)[1]
     with contextlib.suppress(ValueError):
-        shape = read_shape(members, attributes, read)
+        shape = read_shape(members, read)
     return Known(shape, attributes)
 
 
@@ -103,9 +117,13 @@ def _classify(member: tarfile.TarInfo) -> tuple[str, str, str]:
         return "folder member", "", ""
     if not member.isreg() or member.issparse():
         return "member that is no regular file", "", ""
+    if is_hidden(member.name):
+        return "member of a hidden or system file", "", ""
     folder, _, name = member.name.rpartition("/")
     stem, _, ending = name.partition(".")
     ending = ending.lower()
+    if ending in UNREAD:
+        return f"ending .{ending} is not read", "", ""
     if ending not in MEMBER_LIMITS:
         return "member with another ending", "", ""
     if member.size > MEMBER_LIMITS[ending]:

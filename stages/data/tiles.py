@@ -15,9 +15,10 @@ from typing import Any
 
 from PIL import Image
 
-from stages.data.folder import ENDINGS, shard_key
+from stages.data.folder import shard_key
 from stages.data.picture import BrokenPicture, decode_picture
 from stages.data.sample import CaptionedPicture, Skipped
+from stages.data.walk import listing, read_inside, shown_name
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,36 @@ class TileSource:
         self.folder = Path(folder).expanduser().resolve()
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder; name the folder that holds the photographs")
-        found = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file())
+        files = listing(self.folder)
+        self.notes, self._unread = files.passed, files.unread
+        found = list(files.pictures)
         order = list(found)
         random.Random(options.seed).shuffle(order)
         apart = set(order[: round(options.hold_out * len(order))])
-        self.photographs = [p for p in found if (p in apart) == (options.split == "heldout")]
+        self.photographs = [name for name in found if (name in apart) == (options.split == "heldout")]
         if not self.photographs:
             raise ValueError(f"{folder}: the {options.split} split is empty; {len(found)} pictures were found in all")
         self.expected = len(self.photographs) * options.tiles
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[CaptionedPicture | Skipped]:
-        for path in self.photographs:
-            name = path.relative_to(self.folder).as_posix()
+        for file in self.photographs:
+            name = shown_name(file)
             try:
-                data = path.read_bytes()
-                picture = decode_picture(data)
+                data = read_inside(self.folder, file)
+                picture = decode_picture(data, notes=self.notes)
                 if min(picture.size) < self.options.size:
                     raise BrokenPicture("too small", name)
             except BrokenPicture as error:
-                yield Skipped(name, error.reason)
+                yield Skipped(name, error.reason, str(error))
                 continue
             self._digest.update(name.encode() + hashlib.sha256(data).digest())
             draw = random.Random(f"{self.options.seed} {name}")
             for number in range(self.options.tiles):
-                yield CaptionedPicture(f"{shard_key(name)}-{number:04d}", self._tile(picture, draw), [path.stem], {"file": name})
+                key, caption = f"{shard_key(file)}-{number:04d}", Path(name).stem
+                yield CaptionedPicture(key, self._tile(picture, draw), [caption], {"file": name})
+        for file, reason in self._unread.items():
+            yield Skipped(shown_name(file), reason)
 
     def _tile(self, picture: Image.Image, draw: random.Random) -> Image.Image:
         largest = min(self.options.shrink, min(picture.size) / self.options.size)

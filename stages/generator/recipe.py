@@ -4,9 +4,11 @@ Shards hold pictures or, cheaper, bits that `bitdance tokenizer encode` wrote.
 """
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from bitdance.prompt import conditional_ids, unconditional_ids
 from bitdance.sampling import choose
 from bitdance.sizes import rule_of_model
 from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer.text import decoded, text_lines
 from stages import processes
 from stages.chain import check_bits, next_card
 from stages.checkpoint import ADAPTER
@@ -30,6 +33,7 @@ from stages.config import DataConfig, TrainingConfig
 from stages.data.buckets import Buckets
 from stages.data.mixture import Mixture, Source
 from stages.data.shards import ShardDataset, ShardIndex
+from stages.data.skipping import Skips
 from stages.generator.documents import Documents, Drawn, GeneratorBatch, slot_generator
 from stages.generator.judging import heldout_losses
 from stages.generator.lora import base_of, save_adapter
@@ -130,22 +134,33 @@ class GeneratorRecipe:
         return Mixture(sources, 0, equal, self.buckets, self.config.data.enlarge, optional=True)
 
     def _texts(self) -> list[str]:
-        texts = [caption for source in self.sources for i in range(len(source.data)) for caption in source.data.caption(i)[0]]
+        texts: list[str] = []
+        for data in (source.data for source in self.sources):
+            for captions, _ in filter(None, (data.readable(data.caption, i) for i in range(len(data)))):
+                texts += captions
         if self.training.text_extra:
-            texts += Path(self.training.text_extra).read_text(encoding="utf-8").splitlines()
+            texts += text_lines(decoded(Path(self.training.text_extra).read_bytes(), self.training.text_extra))
         return texts
 
     def token_flops(self, model: BitDanceModel, encodes: bool = True) -> float:
-        """From the sizes and captions of the first slots. `encodes`: with what pictures cost that come as pixels."""
-        places = [self.mixture.at(slot) for slot in range(min(PROBED, self.length))]
+        """From the sizes and captions of the first slots, as far as they can be read. `encodes`: with what pictures cost that
+        come as pixels."""
+        places, captions, shapes = [], [], []
+        for place in (self.mixture.at(slot) for slot in range(min(PROBED, self.length))):
+            data = self.sources[place.source].data
+            known, shape = data.readable(data.caption, place.number), data.readable(data.shape, place.number)
+            if known and shape:
+                places.append(place)
+                captions.append(known[0][0])
+                shapes.append(shape)
+        if not places:
+            raise ValueError(f"none of the first {min(PROBED, self.length)} samples can be read; see `bitdance data inspect`")
         sizes = Counter(self.mixture.size(place, self.buckets) for place in places)
         s = self.tokenizer.downsampling
         grids = {(height // s, width // s): count / len(places) for (height, width), count in sizes.items()}
-        captions = [self.sources[place.source].data.caption(place.number)[0][0] for place in places]
         words = [len(conditional_ids(model.text_tokenizer, caption, self.training.max_text_tokens)) for caption in captions]
         dropped = self.training.dropout * len(unconditional_ids(model.text_tokenizer))
         text = (1 - self.training.dropout) * sum(words) / len(words) + dropped
-        shapes = [self.sources[place.source].data.shape(place.number) for place in places]
         return token_flops(model, grids, text, pixels=encodes and not all(shape.bits for shape in shapes))
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
@@ -154,7 +169,7 @@ class GeneratorRecipe:
         return {name: [p for p in part.parameters() if p.requires_grad] for name, part in named.items()}
 
     def batch(self, slots: range, generator: torch.Generator) -> Micro:
-        skipped: Counter[str] = Counter()
+        skipped = Skips()
         drawn = []
         for slot in slots:
             place = self.mixture.at(slot)
@@ -162,7 +177,7 @@ class GeneratorRecipe:
             drawn.append(self.documents.drawn(source, place, slot_generator(self.config.run.seed, slot), skipped))
         batch = self.lay_out(drawn)
         return Micro(
-            batch, [d.name for d in drawn], dict(skipped), batch.sequence.tokens, batch.sequence.ids_BL.numel()
+            batch, [d.name for d in drawn], dict(skipped), batch.sequence.tokens, batch.sequence.ids_BL.numel(), skipped.names
         )
 
     @torch.no_grad()
@@ -174,7 +189,8 @@ class GeneratorRecipe:
     def sample(self, module: nn.Module) -> Image.Image:
         """The run's fixed prompts with fixed seeds; its own generators, so that training is not disturbed."""
         data = self.sources[0].data
-        prompts = list(self.training.sample_prompts) or [data.caption(i)[0][0] for i in range(min(8, len(data)))]
+        known = filter(None, (data.readable(data.caption, i) for i in range(len(data))))
+        prompts = list(self.training.sample_prompts) or [captions[0] for captions, _ in islice(known, 8)]
         defaults = self.defaults()
         model = _objective(module).whole()
         s = self.tokenizer.downsampling
@@ -191,17 +207,21 @@ class GeneratorRecipe:
 
     @cached_property
     def _sizes(self) -> list[tuple[int, int]]:
-        """Sizes in pixels that the first slots of the run come in."""
-        return sorted({self.mixture.size(self.mixture.at(slot), self.buckets) for slot in range(min(1000, self.length))})
+        """Sizes in pixels that the first slots of the run come in, as far as they can be read."""
+        places = [self.mixture.at(slot) for slot in range(min(1000, self.length))]
+        sources = self.sources
+        readable = [p for p in places if sources[p.source].data.readable(sources[p.source].data.shape, p.number)]
+        return sorted({self.mixture.size(place, self.buckets) for place in readable})
 
     @cached_property
     def _prompts_known(self) -> list[str]:
         """First caption of each distinct picture, where the shards say what a picture shows; else of the first samples."""
-        known: dict[Any, str] = {}
-        for source in self.sources:
-            for index in range(min(len(source.data), LISTED_SAMPLES)):
-                captions, attributes = source.data.caption(index)
-                known.setdefault((attributes.get("concept", captions[0]), attributes.get("style")), captions[0])
+        known: dict[str, str] = {}
+        for data in (source.data for source in self.sources):
+            found = (data.readable(data.caption, i) for i in range(min(len(data), LISTED_SAMPLES)))
+            for captions, attributes in filter(None, found):
+                shows = [attributes.get("concept", captions[0]), attributes.get("style")]  # of any type, in shards of strangers
+                known.setdefault(json.dumps(shows), captions[0])
         return list(known.values())
 
     def save_model(self, module: nn.Module, folder: Path, step: int) -> None:

@@ -95,8 +95,12 @@ def load_pictures(groups: Sequence[Sequence[str]]) -> list[Tensor]:
     pictures = []
     for shards in groups:
         data = ShardDataset(ShardIndex.open(list(shards)))
-        found = [data[i].picture for i in tqdm(range(len(data)), disable=None, desc="reading", unit="picture")]
-        array_KHW3 = np.stack([np.asarray(p) for p in found if p is not None])
+        numbers = tqdm(range(len(data)), disable=None, desc="reading", unit="picture")
+        samples = filter(None, (data.readable(data.__getitem__, i) for i in numbers))
+        found = [np.asarray(sample.picture) for sample in samples if sample.picture is not None]
+        if not found:
+            raise ValueError(f"{' '.join(shards)} hold no picture that can be read; see `bitdance data inspect`")
+        array_KHW3 = np.stack(found)
         pictures.append(torch.from_numpy(array_KHW3).permute(0, 3, 1, 2).contiguous())
     return pictures
 

@@ -12,7 +12,6 @@ pictures: such a figure ranks tokenizers on the same pictures and says nothing e
 """
 
 import importlib
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lfq_tokenizer.pickles import read_torch
+from lfq_tokenizer.text import printable
 
 BATCH = 32  # pictures that run through a feature network at once
 
@@ -127,9 +129,9 @@ class Lite0(nn.Module):
 
 def _plain_weights(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        state = read_torch(path)
+    except Exception as error:  # a broken pickle may raise anything
+        reason = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a file of plain torch weights ({reason}); download it again") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a dict of tensors; download it again")

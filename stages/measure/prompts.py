@@ -25,7 +25,7 @@ from bitdance.picture import grid, write_png
 from bitdance.pipeline import BitDancePipeline
 from stages.checkpoint import model_folder
 from stages.data.captions import PALETTE
-from stages.data.shards import ShardDataset, ShardIndex
+from stages.data.shards import Sample, ShardDataset, ShardIndex
 from stages.tokenizer.recipe import as_images
 
 BATCH = 32
@@ -39,24 +39,36 @@ class Rendering:
     background: str
 
 
+def _rendering(sample: Sample) -> Rendering:
+    about = sample.attributes
+    if sample.picture is None or not all(isinstance(about.get(name), str) for name in ("concept", "style", "background")):
+        needed = "a picture and the attributes concept, style and background, as `bitdance data pack icons` writes them"
+        raise ValueError(f"sample {sample.key} lacks {needed}")
+    return Rendering(sample.captions, (about["concept"], about["style"]), about["background"])
+
+
 class Gallery:
     """Every rendering with its latent. Of its two datasets the first was taught."""
 
     def __init__(self, pipe: BitDancePipeline, datasets: Sequence[ShardDataset]) -> None:
         assert pipe.model.tokenizer is not None
-        self.taught = len(datasets[0])
+        self.taught = 0  # renderings of the first dataset
         self.encoder = pipe.model.tokenizer.encoder
         self.renderings: list[Rendering] = []
         latents, pixels = [], []
-        for data in datasets:
+        for number, data in enumerate(datasets):
             for start in range(0, len(data), BATCH):
-                samples = [data[i] for i in range(start, min(start + BATCH, len(data)))]
-                for sample in samples:
-                    a = sample.attributes
-                    self.renderings.append(Rendering(sample.captions, (a["concept"], a["style"]), a["background"]))
+                found = (data.readable(data.__getitem__, i) for i in range(start, min(start + BATCH, len(data))))
+                samples = [sample for sample in found if sample is not None]
+                self.renderings += map(_rendering, samples)
+                self.taught += 0 if number else len(samples)
+                if not samples:
+                    continue
                 pictures: list[Any] = [sample.picture for sample in samples]
                 latents.append(self.latents(pictures))
                 pixels.append(((as_images(pictures) + 1) * 127.5).round().to(torch.uint8))
+        if not self.taught or len(self.renderings) == self.taught:
+            raise ValueError("--train and --heldout need one sample each that can be read; see `bitdance data inspect`")
         self._latents_RF, self._pixels_R3HW = torch.cat(latents), torch.cat(pixels)
 
     @property

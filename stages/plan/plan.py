@@ -157,5 +157,6 @@ def _data(config: TrainingConfig, mix: dict[int, float], buckets: Buckets) -> tu
     for source in sources:
         for reason, number in source.data.index.left_out.items():
             left_out[reason] = left_out.get(reason, 0) + number
-    first = sources[0].data.shape(0)
+    data = sources[0].data
+    first = next(filter(None, (data.readable(data.shape, number) for number in range(len(data)))), None)
     return {"samples": len(mixture), "hash": mixture.hash, "left_out": left_out}, not (first and first.bits)

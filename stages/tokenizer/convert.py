@@ -1,12 +1,11 @@
 """A `.pt` file of the class-conditional release → a tokenizer folder that everything here reads."""
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
-from lfq_tokenizer.files import replace_folder
+from lfq_tokenizer.files import whole_folder
 from lfq_tokenizer.pt_file import PtReport, read_pt
+from lfq_tokenizer.text import printable
 from lfq_tokenizer.tokenizer import LFQTokenizer
 from stages.tokenizer.coding import check_finite
 
@@ -22,14 +21,8 @@ def convert_pt(file: Path, out: Path) -> tuple[LFQTokenizer, PtReport]:
     tokenizer, report = read_pt(file)
     check_finite(tokenizer, file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.incomplete-"))
-    try:
+    with whole_folder(target) as working:
         tokenizer.save_pretrained(working)
-        working.chmod(0o755)
-        replace_folder(working, target)
-    except BaseException:
-        shutil.rmtree(working, ignore_errors=True)
-        raise
     return tokenizer, report
 
 
@@ -38,7 +31,7 @@ def summary(tokenizer: LFQTokenizer, report: PtReport) -> str:
     config = tokenizer.config
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in tokenizer.parameters()})
     found = f"{report.state_dict or 'the file itself'}, keys {report.prefix}encoder.* and {report.prefix}decoder.*"
-    ignored = ", ".join(f"{name}.* ({count})" for name, count in report.ignored.items()) or "none"
+    ignored = ", ".join(f"{printable(name)}.* ({count})" for name, count in report.ignored.items()) or "none"
     return "\n".join(
         [
             f"config      ch {config.ch}, ch_mult {list(config.ch_mult)}, {config.num_res_blocks} residual blocks, "
@@ -46,6 +39,6 @@ def summary(tokenizer: LFQTokenizer, report: PtReport) -> str:
             f"{'generative' if config.gan_decoder else 'plain'} decoder",
             f"parameters  {sum(p.numel() for p in tokenizer.parameters()):,} in {', '.join(dtypes)}",
             f"taken from  {found}",
-            f"ignored     keys {ignored}; entries {', '.join(report.unread) or 'none'}",
+            f"ignored     keys {ignored}; entries {printable(', '.join(report.unread)) or 'none'}",
         ]
     )

@@ -15,6 +15,7 @@ from lfq_tokenizer import LFQTokenizer
 from stages.data.folder import fit
 from stages.data.sample import Skipped
 from stages.data.shards import Sample
+from stages.data.skipping import name_skipped
 from stages.measure.frechet import FrechetFeatures
 from stages.measure.reconstruction import Reconstruction
 from stages.tokenizer.any_size import by_size, padded_images
@@ -64,6 +65,7 @@ class Evaluation:
             for item in by_size(self._items(), lambda sample: picture_grid(sample, s), self._measured, self.batch_size, s * s):
                 if isinstance(item, Skipped):
                     self.skipped[item.reason] += 1
+                    name_skipped({item.name: item.why or item.reason})
                 elif item[1] is not None:
                     self._pairs.append(item[1])
                 bar.update()

@@ -3,14 +3,16 @@
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from stages.data.folder import ENDINGS, shard_key
-from stages.data.metadata import MEMBER_LIMITS
-from stages.data.picture import BrokenPicture, decode_picture
+from stages.data.caption_text import UNCONDITIONAL
+from stages.data.folder import shard_key, text_captions
+from stages.data.picture import ENDINGS, BrokenPicture, decode_picture
 from stages.data.sample import Skipped
 from stages.data.shards import Sample, ShardDataset, ShardIndex
+from stages.data.walk import ending_of, listing, read_inside, shown_name
 
 
 class TokenizerInput:
@@ -24,20 +26,21 @@ class TokenizerInput:
 
     def __init__(self, places: Sequence[str | os.PathLike[str]]) -> None:
         shards: list[str] = []
-        self._files: list[tuple[Path, str, str]] = []  # folder, file in it, key
+        self._files: list[tuple[Path, str, str | None, str]] = []  # folder, file in it, its captions' file, key
+        self.passed: Counter[str] = Counter()
         keys: set[str] = set()
         for place in places:
             text = os.path.expanduser(os.fspath(place))
-            found = _pictures(text)
+            found = _pictures(text, self.passed)
             if found is None:
                 shards.append(text)
                 continue
-            for folder, name in found:
+            for folder, name, captions in found:
                 key = shard_key(name)
                 if key in keys:  # the same name in another folder
                     key = shard_key(f"{folder.as_posix()}/{name}")
                 keys.add(key)
-                self._files.append((folder, name, key))
+                self._files.append((folder, name, captions, key))
         self.data = ShardDataset(ShardIndex.open(shards)) if shards else None
         self.left_out = self.data.index.left_out if self.data is not None else {}
 
@@ -45,23 +48,20 @@ class TokenizerInput:
         return len(self._files) + (len(self.data) if self.data is not None else 0)
 
     def name(self, number: int) -> str:
-        """For messages: the key in a shard, or the file's name."""
-        inside = len(self.data) if self.data is not None else 0
-        return self.data.key(number) if self.data is not None and number < inside else self._files[number - inside][1]
+        """For messages: shard and key, or the file's name."""
+        if self.data is not None and number < len(self.data):
+            return self.data.name(number)
+        return shown_name(self._files[number - (len(self.data) if self.data is not None else 0)][1])
 
     def __getitem__(self, number: int) -> Sample:
         if self.data is not None and number < len(self.data):
             return self.data[number]
-        folder, name, key = self._files[number - (len(self.data) if self.data is not None else 0)]
-        path = (folder / name).resolve()
-        if not path.is_relative_to(folder):
-            raise BrokenPicture("outside the folder", name)
-        try:
-            if path.stat().st_size > MEMBER_LIMITS["png"]:
-                raise BrokenPicture("too large", name)
-            return Sample(key, decode_picture(path.read_bytes()), None, _captions(path), {"file": name})
-        except OSError as error:
-            raise BrokenPicture("cannot be read", f"{name}: {error.strerror}") from error
+        folder, name, text, key = self._files[number - (len(self.data) if self.data is not None else 0)]
+        if ending_of(name) not in ENDINGS:
+            raise BrokenPicture(f"ending .{ending_of(name)} is not read", shown_name(name))
+        picture = decode_picture(read_inside(folder, name), notes=self.passed)
+        captions = text_captions(folder, text) if text else []
+        return Sample(key, picture, None, captions or list(UNCONDITIONAL), {"file": shown_name(name)})
 
     def samples(self, usable: Callable[[Sample], str]) -> Iterator[Sample | Skipped]:
         """All of them in order; `usable` names the reason to skip one, or "". Reading errors are skipped too."""
@@ -69,39 +69,33 @@ class TokenizerInput:
             try:
                 sample = self[number]
             except ValueError as error:
-                yield Skipped(self.name(number), getattr(error, "reason", "cannot be read"))
+                yield Skipped(self.name(number), getattr(error, "reason", "cannot be read"), str(error))
                 continue
             reason = usable(sample)
             yield Skipped(self.name(number), reason) if reason else sample
 
 
-def _pictures(place: str) -> list[tuple[Path, str]] | None:
-    """(folder, file in it) of the pictures that a place means; None where it means shards."""
+def _pictures(place: str, passed: Counter[str]) -> list[tuple[Path, str, str | None]] | None:
+    """(folder, file in it, the file of its captions) of the pictures that a place means; None where it means shards."""
     if os.path.isdir(place):
         if glob.glob(os.path.join(glob.escape(place), "*.tar")):
             return None
         folder = Path(place).resolve()
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
-        if not paths:
-            raise ValueError(f"{place} holds no PNG, JPEG or WebP file and no shard (*.tar)")
-        return [(folder, path.relative_to(folder).as_posix()) for path in paths]
-    matches = [place] if os.path.isfile(place) else sorted(glob.glob(place, recursive=True))
-    if not any(Path(match).suffix.lower() in ENDINGS for match in matches):
+        found = listing(folder)
+        passed.update(found.passed)
+        if not found.pictures:
+            raise ValueError(f"{place} holds no PNG, JPEG or WebP file and no shard (*.tar), nor GIF, BMP, TIFF or AVIF")
+        # what is not read becomes a sample that cannot be used, so that it is counted
+        return [(folder, name, text) for name, text in [*found.pictures.items(), *((name, None) for name in found.unread)]]
+    matches = [place] if os.path.lexists(place) else sorted(glob.glob(place, recursive=True))
+    if not any(ending_of(match) in ENDINGS for match in matches):
         return None
-    return [(Path(match).resolve().parent, Path(match).resolve().name) for match in matches if os.path.isfile(match)]
+    files = [Path(match) for match in matches if not os.path.isdir(match)]
+    return [(path.parent.resolve(), path.name, _text_beside(path)) for path in files]
 
 
-def _captions(path: Path) -> list[str]:
-    text = path.with_suffix(".txt")
-    if not text.is_file():
-        return [""]
-    if text.stat().st_size > MEMBER_LIMITS["txt"]:
-        raise BrokenPicture("captions too long", text.name)
-    try:
-        lines = text.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise BrokenPicture("captions are not UTF-8", text.name) from error
-    return [line.strip() for line in lines if line.strip()] or [""]
+def _text_beside(path: Path) -> str | None:
+    return next((text.name for text in map(path.with_suffix, (".txt", ".TXT", ".Txt")) if os.path.lexists(text)), None)
 
 
 def safe_key(key: str) -> str:

