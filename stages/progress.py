@@ -1,6 +1,5 @@
 """What a run says while it trains: a bar where a terminal is, else a line now and then. On standard error, by process 0 alone."""
 
-import math
 import signal
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lfq_tokenizer.text import time_text
 from stages.config import TrainingConfig
 
 # what is done with a finished run, by recipe
@@ -18,15 +18,6 @@ NEXT = {
     "generator": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL",
     "distill": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL",
 }
-HOUR, DAY = 3600.0, 86_400.0
-# unit, its seconds, and from how many seconds on the next one reads better
-UNITS = (
-    ("second", 1.0, 90.0),
-    ("minute", 60.0, 1.5 * HOUR),
-    ("hour", HOUR, 2 * DAY),
-    ("day", DAY, 700 * DAY),
-    ("year", 365.25 * DAY, math.inf),
-)
 ADAPTER_NEXT = "bitdance export {run} ADAPTER --adapter, bitdance generate PROMPT --lora ADAPTER"
 
 
@@ -101,11 +92,3 @@ class Progress:
             return ""
         pace = (time.monotonic() - self._begun[1]) / (done - self._begun[0])
         return time_text(pace * (self.run.steps - done))
-
-
-def time_text(seconds: float) -> str:
-    """Seconds in the unit that fits: "45 seconds", "12 minutes", "3.4 hours", "2.1 days", "14 years"."""
-    unit, size = next((unit, size) for unit, size, until in UNITS if seconds < until)
-    number = seconds / size
-    text = f"{number:,.1f}" if number < 10 and unit != "second" else f"{number:,.0f}"
-    return f"{text} {unit}{'' if text in ('1', '1.0') else 's'}"

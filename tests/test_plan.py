@@ -18,6 +18,7 @@ from bitdance.head import HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
 from lfq_tokenizer import TokenizerConfig
+from lfq_tokenizer.text import time_text
 from stages.config import DataConfig, DeepSpeedConfig, GeneratorTraining, RunConfig, TrainingConfig, load_config
 from stages.ema import AveragedAdamW
 from stages.measure.memory import Case
@@ -26,7 +27,6 @@ from stages.plan.fit import divide
 from stages.plan.flops import Document, document_flops, encoder_flops, token_flops
 from stages.plan.shape import Shape, count
 from stages.plan.workload import Workload
-from stages.progress import time_text
 
 ROOT = Path(__file__).parent.parent
 PRETRAIN = str(ROOT / "configs/14b/pretrain.toml")

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import torch
 
+from lfq_tokenizer.text import time_text
 from stages.plan.fit import GIB, RESERVE, Column
 from stages.plan.plan import Plan
-from stages.progress import time_text
 
 WIDTH = 14
 
