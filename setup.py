@@ -47,7 +47,10 @@ setup(
         "stages.plan",
         "stages.tokenizer",
     ],
-    package_data={"bitdance": ["pretrained/demo/*"]},
+    package_data={
+        "bitdance": ["pretrained/demo/*", "py.typed"],
+        **dict.fromkeys(("lfq_tokenizer", "bitdance_diffusers", "stages", "distill"), ["py.typed"]),
+    },
     install_requires=[
         "torch>=2.13,<2.14",
         "transformers>=5.0,<6",
