@@ -49,7 +49,7 @@ setup(
     ],
     package_data={
         "bitdance": ["pretrained/demo/*", "py.typed"],
-        **dict.fromkeys(("lfq_tokenizer", "bitdance_diffusers", "stages", "distill"), ["py.typed"]),
+        **{package: ["py.typed"] for package in ("lfq_tokenizer", "bitdance_diffusers", "stages", "distill")},
     },
     install_requires=[
         "torch>=2.13,<2.14",
