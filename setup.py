@@ -20,7 +20,7 @@ DIFFUSERS = ["diffusers>=0.36", "accelerate>=1.1"]
 FLASH = ["flash-attn-4>=4.0.0b36; platform_system == 'Linux'"]  # training on GPUs of compute capability 9 and 10
 QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6"]
 
 setup(
     name="bitdance",
