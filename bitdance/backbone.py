@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from bitdance.attention import ATTENTION, padding_runs
 from bitdance.cache import StaticCache
 from bitdance.foreign import build_config, view
+from lfq_tokenizer.files import umask
 from lfq_tokenizer.json_file import read_config, read_json, write_json
 from lfq_tokenizer.text import listed
 from lfq_tokenizer.weights import read_shapes
@@ -114,6 +115,8 @@ class Backbone(nn.Module):
         self._need_output_head()
         with _quiet():
             self.lm.save_pretrained(str(folder))
+        for weights in Path(folder).glob("*.safetensors"):
+            weights.chmod(0o666 & ~umask())  # the library writes them for their owner alone
         path = Path(folder) / "config.json"
         config = read_json(path)
         rope = dict(config.get("rope_parameters") or {})

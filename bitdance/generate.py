@@ -62,7 +62,7 @@ def generate_bits(
     cache = backbone.new_cache(rows.length + (M - 1) * P)
     hidden_RPD = backbone(backbone.embed(rows.ids_RL), rows.position_RL, rows.prefix_mask(), cache)[:, -P:]
     row_N, col_N = plan.coordinates(hidden_RPD.device)
-    place_MPD = sincos_2d(row_N, col_N, hidden_RPD.shape[-1]).to(hidden_RPD).unflatten(0, (M, P))
+    place_MPD = sincos_2d(row_N, col_N, hidden_RPD.shape[-1], side=max(h, w)).to(hidden_RPD).unflatten(0, (M, P))
     tokens_BNC = torch.zeros(B, h * w, C, device=hidden_RPD.device)
     lost = tokens_BNC.new_zeros((), dtype=torch.long)
     noise = noise or _own_noise(generators, P, C)

@@ -8,9 +8,9 @@ Liger (package `liger-kernel`, written for 0.8) computes an RMSNorm, and the pro
 with the numbers of transformers' modules up to rounding. Its rotary kernel is left out: transformers calls rotation through a
 global function of the family's file, so taking it would change every other model of the process, also one on the CPU.
 
-The package flash-attn has no place here. Its kernels know causal and sliding masks, not the block-causal one, so training goes
-through flex_attention. What is left without a mask, decoding and the head's attention over the P tokens of a block, runs on SDPA,
-whose flash backend is the same algorithm inside torch.
+Kernels of attention are chosen in `attention.py`. The package flash-attn-4 serves training there, through flex_attention. What is
+without a mask, decoding and the head's attention over the P tokens of a block, runs on SDPA, whose flash backend is the same
+algorithm.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class OneDnnLinear(nn.Linear):
             or torch.compiler.is_compiling()  # the compiler chooses for itself
             or input.device.type != "cpu"
             or input.dtype != weight.dtype
-            or not served(input.dtype)
+            or not served_by_onednn(input.dtype)
         ):
             return super().forward(input)
         if self.packing:
@@ -76,8 +76,8 @@ def use_onednn(*modules: nn.Module) -> int:
 
 
 @cache
-def served(dtype: torch.dtype) -> bool:
-    """float32 always, bfloat16 where the processor has it."""
+def served_by_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of this dtype here: float32 always, bfloat16 where the processor has it."""
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -109,10 +109,10 @@ class BitDanceModel(nn.Module):
         """p, with p² = P."""
         return isqrt(self.block_size)
 
-    def embed_image(self, bits_NC: Tensor, row_N: Tensor, col_N: Tensor) -> Tensor:
-        """±1 bits (…,N,C) and their places → backbone inputs (…,N,D): projection plus 2-D position."""
+    def embed_image(self, bits_NC: Tensor, row_N: Tensor, col_N: Tensor, side: int | None = None) -> Tensor:
+        """±1 bits (…,N,C) and their places, all below `side` → backbone inputs (…,N,D): projection plus 2-D position."""
         projected = self.projector(bits_NC)
-        return projected + sincos_2d(row_N, col_N, self.projector.hidden, projected.dtype)
+        return projected + sincos_2d(row_N, col_N, self.projector.hidden, projected.dtype, side)
 
     def forward(
         self,
@@ -142,10 +142,10 @@ class BitDanceModel(nn.Module):
         time_rows, predicted = vision_rows.new_zeros(0), vision_rows.new_zeros(0, P, C)
         right_rows = predicted > 0
         if batch.predict_index_K.numel():
-            generated = batch.generated_N
-            cond_GD = hidden_FD[batch.predict_index_K] + sincos_2d(
-                batch.image_row_N[generated], batch.image_col_N[generated], hidden_FD.shape[-1], hidden_FD.dtype
-            )
+            generated = batch.generated_K
+            row_G, col_G = batch.image_row_N[generated], batch.image_col_N[generated]
+            place_GD = sincos_2d(row_G, col_G, hidden_FD.shape[-1], hidden_FD.dtype, batch.side)
+            cond_GD = hidden_FD[batch.predict_index_K] + place_GD
             bits_RPC = batch.image_bits_NC[generated].unflatten(0, (-1, P))
             if batch.draws is not None:
                 time_rows, noise = batch.draws.time_SM.flatten(), batch.draws.noise_SMPC.flatten(0, 1)
@@ -180,14 +180,13 @@ class BitDanceModel(nn.Module):
             return embeds_BLD
         bits_NC = batch.image_bits_NC
         if batch.predict_index_K.numel():
-            clean_GC = bits_NC[batch.generated_N]
+            clean_GC = bits_NC[batch.generated_K]
             if batch.draws is not None:
                 flipped_GC = torch.where(batch.draws.flipped_NC, -clean_GC, clean_GC)
             else:
                 flipped_GC = flip_bits(clean_GC, flip_max, generator)
-            bits_NC = bits_NC.clone()
-            bits_NC[batch.generated_N] = flipped_GC
-        image_ND = self.embed_image(bits_NC, batch.image_row_N, batch.image_col_N)
+            bits_NC = bits_NC.index_copy(0, batch.generated_K, flipped_GC)
+        image_ND = self.embed_image(bits_NC, batch.image_row_N, batch.image_col_N, batch.side)
         embeds_FD = embeds_BLD.flatten(0, 1).index_copy(0, batch.image_index_N, image_ND.to(embeds_BLD.dtype))
         return embeds_FD.view_as(embeds_BLD)
 

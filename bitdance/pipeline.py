@@ -215,8 +215,9 @@ class BitDancePipeline(PictureCoding):
         generator             instead of seed: one per picture. A single generator serves one picture directly; for
                               n > 1 it draws n seeds (`torch.randint(0, 2**63 - 1, (n,))`), one per picture.
         output_type           "pil", "np" (B,H,W,3), "pt" (B,3,H,W), or "bits" (no decoding)
-        callback_on_step_end  called as (pipe, block, t, {"bits": …, "tokens": …}), both the same, after each block; t is the
-                              finished share in (0, 1], unfinished bits are 0. What it returns is not read. An exception ends the run.
+        callback_on_step_end  called as (pipe, block, t, {"bits": …, "tokens": the same}) after each block; t is
+                              the finished share in (0, 1], unfinished bits are 0. What it returns is not read. An
+                              exception ends the run.
         sampler               solver; default "euler_maruyama" (published), see `bitdance.sampler`
         preset                steps, sampler, interval and last steps at once ("published", …: `bitdance.sampling`); what
                               is said beside it wins

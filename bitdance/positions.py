@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 
-def sincos_2d(row_K: Tensor, col_K: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def sincos_2d(
+    row_K: Tensor, col_K: Tensor, dim: int, dtype: torch.dtype = torch.float32, side: int | None = None
+) -> Tensor:
     """(K, dim): the first half encodes the column, the second half the row, each `[sin | cos]` of `pos /
     10000^(k/(dim/4))`.
 
-    `row_K`, `col_K`: integer places in the token grid, from 0, not rescaled with the resolution. Computed in float64
-    on the CPU, then cast. Raises ValueError if 4 does not divide `dim`.
+    `row_K`, `col_K`: integer places in the token grid, from 0, not rescaled with the resolution. All are below `side`, which
+    whoever laid the grid out knows; without it the largest is read from their device, which then has to end its work first.
+    Computed in float64 on the CPU, then cast. Raises ValueError if 4 does not divide `dim`.
     Source: published checkpoints (numbers of case `pos2d`).
     """
     if dim % 4:
@@ -24,7 +27,8 @@ def sincos_2d(row_K: Tensor, col_K: Tensor, dim: int, dtype: torch.dtype = torch
         raise ValueError(f"rows and columns must pair up, got shapes {tuple(row_K.shape)} and {tuple(col_K.shape)}")
     if row_K.numel() == 0:
         return torch.empty(*row_K.shape, dim, dtype=dtype, device=row_K.device)
-    side = int(torch.maximum(row_K.max(), col_K.max())) + 1
+    if side is None:
+        side = int(torch.maximum(row_K.max(), col_K.max())) + 1
     table_SE = _sincos_1d(1 << (side - 1).bit_length(), dim // 2, dtype, row_K.device)  # few table sizes, reused
     return torch.cat([table_SE[col_K], table_SE[row_K]], dim=-1)
 

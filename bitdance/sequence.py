@@ -48,7 +48,10 @@ Document = Sequence[TextPiece | ImagePiece]
 
 @dataclass
 class TrainingBatch:
-    """What `BitDanceModel.forward` reads. Indices are flat, into rows × positions; every list runs in their order."""
+    """What `BitDanceModel.forward` reads. Indices are flat, into rows × positions; every list runs in their order.
+
+    Whatever decides the shape of a tensor is a number of the host or an index, never a mask: a step reads nothing of its device.
+    """
 
     ids_BL: Tensor  # token ids; 0 at image tokens and padding
     doc_BL: Tensor  # index into the list of documents; -1 is padding
@@ -59,11 +62,13 @@ class TrainingBatch:
     image_row_N: Tensor  # their place in the token grid
     image_col_N: Tensor
     image_N: Tensor  # which image of the documents, in the order given, the token belongs to
-    generated_N: Tensor  # bool: the model predicts this token
+    generated_K: Tensor  # which of the N image tokens the model predicts
     predict_index_K: Tensor  # where the hidden state of each generated token stands: one block earlier
     label_index_T: Tensor  # where the hidden state of each predicted text token stands: one position earlier
     label_ids_T: Tensor
     draws: ImageDraws | None = None  # of all generated images, one after the other
+    side: int | None = None  # no image has more rows or columns of tokens; None: not known to the host
+    spans: tuple[slice, ...] = ()  # of each image of the documents, in the order given: where its tokens stand among the N
 
     @property
     def tokens(self) -> int:
@@ -80,7 +85,8 @@ class TrainingBatch:
 
     def _map(self, change: Callable[[Any], Any]) -> "TrainingBatch":
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TrainingBatch(**{name: part if part is None else change(part) for name, part in parts.items()})
+        moved = {name: change(part) for name, part in parts.items() if isinstance(part, Tensor | ImageDraws)}
+        return TrainingBatch(**{**parts, **moved})
 
 
 def build_batch(
@@ -114,6 +120,8 @@ def build_batch(
     image, row, col, number, generated, predict, labels = [], [], [], [], [], [], []
     pictures: list[Tensor] = []
     draws: list[ImageDraws | None] = []
+    spans: list[slice] = [slice(0)] * int(images_before[-1])
+    tokens = 0
     for r, members in enumerate(rows):
         start, blocks = 0, 0
         for d in members:
@@ -131,6 +139,7 @@ def build_batch(
                 number.append(np.full(template.image.size, images_before[d] + k))
                 generated.append(np.full(template.image.size, piece.generated))
                 predict.append(template.predict + (flat + offset))
+                spans[images_before[d] + k] = slice(tokens, tokens := tokens + template.image.size)
                 pictures.append(piece.bits_Chw)
                 if piece.generated:
                     draws.append(piece.draws)
@@ -148,11 +157,13 @@ def build_batch(
         image_row_N=torch.from_numpy(_joined(row)),
         image_col_N=torch.from_numpy(_joined(col)),
         image_N=torch.from_numpy(_joined(number)),
-        generated_N=torch.from_numpy(_joined(generated).astype(bool)),
+        generated_K=torch.from_numpy(np.flatnonzero(_joined(generated))),
         predict_index_K=torch.from_numpy(_joined(predict)),
         label_index_T=torch.from_numpy(label_T - 1),
         label_ids_T=torch.from_numpy(ids_BL.reshape(-1)[label_T]),
         draws=ImageDraws.joined(draws),
+        side=max((side for picture in pictures for side in picture.shape[1:]), default=0),
+        spans=tuple(spans),
     )
 
 

@@ -4,14 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+import torch
 
 from bitdance.pipeline import DTYPES
+from bitdance.precision import AUTO, resolve_dtype
+from bitdance.values import RANGES
 from stages.config import TrainingConfig, read_config
+from stages.schema import Checked, Choice, StepsOrNone, Weight
 
 
 @dataclass(frozen=True)
-class Objectives:
+class Objectives(Checked):
     """Weights of the three terms of the loss (`distill/objective.py` derives them); 0 leaves a term out.
 
     data     the bits of real pictures: the paper's recipe, continued training with larger patches
@@ -19,44 +24,42 @@ class Objectives:
     samples  the bits of pictures that the teacher made (`bitdance distill CONFIG --write-samples`)
     """
 
-    data: float = 1.0
-    teacher: float = 0.0
-    samples: float = 0.0
+    SECTION = "distill.objectives"
+
+    data: Weight = 1.0
+    teacher: Weight = 0.0
+    samples: Weight = 0.0
 
     def __post_init__(self) -> None:
-        weights = {"data": self.data, "teacher": self.teacher, "samples": self.samples}
-        for name, weight in weights.items():
-            if not 0 <= weight < float("inf"):
-                raise ValueError(f"distill.objectives.{name} = {weight}; a weight is 0 or more")
-        if not any(weights.values()):
+        super().__post_init__()
+        if not any((self.data, self.teacher, self.samples)):
             raise ValueError("distill.objectives: all weights are 0, so nothing is learned; give one of data, teacher, samples")
 
 
 @dataclass(frozen=True)
-class DistillTraining:
+class DistillTraining(Checked):
     """What is distilled, and how. The student predicts `generator.head.parallel_num` tokens per step. It grows out of the teacher
     or, with `generator.init`, goes on from a model that has grown already.
     """
+
+    SECTION = "distill"
 
     teacher: str = ""  # a run, a checkpoint or a folder in the published layout
     objectives: Objectives = field(default_factory=Objectives)
     samples: tuple[str, ...] = ()  # shards of the teacher's own pictures
     cached: bool = False  # the shards hold what the teacher predicts (--write-targets): it is not loaded
-    guidance: float = 1.0  # folded into the student where it is above 1: of the teacher's predictions and of its pictures
-    fade: float = 1.0  # the teacher's term at time t counts (1 − t)^(fade · what the teacher does not see)
-    fade_steps: int = 0  # the teacher's term falls linearly to nothing at this step; 0: it stays
-    dtype: str = "bfloat16"  # of the teacher
+    # folded into the student where it is above 1: of the teacher's predictions and of its pictures
+    guidance: Annotated[float, RANGES["guidance"]] = 1.0
+    fade: Weight = 1.0  # the teacher's term at time t counts (1 − t)^(fade · what the teacher does not see)
+    fade_steps: StepsOrNone = 0  # the teacher's term falls linearly to nothing at this step; 0: it stays
+    dtype: Annotated[str, Choice((AUTO, *DTYPES))] = AUTO  # of the teacher; auto: bfloat16 where it is quick, else float32
     device: str = ""  # of the teacher: "cpu", "cuda:1"; empty: that of the student
     offload: bool = False  # the teacher waits in main memory, and each layer visits the device for its own pass
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.teacher:
             raise ValueError("distill.teacher is empty; name the model to distil: a run, a checkpoint or a model folder")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"distill.dtype = {self.dtype!r}; allowed are {', '.join(map(repr, DTYPES))}")
-        for name, least in (("guidance", 0.0), ("fade", 0.0), ("fade_steps", 0)):
-            if not least <= getattr(self, name) < float("inf"):
-                raise ValueError(f"distill.{name} = {getattr(self, name)}; it must be {least:g} or more")
         if self.objectives.samples and not self.samples:
             raise ValueError(
                 "distill.objectives.samples is given and distill.samples is empty; name the shards that "
@@ -67,6 +70,10 @@ class DistillTraining:
                 f"distill.guidance = {self.guidance} folds guidance into the student, and real pictures (objectives.data = "
                 f"{self.objectives.data}) teach it the opposite; set distill.guidance = 1 or distill.objectives.data = 0"
             )
+
+    def torch_dtype(self, device: torch.device | str) -> torch.dtype:
+        """The teacher's on `device`. Warns where that is bfloat16 and slow."""
+        return DTYPES[resolve_dtype(self.dtype, device) or AUTO]
 
     @property
     def folded(self) -> bool:

@@ -9,7 +9,6 @@ import torch
 from bitdance.checkpoint import load_model
 from bitdance.fingerprint import fingerprint
 from bitdance.model import BitDanceModel
-from bitdance.pipeline import DTYPES
 from bitdance.prompt import SpecialTokens
 from bitdance.sizes import rule_of_model
 from distill.config import DistillConfig
@@ -35,7 +34,7 @@ class Desk:
         self.distill, self.seed = config.distill, config.run.seed
         folder, training, P = model_folder(self.distill.teacher), config.generator, config.block_size
         self.device = own_device(self.distill) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.teacher: BitDanceModel = load_model(folder, self.device, DTYPES[self.distill.dtype])
+        self.teacher: BitDanceModel = load_model(folder, self.device, self.distill.torch_dtype(self.device))
         self.fingerprint = fingerprint(folder)
         check_sides(self.teacher.patch_side, isqrt(P))
         own = dataclasses.replace(training, head={**training.head, "parallel_num": self.teacher.block_size})

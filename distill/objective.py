@@ -84,7 +84,7 @@ class DistillObjective(GeneratorObjective):
         target_RPC = self.target(batch)
         t_R11 = losses.time_rows[:, None, None]
         pull_RP = squared_velocity(losses.predicted_rows, target_RPC, t_R11)
-        after_P = sub_patches_after(self.model.patch_side, isqrt(self.teacher_block)).to(pull_RP.device)
+        after_P = sub_patches_after(self.model.patch_side, isqrt(self.teacher_block), pull_RP.device)
         weight_RP = (1 - losses.time_rows[:, None]) ** (self.distill.fade * after_P)
         learned = learned + strength * (weight_RP * pull_RP).mean()
         # how the teacher itself does: where the student's loss is lower, the teacher has nothing left to say
@@ -114,9 +114,9 @@ def fading(step: int, fade_steps: int) -> float:
     return max(0.0, 1 - step / fade_steps) if fade_steps else 1.0
 
 
-def sub_patches_after(side: int, sub_patch: int) -> Tensor:
+def sub_patches_after(side: int, sub_patch: int, device: torch.device | str | None = None) -> Tensor:
     """(P,) of each token of a patch of `side`, the share of the patch's other sub-patches that come after its own: 1 … 0."""
     k = side // sub_patch
-    place = torch.arange(side) // sub_patch
+    place = torch.arange(side, device=device) // sub_patch
     number = (place[:, None] * k + place[None, :]).flatten()
     return (k * k - 1 - number) / (k * k - 1)

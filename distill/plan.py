@@ -10,6 +10,7 @@ import torch
 from bitdance.foreign import load_text_tokenizer
 from bitdance.head import HeadConfig
 from bitdance.pipeline import DTYPES
+from bitdance.precision import AUTO
 from bitdance.prompt import SpecialTokens, add_image_tokens
 from bitdance.sizes import HEAD_CONFIG
 from distill.config import DistillConfig, DistillTraining
@@ -66,7 +67,7 @@ def companion(config: DistillConfig, teacher: Shape) -> Companion | None:
         teacher,
         passes=2 if distill.folded else 1,
         steps=min(steps, distill.fade_steps or steps),
-        dtype=DTYPES[distill.dtype],
+        dtype=DTYPES["bfloat16" if distill.dtype == AUTO else distill.dtype],
         place="host" if _device(distill) == "cpu" else "visits" if distill.offload else "gpu",
         remedy="distill.offload = true",
     )

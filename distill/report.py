@@ -20,9 +20,10 @@ from typing import Any
 
 from PIL import Image
 
-from bitdance.picture import grid
+from bitdance.picture import grid, write_png
 from bitdance.pipeline import BitDancePipeline
 from bitdance.sizes import rule_of_model
+from lfq_tokenizer.files import write_text
 from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining
 from stages.data.buckets import Buckets
@@ -129,9 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     a = parser.parse_args(argv)
     said, pictures = report(models_of(a.model), a)
     a.output.parent.mkdir(parents=True, exist_ok=True)
-    a.output.with_suffix(".json").write_text(json.dumps(said, indent=1) + "\n")
-    a.output.with_suffix(".md").write_text(table(said))
-    pictures.save(a.output.with_suffix(".png"))
+    write_text(json.dumps(said, indent=1) + "\n", a.output.with_suffix(".json"))
+    write_text(table(said), a.output.with_suffix(".md"))
+    write_png(pictures, a.output.with_suffix(".png"))
     print(table(said))
 
 

@@ -21,6 +21,7 @@ from bitdance.bench.measure import pipeline, take_turns
 from bitdance.pipeline import BitDancePipeline
 from bitdance.sampling import choose
 from distill.report import models_of, open_pipe
+from lfq_tokenizer.files import write_text
 
 RUNS = 7
 PROMPT = "a fox, 3D style, on a blue background"
@@ -59,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if a.output:
         said = {"threads": torch.get_num_threads(), "size": a.size, "steps": a.steps, "settings": settings, "models": found}
         a.output.parent.mkdir(parents=True, exist_ok=True)
-        a.output.with_suffix(".json").write_text(json.dumps(said, indent=1) + "\n")
-        a.output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        write_text(json.dumps(said, indent=1) + "\n", a.output.with_suffix(".json"))
+        write_text("\n".join(lines) + "\n", a.output.with_suffix(".md"))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from bitdance.checkpoint import load_model
 from bitdance.fingerprint import fingerprint
 from bitdance.model import Attention, BitDanceModel
-from bitdance.pipeline import DTYPES
 from bitdance.sequence import TrainingBatch
 from distill.config import DistillTraining
 from distill.view import TeacherView
+from lfq_tokenizer.entropy import without_autocast
 from stages.checkpoint import model_folder
 
 
@@ -35,7 +35,8 @@ class Teacher:
     def load(cls, distill: DistillTraining) -> "Teacher":
         """The model of `distill.teacher` in its dtype, on the CPU until it is asked. ValueError for a device that is none."""
         device = own_device(distill)
-        model = load_model(model_folder(distill.teacher), device="cpu", dtype=DTYPES[distill.dtype], generation_only=True)
+        dtype = distill.torch_dtype(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model = load_model(model_folder(distill.teacher), device="cpu", dtype=dtype, generation_only=True)
         return cls(model, distill.guidance, device, distill.offload)
 
     @torch.no_grad()
@@ -54,7 +55,7 @@ class Teacher:
         predicted = []
         for view in views:
             # the student's autocast is none of the teacher's business
-            with torch.autocast(device.type, enabled=False):
+            with without_autocast(device):
                 rows_KTC = self.model(view.seen(student).to(device), attention=attention).predicted_rows
             predicted.append(view.as_student(rows_KTC.float().to(home), student.draws))
         if len(predicted) == 1:

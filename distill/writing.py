@@ -12,6 +12,7 @@ from distill.config import DistillConfig
 from distill.desk import Desk
 from distill.predictions import Predictions
 from distill.samples import Samples
+from lfq_tokenizer.lock import FolderLock
 from stages.data.pack import MANIFEST, PackOptions, pack
 from stages.data.sample import PictureSource
 
@@ -36,9 +37,17 @@ class Order:
 
 
 def write(config: DistillConfig, order: Order) -> int:
-    """Make the folders of this shard that are missing. ValueError where data, teacher and config do not fit."""
+    """Make the folders of this shard that are missing. ValueError where data, teacher and config do not fit, or another command
+    is at work on this shard."""
     desk = Desk(config)
     count = order.count or len(desk.mixture)
+    order.out.mkdir(parents=True, exist_ok=True)
+    with FolderLock(order.out, f".lock-{order.shard[0]}-of-{order.shard[1]}"):  # who has another shard is no rival
+        _write(desk, count, order)
+    return 0
+
+
+def _write(desk: Desk, count: int, order: Order) -> None:
     for number in range(order.shard[0], -(-count // order.per_folder), order.shard[1]):
         folder = order.out / f"{number:05d}"
         if (folder / MANIFEST).is_file():
@@ -52,4 +61,3 @@ def write(config: DistillConfig, order: Order) -> int:
             source = Predictions(desk, slots, order.batch_size)
         report = pack(source, folder, PackOptions(samples_per_shard=order.per_folder, progress=True))
         print(f"{folder}: {report['samples']} {order.kind}")
-    return 0

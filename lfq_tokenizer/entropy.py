@@ -44,20 +44,21 @@ class _MeanOfProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, high_qGK: Tensor, low_rGK: Tensor) -> Tensor:
         ctx.save_for_backward(high_qGK, low_rGK)
-        with _no_autocast(high_qGK):
+        with without_autocast(high_qGK.device):
             return torch.einsum("qgk,rgk->gqr", high_qGK, low_rGK) / high_qGK.shape[2]
 
     @staticmethod
     def backward(ctx: Any, grad_Gqr: Tensor) -> tuple[Tensor, Tensor]:
         high_qGK, low_rGK = ctx.saved_tensors
-        with _no_autocast(grad_Gqr):
+        with without_autocast(grad_Gqr.device):
             grad = grad_Gqr / high_qGK.shape[2]
             return torch.einsum("gqr,rgk->qgk", grad, low_rGK), torch.einsum("gqr,qgk->rgk", grad, high_qGK)
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Inputs keep their precision inside; nothing to do on a device that has no autocast."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def check_groups(dim: int, groups: int) -> None:
@@ -92,7 +93,7 @@ def group_entropy(z_BChw: Tensor, groups: int, temperature: float = 0.01, pool_g
     processes' samples.
     """
     check_groups(z_BChw.shape[1], groups)
-    with _no_autocast(z_BChw):
+    with without_autocast(z_BChw.device):
         return _group_entropy(z_BChw.float() * (4.0 / temperature), groups, pool_groups)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ class FolderLock:
 
     The kernel releases the lock when its process ends, however it ends, so a dead owner never has to be dealt with. The
     file says who holds it. Children that are forked do not hold it. `shared`: holders of a shared lock keep out an
-    exclusive one and not each other. `Locked` names the owner. On a disk without locks nobody is kept out.
+    exclusive one and not each other. `Locked` names the owner, with what it `said` beside. On a disk without locks nobody is
+    kept out.
     """
 
-    def __init__(self, folder: Path, name: str = ".lock", shared: bool = False) -> None:
-        self.path, self.shared = Path(folder) / name, shared
+    def __init__(self, folder: Path, name: str = ".lock", shared: bool = False, said: Mapping[str, Any] | None = None) -> None:
+        self.path, self.shared, self.said = Path(folder) / name, shared, dict(said or {})
         self._descriptor: int | None = None
         self._pid = 0
 
@@ -61,7 +63,7 @@ class FolderLock:
         os.register_at_fork(after_in_child=self._forget)
         if not self.shared:
             record = {"pid": os.getpid(), "host": socket.gethostname(), "parent": os.getppid()}
-            record |= {"command": " ".join(sys.argv)[:500]}
+            record |= {"command": " ".join(sys.argv)[:500], **self.said}
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, (json.dumps(record) + "\n").encode(), 0)
         return self

@@ -27,20 +27,24 @@ CHUNK_BYTES = 2**25
 
 
 class _Moments:
-    """Mean and sum of squared deviations of every channel, merged strip by strip in float64 (Chan et al. 1979)."""
+    """Mean and sum of squared deviations of every channel, merged strip by strip in float64 (Chan et al. 1979).
 
-    def __init__(self, channels: int) -> None:
+    They stay on the device of the strips, so that nothing waits for it, unless that knows no float64.
+    """
+
+    def __init__(self, channels: int, device: torch.device) -> None:
         self.count = 0
-        self.mean_c = torch.zeros(channels, dtype=torch.float64)
-        self.squares_c = torch.zeros(channels, dtype=torch.float64)
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.mean_c = torch.zeros(channels, dtype=torch.float64, device=self.device)
+        self.squares_c = torch.zeros_like(self.mean_c)
 
     def add(self, x_1crW: Tensor) -> None:
         x_1crW = x_1crW if x_1crW.dtype == torch.float64 else x_1crW.float()
         center_1c11 = x_1crW.mean(dim=(2, 3), keepdim=True)
-        squares_c = (x_1crW - center_1c11).square_().sum(dim=(0, 2, 3)).cpu().double()
+        squares_c = (x_1crW - center_1c11).square_().sum(dim=(0, 2, 3)).to(self.device).double()
         new, old = x_1crW.shape[2] * x_1crW.shape[3], self.count
         self.count += new
-        step_c = center_1c11.flatten().cpu().double() - self.mean_c
+        step_c = center_1c11.flatten().to(self.device).double() - self.mean_c
         self.mean_c += step_c * (new / self.count)
         self.squares_c += squares_c + step_c.square() * (old * new / self.count)
 
@@ -52,7 +56,7 @@ class _Moments:
         scale_Gk = torch.rsqrt(variance_G1 + norm.eps).expand_as(mean_Gk)
         scale_c, shift_c = scale_Gk.flatten(), (-mean_G1 * scale_Gk).flatten()
         if norm.affine:
-            weight_c, bias_c = (p.detach().cpu().double() for p in (norm.weight, norm.bias))
+            weight_c, bias_c = (p.detach().to(self.device).double() for p in (norm.weight, norm.bias))
             scale_c, shift_c = scale_c * weight_c, shift_c * weight_c + bias_c
 
         def normalise(x_1crW: Tensor) -> Tensor:
@@ -73,7 +77,8 @@ class _Activation:
         self.height = 0
         for strip in strips:
             if not self.height:
-                self.channels, self.width, self.moments = strip.shape[1], strip.shape[3], _Moments(strip.shape[1])
+                self.channels, self.width = strip.shape[1], strip.shape[3]
+                self.moments = _Moments(self.channels, strip.device)
             self.moments.add(strip)
             self.height += strip.shape[2]
             pending.append(strip)
@@ -145,7 +150,7 @@ def _res_block(block: ResBlock, x: _Activation, rows: int) -> Iterator[Tensor]:
     def first_half(strip: Tensor) -> Tensor:
         return block.conv1(F.silu(normalise1(strip), inplace=True))
 
-    inner = _Moments(block.conv1.out_channels)
+    inner = _Moments(block.conv1.out_channels, x.moments.device)
     for strip in x.through(first_half, rows, halo=1, keep=True):
         inner.add(strip)
     normalise2 = inner.normaliser(block.norm2)

@@ -1,9 +1,19 @@
 """Text of strangers: bytes → lines → what may be shown on a terminal."""
 
+import math
 import re
 from collections.abc import Sequence
 
 SHOWN = 10  # offenders listed in an error
+HOUR, DAY = 3600.0, 86_400.0
+# unit, its seconds, and from how many seconds on the next one reads better
+UNITS = (
+    ("second", 1.0, 90.0),
+    ("minute", 60.0, 1.5 * HOUR),
+    ("hour", HOUR, 2 * DAY),
+    ("day", DAY, 700 * DAY),
+    ("year", 365.25 * DAY, math.inf),
+)
 # C0 and C1 controls, what turns the direction of writing, line and paragraph separators, invisible marks, lone surrogates
 _UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]")
 _LINE_END = re.compile("\r\n|\r|\n")
@@ -59,3 +69,11 @@ def check_unicode(text: str, source: str) -> str:
     if found := _SURROGATE.search(text):
         raise ValueError(f"{source}: a lone surrogate U+{ord(found.group()):04X} at position {found.start()}; remove it")
     return text
+
+
+def time_text(seconds: float) -> str:
+    """Seconds in the unit that fits: "45 seconds", "12 minutes", "3.4 hours", "2.1 days", "14 years"."""
+    unit, size = next((unit, size) for unit, size, until in UNITS if seconds < until)
+    number = seconds / size
+    text = f"{number:,.1f}" if number < 10 and unit != "second" else f"{number:,.0f}"
+    return f"{text} {unit}{'' if text in ('1', '1.0') else 's'}"

@@ -71,10 +71,15 @@ def check_bits(shards: Sequence[str], tokenizer: LFQTokenizer) -> None:
     hashes: dict[torch.dtype, str] = {}
     for folder in sorted({Path(shard).parent for shard in shards if "://" not in shard}):
         path = folder / MANIFEST
-        encoder = read_json(path).get("source", {}).get("encoder") if path.is_file() else None
+        found = read_json(path) if path.is_file() else None
+        source = found.get("source") if isinstance(found, dict) else None
+        encoder = source.get("encoder") if isinstance(source, dict) else None
         if not encoder:
             continue
-        dtype = getattr(torch, str(encoder.get("dtype", "float32")).removeprefix("torch."), torch.float32)
+        if not isinstance(encoder, dict) or not isinstance(encoder.get("sha256"), str):
+            raise ValueError(f"{path} does not say which encoder made these bits; encode the pictures again")
+        named = getattr(torch, str(encoder.get("dtype", "float32")).removeprefix("torch."), None)
+        dtype = named if isinstance(named, torch.dtype) else torch.float32
         if dtype not in hashes:
             hashes[dtype] = encoder_hash(tokenizer, dtype)
         if encoder["sha256"] != hashes[dtype]:

@@ -118,10 +118,11 @@ def training_parser(prog: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--resume", default="auto", help="auto (newest checkpoint of the run), no, or a checkpoint folder")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and train nothing; needs no weights and no GPU")
     plan = parser.add_argument_group("with --dry-run")
-    plan.add_argument("--processes", default="1", help="numbers of GPUs: 64,8,512; the config's batch is meant for the first")
-    plan.add_argument("--gpu-memory", type=float, default=80, metavar="GIB")
-    plan.add_argument("--peak-tflops", type=float, default=989, help="of a GPU, dense bfloat16 (H100: 989, A100: 312)")
-    plan.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches (default: 0.4)")
+    # where none of these is given and there is no GPU, the plan is for this machine's processor, if the run fits its memory
+    plan.add_argument("--processes", help="numbers of GPUs: 64,8,512; the config's batch is meant for the first (default: 1)")
+    plan.add_argument("--gpu-memory", type=float, metavar="GIB", help="of a GPU (default: 80)")
+    plan.add_argument("--peak-tflops", type=float, help="of a GPU, dense bfloat16 (default: 989, an H100; A100: 312)")
+    plan.add_argument("--mfu", type=float, help="share of the peak that training reaches (default: 0.4)")
     plan.add_argument("--caption-tokens", type=int, default=128, help="of an average caption (default: 128)")
     plan.add_argument("--json", action="store_true", help="the plan as JSON")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # some launchers add it

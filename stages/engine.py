@@ -11,20 +11,21 @@ from types import FrameType
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lfq_tokenizer.json_file import write_json
-from stages import checkpoint, processes, resume_state
+from stages import checkpoint, partitions, processes, resume_state
 from stages.config import TrainingConfig, as_dict
-from stages.learner import Learner
+from stages.learner import Learner, precision_of, warn_of_slow_precision
 from stages.loader import micro_steps, step_generator
+from stages.progress import Progress
 from stages.recipe import Micro, Recipe
+from stages.run_folder import naming_full, owned
 from stages.tracker import Tracker
 from stages.watch import Watch
 
 
 class _Stop:
-    """Remembers SIGTERM and SIGINT so that the loop can save before it ends."""
+    """Remembers SIGTERM and SIGINT so that the loop can save before it ends. A launcher that is gone counts as SIGTERM."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -35,6 +36,8 @@ class _Stop:
 
     def agreed(self, device: torch.device) -> int:
         """The signal any process has seen."""
+        if not self.signal and processes.orphaned():
+            self.signal = signal.SIGTERM
         return int(processes.most_over_processes(torch.tensor([self.signal], device=device)))
 
     def restore(self) -> None:
@@ -43,11 +46,19 @@ class _Stop:
 
 
 def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
-    """Run to `config.run.steps`. Returns 0, or 128 + signal after saving when one arrived."""
-    run, folder = config.run, Path(config.run.out)
+    """Run to `config.run.steps`. Returns 0, or 128 + signal after saving when one arrived. ValueError, on every process, while
+    another run has the folder `config.run.out`, and when the disk is full; the last checkpoint stays."""
+    folder = Path(config.run.out)
     processes.start()
-    start_from = checkpoint.find(resume, folder)
+    checkpoint.find(resume, folder)  # a wrong --resume leaves no folder behind
+    with owned(folder):
+        return _train(recipe, config, checkpoint.find(resume, folder))
+
+
+def _train(recipe: Recipe, config: TrainingConfig, start_from: Path | None) -> int:
+    run, folder = config.run, Path(config.run.out)
     start = checkpoint.verify(start_from) if start_from else 0
+    warn_of_slow_precision(run)
     learner, opponent = _learners(recipe, config)
     learners = {"learner": learner} | ({"opponent": opponent} if opponent else {})
     state = resume_state.description(recipe, config)
@@ -55,69 +66,78 @@ def train(recipe: Recipe, config: TrainingConfig, resume: str = "auto") -> int:
         resume_state.load(learners, state, start_from, run.accumulation)
     rank, world, device = processes.rank(), processes.world(), learner.device
     first = rank == 0
-    tracker = Tracker(folder, first, run.wandb, as_dict(config))
-    if first:
-        write_json(as_dict(config), folder / "config.json")
+    with processes.together():
+        tracker = Tracker(folder, first, run.wandb, as_dict(config), start)
+        if first:
+            write_json(as_dict(config), folder / "config.json")
 
     def write(step: int, target: Path) -> None:
-        resume_state.save(learners, state, target)
-        with learner.averaged() as module:
+        final = checkpoint.step_folder(folder, step)
+        with processes.together(), naming_full(final):
+            resume_state.save(learners, state, target)
+        with learner.averaged() as module, processes.together(), naming_full(final):
             if first:
                 recipe.save_model(module, target / "model", step)
-            processes.barrier()
 
-    stop = _Stop()
-    bar = tqdm(total=run.steps, initial=start, disable=None if first else True, unit="step")
+    least = sum(resume_state.least_bytes(one) for one in learners.values())
+    progress = Progress(config, start, first)
+    parameters = [(partitions.size(p), p.requires_grad) for p in recipe.module.parameters()]
+    sizes = sum(size for size, _ in parameters), sum(size for size, trains in parameters if trains)
+    progress.opening(*sizes, str(device), precision_of(run), world)
     micros = micro_steps(recipe, run, start, rank, world)
     watch = Watch(recipe, run, start, device)
-    code = 0
+    code, saved, stop = 0, start_from, _Stop()
     try:
-        for step in range(start, run.steps):
-            done = step + 1
-            log, judge, draw, keep = (
-                done % every == 0 or done == run.steps
-                for every in (run.log_every, run.validate_every, run.sample_every, run.save_every)
-            )
-            rates = learner.begin(step)
-            # The opponent's state exists from its first step on, so it does not depend on when the run was saved.
-            playing = opponent if recipe.opponent and step >= recipe.opponent.start else None
-            if playing:
-                playing.begin(step)
-            for number in range(step * run.accumulation, done * run.accumulation):
-                micro = watch.take(micros)
-                # not the loader's generator: that would repeat its draws
-                generator = step_generator(run.seed, number, world + rank)
-                losses, scalars = _forward(learner, playing, micro, step, generator)
-                _stop_unless_finite(losses, step, micro, folder)
-                if log:
-                    watch.note({"loss": losses["loss"], **scalars})
-                learner.descend(losses["loss"], measure=log)
+        with tracker:
+            for step in range(start, run.steps):
+                done = step + 1
+                log, judge, draw, keep = (
+                    done % every == 0 or done == run.steps
+                    for every in (run.log_every, run.validate_every, run.sample_every, run.save_every)
+                )
+                rates = learner.begin(step)
+                # The opponent's state exists from its first step on, so it does not depend on when the run was saved.
+                playing = opponent if recipe.opponent and step >= recipe.opponent.start else None
                 if playing:
-                    playing.descend(losses["opponent's loss"], measure=log)
-            bar.update()
-            if log:
-                norms = {"grad_norm": learner.norm, "opponent/grad_norm": playing.norm if playing else None}
-                values = watch.row(done) | rates | {name: norm for name, norm in norms.items() if norm is not None}
-                tracker.scalars(done, values)
-                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-            if judge or draw:
-                with watch.aside(), learner.averaged() as module:
-                    if judge and (found := recipe.validate(module)):
-                        tracker.scalars(done, {f"heldout/{name}": value for name, value in found.items()})
-                    if draw and first:
-                        tracker.picture(done, "grid", recipe.sample(module))
-                    processes.barrier()
-            stopped = stop.agreed(device)
-            code = 128 + stopped if stopped else 0
-            if keep or code:
-                with watch.aside():
-                    checkpoint.save(folder, done, partial(write, done), run.keep)
-            if code:
-                break
+                    playing.begin(step)
+                for number in range(step * run.accumulation, done * run.accumulation):
+                    micro = watch.take(micros)
+                    # not the loader's generator: that would repeat its draws
+                    generator = step_generator(run.seed, number, world + rank)
+                    losses, scalars = _forward(learner, playing, micro, step, generator)
+                    _stop_unless_finite(losses, step, micro, folder)
+                    if log:
+                        watch.note({"loss": losses["loss"], **scalars})
+                    learner.descend(losses["loss"], measure=log)
+                    if playing:
+                        playing.descend(losses["opponent's loss"], measure=log)
+                progress.advance(done)
+                if log:
+                    norms = {"grad_norm": learner.norm, "opponent/grad_norm": playing.norm if playing else None}
+                    values = watch.row(done) | rates | {name: norm for name, norm in norms.items() if norm is not None}
+                    with processes.together():
+                        tracker.scalars(done, values)
+                    progress.row(done, values)
+                if judge or draw:
+                    with watch.aside(), learner.averaged() as module:
+                        found = recipe.validate(module) if judge else {}
+                        with processes.together():
+                            if found:
+                                tracker.scalars(done, {f"heldout/{name}": value for name, value in found.items()})
+                            if draw and first:
+                                tracker.picture(done, "grid", recipe.sample(module))
+                stopped = stop.agreed(device)
+                code = 128 + stopped if stopped else 0
+                if keep or code:
+                    with watch.aside():
+                        saved = checkpoint.save(folder, done, partial(write, done), run.keep, least)
+                if code:
+                    break
+        if start < run.steps:
+            progress.ending(saved, code and code - 128)
     finally:
         stop.restore()
-        bar.close()
-        tracker.finish()
+        progress.close()
     return code
 
 

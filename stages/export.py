@@ -4,7 +4,6 @@ Tensors are streamed from file to file; only the merging of an adapter holds a w
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +17,11 @@ from bitdance.formats import Source, convert
 from bitdance.formats.conversion import DTYPES
 from bitdance.formats.source import AUTOENCODER
 from bitdance.formats.stored import pieces
+from lfq_tokenizer.files import check_room, clear_leftovers, fsync, temporary_beside, whole_folder
 from lfq_tokenizer.json_file import read_json
 from stages import checkpoint
 from stages.raw_weights import take_raw_weights
+from stages.run_folder import naming_full
 
 Weights = Literal["ema", "raw"]
 
@@ -52,6 +53,8 @@ def export_checkpoint(
             number = torch.float32  # as resume/ has them, whatever model/ says
         if extras is not None:
             known, more = source.bitdance_json(), read_json(extras)
+            if not isinstance(more, dict) or not isinstance(more.get("card", {}), dict):
+                raise ValueError(f"--extras {extras}: a JSON object is allowed, with an object `card` in it if any")
             source.extras = {**known, **more, "card": {**known.get("card", {}), **more.get("card", {})}}
         if decoder is not None:
             _take_decoder(source, Source.open(checkpoint.model_folder(decoder)), decoder)
@@ -82,7 +85,8 @@ def _opened(path: Path, out: Path, weights: Weights, base: str | None) -> Iterat
     from stages.generator.lora import merged_model
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    merged = out.absolute().parent / f".{out.name}.merged-{os.getpid()}"
+    clear_leftovers(out.absolute().parent, out.name)
+    merged = temporary_beside(out.absolute())
     try:
         save_model(merged_model(folder, base), merged)
         source = Source.open(merged)
@@ -103,11 +107,17 @@ def export_adapter(path: Path, out: Path) -> None:
     """Copy the adapter of a checkpoint to the new folder `out`. ValueError as above, and where the checkpoint has none."""
     folder = checkpoint.newest(path)
     checkpoint.verify(folder)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another folder")
     if not (folder / checkpoint.ADAPTER).is_dir():
         raise ValueError(f"--adapter: {folder} holds a whole model; adapters come from runs with [generator.lora]")
-    shutil.copytree(folder / checkpoint.ADAPTER, out, dirs_exist_ok=True)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    source = folder / checkpoint.ADAPTER
+    check_room(out, sum(path.stat().st_size for path in source.iterdir()))
+    with naming_full(out), whole_folder(out) as whole:
+        for path in source.iterdir():
+            shutil.copyfile(path, whole / path.name)  # permissions are those of a new file
+            fsync(whole / path.name)
 
 
 def _take_decoder(source: Source, other: Source, place: Path) -> None:

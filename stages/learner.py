@@ -1,6 +1,7 @@
 """A module that learns: its optimiser, precision and partitioning, inside a DeepSpeed engine."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stages import partitions
-from stages.config import OptimizerConfig, TrainingConfig
+from bitdance.precision import quick_dtype, slow_bfloat16
+from stages import partitions, processes
+from stages.config import AUTO, OptimizerConfig, RunConfig, TrainingConfig
 from stages.ema import AveragedAdamW
 
 
@@ -22,6 +24,23 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
     floor = config.final_fraction
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def precision_of(run: RunConfig) -> str:
+    """What `run.precision` means on this machine: "auto" is bfloat16 where it is quicker than float32."""
+    return quick_dtype("cuda" if torch.cuda.is_available() else "cpu") if run.precision == AUTO else run.precision
+
+
+def warn_of_slow_precision(run: RunConfig) -> None:
+    """A warning, by process 0, where the precision that is asked for costs time on this machine and gains none."""
+    if processes.rank() or torch.cuda.is_available() or not run.precision.startswith("bfloat16"):
+        return
+    if factor := slow_bfloat16("cpu"):
+        warnings.warn(
+            f"run.precision = {run.precision!r} takes about {factor:.0f} times as long as float32 on this processor, which lacks "
+            'instructions for it; "auto" and "float32" are quicker',
+            stacklevel=3,
+        )
 
 
 class Learner:
@@ -138,9 +157,10 @@ def _settings(optimizer: OptimizerConfig, config: TrainingConfig, trained: int) 
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
-    if config.run.precision == "bfloat16":
+    precision = precision_of(config.run)
+    if precision == "bfloat16":
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    if config.run.precision == "bfloat16-weights":
+    if precision == "bfloat16-weights":
         if not d.zero_stage:
             raise ValueError(
                 "run.precision = 'bfloat16-weights' needs deepspeed.zero_stage 1, 2 or 3, which keep float32 weights beside them"

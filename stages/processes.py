@@ -4,21 +4,42 @@ Several are started by torchrun or deepspeed with the same command; each holds o
 """
 
 import os
-import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# A process that a shell started in the background outlives it on purpose; one that a launcher started does not.
+SHELLS = ("sh", "bash", "dash", "zsh", "fish", "ksh", "csh", "tcsh", "tmux", "screen", "sshd", "login", "systemd", "init")
+
+
+def _launcher() -> int | None:
+    """The process that started this one as one of a run's; None where a person did."""
+    parent = os.getppid()
+    try:
+        name = Path(f"/proc/{parent}/comm").read_text().strip()
+    except OSError:
+        name = ""
+    return parent if "RANK" in os.environ and name.split(":")[0] not in SHELLS else None
+
+
+LAUNCHER = _launcher()  # as it was when this process began
+
+
+def orphaned() -> bool:
+    """Whether the launcher of this process has ended without ending it, as after `kill -9` of torchrun."""
+    return LAUNCHER is not None and os.getppid() != LAUNCHER
+
 
 def start() -> None:
-    """Join the processes that a launcher started, or be the only one. Must come before the first learner."""
+    """Join the processes that a launcher started, or be the only one. Must come before the first learner. One alone opens no
+    port."""
     if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -29,7 +50,17 @@ def start() -> None:
     # inference path calls it. Naming the operators that may be used also saves the probing of compilers at every start.
     deepspeed.ops.__compatible_ops__ = {}
     if not dist.is_initialized():
+        if os.environ["WORLD_SIZE"] == "1":
+            _be_alone()
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def _be_alone() -> None:
+    """A group of one, without sockets: gloo and NCCL listen even where there is nobody to talk to. Torch's fake group gives back
+    what went in, which among one is what every collective does."""
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401 (registers it)
+
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
 
 
 def rank() -> int:
@@ -85,3 +116,25 @@ def from_first(value: Any) -> Any:
     holder = [value]
     dist.broadcast_object_list(holder)
     return holder[0]
+
+
+class Elsewhere(ValueError):
+    """Another process failed, with these words."""
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """The block succeeds on all processes or fails on all of them: who did well raises `Elsewhere` with the words of the first
+    that failed, so that nobody waits for a process that has ended. All must take part."""
+    failed: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    if world() > 1:
+        everywhere = everyone(None if failed is None else f"{failed}")
+        found = [f"process {number}: {said}" for number, said in enumerate(everywhere) if said is not None]
+        if found and failed is None:
+            raise Elsewhere(found[0])
+    if failed is not None:
+        raise failed

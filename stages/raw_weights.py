@@ -3,7 +3,6 @@
 Any number of processes and any stage of ZeRO: a parameter is a row of stretches, whoever held them.
 """
 
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,6 +14,7 @@ from bitdance.formats.source import AUTOENCODER, HEAD, PROJECTOR, TEXT, Source
 from bitdance.formats.stored import Held, Stored, open_stored, read_metadata
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
+from stages.resume_state import read_places
 
 KINDS = ("weight", "frozen", "buffer")
 # What the modules of the recipes call the parts. The tokenizer of a generator's run does not train: it stays as model/ has it.
@@ -55,8 +55,10 @@ def take_raw_weights(source: Source, checkpoint: Path) -> None:
     stretches: dict[str, list[tuple[int, Stored]]] = {}
     sizes: dict[str, int] = {}
     for path in files:
-        places = json.loads(read_metadata(path).get("places", "{}"))
+        places = read_places(read_metadata(path), path)
         for saved, part in open_stored(path).items():
+            if saved in places and len(part.shape) != 1:
+                raise ValueError(f"{path}: {saved} is no row of numbers but {list(part.shape)}; use --weights ema")
             start, sizes[saved] = places.get(saved, (0, prod(part.shape)))
             stretches.setdefault(saved, []).append((start, part))
     wrong = []
@@ -77,7 +79,8 @@ def take_raw_weights(source: Source, checkpoint: Path) -> None:
         source.parts[of] = found
     if wrong:
         state = folder / "state.json"
-        count = read_json(state).get("processes", "?") if state.is_file() else "?"
+        said = read_json(state) if state.is_file() else {}
+        count = said.get("processes", "?") if isinstance(said, dict) else "?"
         raise ValueError(
             f"{folder} (files of {len(files)} processes; the run had {count}) does not hold the whole model: {listed(wrong)}. "
             "Restore the files, or use --weights ema."
@@ -90,5 +93,5 @@ def _covered(stretches: list[tuple[int, Stored]]) -> int:
     for start, held in sorted(stretches, key=lambda stretch: stretch[0]):
         if start > end:
             break
-        end = max(end, start + held.shape[0])
+        end = max(end, start + prod(held.shape))
     return end

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lfq_tokenizer.json_file import read_json, write_json
+from bitdance.values import Range
+from lfq_tokenizer.json_file import parse_json, read_json, write_json
 from lfq_tokenizer.weights import check_shapes, write_safetensors
 from stages import partitions, processes
 from stages.config import TrainingConfig
-from stages.learner import Learner
+from stages.learner import Learner, precision_of
 from stages.partitions import Fragment
 from stages.recipe import Recipe
 
@@ -41,7 +42,7 @@ def description(recipe: Recipe, config: TrainingConfig) -> dict[str, Any]:
         "samples_per_step": run.batch_size * run.accumulation * world,
         "processes": world,
         "zero_stage": config.deepspeed.zero_stage,
-        "precision": run.precision,
+        "precision": precision_of(run),
     }
 
 
@@ -55,6 +56,13 @@ def save(learners: dict[str, Learner], state: dict[str, Any], folder: Path) -> N
         _save(learner, folder / f"{name}_{processes.rank():05d}.safetensors", with_frozen="base" not in state)
 
 
+def least_bytes(learner: Learner) -> int:
+    """What `save` writes at least, over all processes: weights, moments and average of what trains, in float32, and once more
+    the weights in model/, in no less than bfloat16."""
+    trained = sum(partitions.size(p) for p in learner.module.parameters() if p.requires_grad)
+    return trained * (4 * (3 + bool(learner.adam.decay)) + 2)
+
+
 def load(learners: dict[str, Learner], state: dict[str, Any], folder: Path, accumulation: int) -> None:
     """Restore what `save` wrote. ValueError when the samples would come in another order, or the model is another one."""
     if not (folder / "resume" / "state.json").is_file():
@@ -62,7 +70,7 @@ def load(learners: dict[str, Learner], state: dict[str, Any], folder: Path, accu
             f"{folder} was saved by an earlier version, whose resume state is not read any more; start again with --resume no, "
             "from its model/ as generator.init or tokenizer.init"
         )
-    saved = read_json(folder / "resume" / "state.json")
+    saved = _read_state(folder / "resume" / "state.json")
     if saved["data"] != state["data"]:
         raise ValueError(
             f"{folder} was trained on other shards than data.train names now; restore them, or start again with --resume no"
@@ -83,6 +91,15 @@ def load(learners: dict[str, Learner], state: dict[str, Any], folder: Path, accu
     for name, learner in learners.items():
         with ExitStack() as opened:
             _load(learner, _Saved(folder / "resume", name, opened), with_frozen="base" not in state)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """ValueError, naming the file, for JSON of another shape."""
+    saved = read_json(path)
+    if not isinstance(saved, dict) or not isinstance(saved.get("data"), str) or not isinstance(saved.get("base", ""), str):
+        raise ValueError(f"{path} does not say what the run was (data, samples_per_step); resume from an older step")
+    Range(1, 2**60).check("samples_per_step", saved.get("samples_per_step"), str(path))
+    return saved
 
 
 def _trained(state: dict[str, Any]) -> str:
@@ -158,6 +175,18 @@ class _Stretch:
     stop: int
 
 
+def read_places(metadata: dict[str, str] | None, path: Path) -> dict[str, tuple[int, int]]:
+    """Where each stretch of a file of `resume/` begins, and how many numbers its parameter has. ValueError names the file."""
+    found = parse_json((metadata or {}).get("places", ""), f"{path} (places)")
+    if not isinstance(found, dict) or not all(_is_place(place) for place in found.values()):
+        raise ValueError(f"{path} does not say where its numbers belong; resume from an older step")
+    return {name: (start, size) for name, (start, size) in found.items()}
+
+
+def _is_place(place: Any) -> bool:
+    return isinstance(place, list) and len(place) == 2 and all(type(number) is int and 0 <= number < 2**60 for number in place)
+
+
 class _Saved:
     """The files of a learner, opened; tensors are read when they are asked for."""
 
@@ -167,12 +196,18 @@ class _Saved:
         self._plain: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
         for path in sorted(folder.glob(f"{name}_*.safetensors")):
-            file = opened.enter_context(safe_open(str(path), framework="pt"))
-            places = json.loads(file.metadata()["places"])
+            try:
+                file = opened.enter_context(safe_open(str(path), framework="pt"))
+            except SafetensorError as error:
+                raise ValueError(f"{path} is not a whole safetensors file ({error}); resume from an older step") from None
+            places = read_places(file.metadata(), path)
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 if key in places:
+                    shape = file.get_slice(key).get_shape()
+                    if len(shape) != 1:
+                        raise ValueError(f"{path}: {key} is no row of numbers but {shape}; resume from an older step")
                     start, self._sizes[key] = places[key]
-                    self._stretches[key].append(_Stretch(file, start, start + file.get_slice(key).get_shape()[0]))
+                    self._stretches[key].append(_Stretch(file, start, start + shape[0]))
                 else:
                     self._plain[key] = file
 

@@ -5,14 +5,18 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
+from bitdance.bench.peak import measure_peak
+from bitdance.precision import quick_dtype
 from stages import processes
 from stages.config import RunConfig
+from stages.learner import precision_of
 from stages.recipe import Micro, Recipe
 
 # FLOP/s of dense bfloat16 products, by a part of the device's name; makers' data sheets
@@ -24,7 +28,7 @@ class Watch:
 
     def __init__(self, recipe: Recipe, run: RunConfig, start: int, device: torch.device) -> None:
         self.run, self.length, self.flops, self.device = run, recipe.length, recipe.flops, device
-        self.peak = peak_flops(device, run.precision) if recipe.flops else math.nan
+        self.peak = peak_flops(device, precision_of(run)) if recipe.flops else math.nan
         self.skipped: Counter[str] = Counter()  # since this start of the run
         self._noted: dict[str, list[Tensor]] = defaultdict(list)
         self._begin(start)
@@ -77,7 +81,9 @@ class Watch:
         if tokens:
             row |= {"tokens_per_s": tokens / seconds, "packing": tokens / positions}
         if tokens and self.flops and not math.isnan(self.peak):
-            row["mfu"] = self.flops * tokens / seconds / (self.peak * processes.world())
+            reached = self.flops * tokens / seconds / processes.world()
+            self.peak = max(self.peak, reached)  # a peak measured while the machine had other work is too low
+            row["mfu"] = reached / self.peak
         row |= {"data_wait": max(waits), "memory": max(memories), "skipped": sum(total.values()), **total}
         self._noted.clear()
         self._begin(step)
@@ -85,18 +91,21 @@ class Watch:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of one process: the maker's figure where it is known, else what a matrix product reaches; NaN on an unknown GPU."""
+    """FLOP/s of one process: of a GPU the maker's figure, NaN where that is unknown; of a CPU what its quickest large product
+    reaches."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((peak for part, peak in PEAKS.items() if part in name), math.nan)
-    side = 1024
-    a = torch.ones(side, side, dtype=torch.float32 if precision == "float32" else torch.bfloat16)
-    times = []
-    for _ in range(4):
-        begun = time.perf_counter()
-        torch.mm(a, a)
-        times.append(time.perf_counter() - begun)
-    return 2 * side**3 / min(times)
+    # a processor without instructions for bfloat16 is quicker in float32
+    quick = precision != "float32" and quick_dtype(device) == "bfloat16"
+    return _measured(torch.bfloat16 if quick else torch.float32, torch.get_num_threads())
+
+
+@cache
+def _measured(dtype: torch.dtype, threads: int) -> float:
+    """Of this machine's CPU with so many threads, in half a second; no random number of the run is used."""
+    with torch.random.fork_rng(devices=[]):
+        return measure_peak("cpu", dtype, side=1024).flops_per_s
 
 
 def _memory(device: torch.device) -> float:

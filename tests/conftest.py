@@ -1,4 +1,4 @@
-"""What a test leaves behind in other people's libraries is put back."""
+"""What a test leaves behind in other people's libraries is put back; what needs a GPU is skipped where there is none."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,14 @@ import pytest
 import torch
 
 LINEAR = torch.nn.functional.linear  # before any test or fixture runs
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
 @pytest.fixture(autouse=True)

@@ -103,7 +103,7 @@ def test_random_weights_make_bits_that_follow_from_all_of_the_work(dtype: torch.
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA here")
+@pytest.mark.gpu
 def test_random_weights_are_drawn_on_the_gpu_and_phases_are_timed_there() -> None:
     contender = pipeline(BitDancePipeline(random_model(TINY, "cuda", torch.bfloat16)), Sampling(3), *SIZE, 2)
     take_turns([contender], 2)

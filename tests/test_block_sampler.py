@@ -12,7 +12,6 @@ from bitdance.sampler import SAMPLERS, draws
 from bitdance.sampling import Sampling
 
 PROMPTS = ["a red cube", "x", "a blue ball on a table, seen from far away", "two cats", "rain"]
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: graphs are recorded on one")
 
 
 def seeded(count, first=0):
@@ -94,7 +93,7 @@ def test_rows_outside_the_guidance_interval_are_halved():
     assert rows == [3, 3, 6, 6, 3]  # 0, 0.2375, 0.475, 0.7125, 0.95
 
 
-@needs_cuda
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_replayed_graph_is_the_loop(name):
     model, sampling = lively(tiny_model()).to("cuda"), Sampling(4, 3.0, name)
@@ -108,7 +107,7 @@ def test_a_replayed_graph_is_the_loop(name):
     torch.testing.assert_close(fast(cond, noise, sampling, 4), first, rtol=0, atol=0)
 
 
-@needs_cuda
+@pytest.mark.gpu
 def test_graphs_serve_all_prompts_and_memory_stays():
     model, sampling = lively(tiny_model()).to("cuda"), Sampling(3, 3.0)
     sampler = BlockSampler(model.head)

@@ -3,14 +3,20 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lfq_tokenizer import files
 from stages import checkpoint
 from stages.checkpoint import INCOMPLETE, complete, find, model_folder, newest, save, step_folder, verify
+from stages.run_folder import owned
+
+ROOT = Path(__file__).parent.parent
 
 
 class Killed(BaseException):
@@ -106,7 +112,7 @@ CUTS = {
     "list written, not renamed": (_replace("manifest.json"), 1),
     "before the files are on disk": (_patched("fsync"), 1),
     "at the rename": (_replace("step_00000002"), 1),
-    "at the pointer": (_replace("latest"), 1),
+    "at the pointer": (_replace("latest"), 1),  # step 2 is published, and `latest` still names the one before
 }
 
 
@@ -134,7 +140,7 @@ def test_a_cut_while_pruning_loses_only_what_was_to_go(tmp_path, monkeypatch):
     original = shutil.rmtree
 
     def half(path: Path, *arguments: Any, **options: Any) -> None:
-        if path.name == "step_00000001":
+        if "step_00000001" in path.name:
             (path / "model.safetensors").unlink()
             raise Killed
         original(path, *arguments, **options)
@@ -142,42 +148,87 @@ def test_a_cut_while_pruning_loses_only_what_was_to_go(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(shutil, "rmtree", half)
         saved(tmp_path, 3)
-    assert verify(find("auto", tmp_path)) == 3
+    assert [verify(folder) for folder in complete(tmp_path)] == [2, 3]  # no half checkpoint has a checkpoint's name
     saved(tmp_path, 4)
     assert [verify(folder) for folder in complete(tmp_path)] == [3, 4]
 
 
 def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
     saved(tmp_path, 1)
-    needed = sum(p.stat().st_size for p in step_folder(tmp_path, 1).rglob("*") if p.is_file())
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
-    with pytest.raises(ValueError, match=rf"needs {needed:,} bytes and {needed - 1:,} are free; .* resume from step_00000001"):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=99))
+    with pytest.raises(ValueError, match=r"step_00000002 needs \d+\.\d kB and the disk has 99 bytes free; make room first"):
         save(tmp_path, 2, lambda folder: pytest.fail("it wrote"), 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000001"] and verify(step_folder(tmp_path, 1)) == 1
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage._replace(free=10**6))
     assert verify(saved(tmp_path, 2)) == 2
 
 
-def test_what_was_not_finished_is_refused(tmp_path):
+KILLED = """
+import os, sys
+from pathlib import Path
+from stages.checkpoint import save
+
+def write(folder):
+    (folder / "model.safetensors").write_text("half")
+    os._exit(9)
+
+save(Path(sys.argv[1]), 2, write, 2)
+"""
+
+
+def test_what_a_killed_run_was_writing_is_no_checkpoint_and_the_next_run_clears_it(tmp_path):
     saved(tmp_path, 1)
-    with pytest.raises(Killed):
-        save(tmp_path, 2, cut_while_writing(pytest.MonkeyPatch()), keep=2)
-    left = tmp_path / ("step_00000002" + INCOMPLETE)
-    assert left.is_dir() and left not in complete(tmp_path)
-    with pytest.raises(ValueError, match="not a finished checkpoint"):
-        verify(left)
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], cwd=ROOT).returncode == 9
+    (left,) = tmp_path.glob(".step_00000002" + INCOMPLETE + "*")
+    assert [verify(folder) for folder in complete(tmp_path)] == [1]
     (left / "manifest.json").write_text('{"step": 2, "files": {}}')  # even when its list is there
     with pytest.raises(ValueError, match="not a finished checkpoint"):
         verify(left)
+    # of another machine that shared the disk, of an earlier version, and of an export that is still at work
+    (tmp_path / ".step_00000003.incomplete-0123abcd-1-2-3").mkdir()
+    (tmp_path / "step_00000004.incomplete").mkdir()
+    export = files.temporary_beside(tmp_path / "model")
+    export.mkdir()
+    with owned(tmp_path):
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([export.name, ".lock", "latest", "step_00000001"])
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_checkpoint_can_be_read_by_whom_the_umask_lets(tmp_path):
+    def write(folder: Path) -> None:
+        writer(1)(folder)
+        (folder / "model.safetensors").chmod(0o600)  # as transformers does
+        (folder / "resume").chmod(0o700)
+
+    before = os.umask(0o027)
+    try:
+        folder = save(tmp_path, 1, write, keep=1)
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {path for path, mode in modes.items() if mode == 0o750} == {"step_00000001", "step_00000001/resume"}
+    assert {mode for path, mode in modes.items() if (tmp_path / path).is_file()} == {0o640} and verify(folder) == 1
+
+
+def test_no_link_that_lies_in_wait_is_written_through(tmp_path):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.write_text("mine")
+    for name in ("latest", "latest.tmp", "step_00000001.incomplete", "metrics.jsonl.tmp", "config.json.tmp"):
+        (run / name).symlink_to(outside)
+    saved(run, 1)
+    assert outside.read_text() == "mine" and (run / "latest").read_text() == "step_00000001\n"
 
 
 def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_has_its_name(tmp_path, monkeypatch):
     saved(tmp_path, 2, keep=1)
-    original = os.replace
+    original, to_it = os.replace, 0
 
     def replace(source: Any, destination: Any) -> None:
-        if Path(source).name == "step_00000002" + INCOMPLETE:
+        nonlocal to_it
+        to_it += Path(destination).name == "step_00000002"
+        if to_it == 1 and Path(destination).name == "step_00000002":  # the new one; the second brings the old one back
             raise OSError("no")
         original(source, destination)
 
@@ -244,6 +295,33 @@ def test_the_first_ten_damaged_files_are_listed(tmp_path):
 def test_a_broken_list_is_named(tmp_path):
     folder = saved(tmp_path, 1)
     (folder / "manifest.json").write_text("{")
+    with pytest.raises(ValueError) as caught:
+        verify(folder)
+    assert str(folder / "manifest.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "5",
+        '{"step": 1}',
+        '{"step": 1, "files": []}',
+        '{"step": 1, "files": {"x": 5}}',
+        '{"step": 1, "files": {"x": {"bytes": 1}}}',
+        '{"step": 1, "files": {"x": {"bytes": "1", "sha256": "0"}}}',
+        '{"step": true, "files": {}}',
+        '{"step": 1e400, "files": {}}',
+        '{"step": 1' + "0" * 400 + ', "files": {}}',
+        '{"files": {}}',
+        '{"step": 1, "files": {"../step_00000002/x": {"bytes": 1, "sha256": "0"}}}',
+        '{"step": 1, "files": {"/etc/hostname": {"bytes": 1, "sha256": "0"}}}',
+        "[" * 100_000 + "]" * 100_000,
+    ],
+)
+def test_a_list_of_another_shape_is_named(tmp_path, text):
+    folder = saved(tmp_path, 1)
+    (folder / "manifest.json").write_text(text)
     with pytest.raises(ValueError) as caught:
         verify(folder)
     assert str(folder / "manifest.json") in str(caught.value)

@@ -134,7 +134,7 @@ def test_the_autoencoder_sends_the_text_encoder_away(pipe: BitDanceDiffusionPipe
     assert [pipe.diffusion_head._hf_hook.prev_module_hook, pipe.projector._hf_hook.prev_module_hook] == [None, None]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading from a device needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("way", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_offload_from_a_device_changes_no_bit(folders: dict[str, Path], way: str) -> None:
     made = [BitDanceDiffusionPipeline.from_pretrained(str(folders["published"]), dtype=torch.float32) for _ in range(2)]

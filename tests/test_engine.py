@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
-from stages import checkpoint
+from stages import checkpoint, learner, resume_state, watch
 from stages.config import DataConfig, DeepSpeedConfig, OptimizerConfig, RunConfig, TrainingConfig
 from stages.data.order import EpochOrder
 from stages.ema import AveragedAdamW
@@ -376,6 +377,73 @@ def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path) -> N
     message = str(caught.value)
     assert "loss is nan at step 2" in message and f"sample-{in_the_third}" in message and str(tmp_path / "bad") in message
     assert [checkpoint.verify(f) for f in checkpoint.complete(tmp_path / "bad")] == [2]  # what was good is still there
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "does not say what the run was"),
+        ("5", "does not say what the run was"),
+        ('{"data": 5, "samples_per_step": 4}', "does not say what the run was"),
+        ('{"data": "line", "samples_per_step": 4, "base": []}', "does not say what the run was"),
+        ('{"data": "line"}', "samples_per_step = None; a whole number from 1"),
+        ('{"data": "line", "samples_per_step": 0}', "samples_per_step = 0; a whole number from 1"),
+        ('{"data": "line", "samples_per_step": true}', "samples_per_step = True; a whole number from 1"),
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_resume_state_of_another_shape_is_named(tmp_path: Path, text: str, message: str) -> None:
+    def write(folder: Path) -> None:
+        (folder / "resume").mkdir()
+        (folder / "resume" / "state.json").write_text(text)
+
+    checkpoint.save(tmp_path, 1, write, keep=1)
+    with pytest.raises(ValueError, match=message) as caught:
+        train(LineRecipe(), config(tmp_path))
+    assert "state.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "places", [None, "", "[]", "{", '{"weight/first.weight": 5}', '{"weight/first.weight": [0, -1]}', '{"weight/idle": [0]}']
+)
+def test_files_of_a_resume_state_say_where_their_numbers_belong(tmp_path: Path, places: str | None) -> None:
+    metadata = {} if places is None else {"places": places}
+    with pytest.raises(ValueError, match="learner_00000"):
+        resume_state.read_places(metadata or None, tmp_path / "learner_00000.safetensors")
+
+
+# precision, and the share of the peak
+
+
+def test_auto_is_bfloat16_where_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for quick in ("bfloat16", "float32"):
+        monkeypatch.setattr(learner, "quick_dtype", lambda device, quick=quick: quick)
+        assert learner.precision_of(RunConfig(precision="auto")) == quick
+        assert learner.precision_of(RunConfig(precision="float32")) == "float32"
+        settings = learner._settings(OptimizerConfig(), config(Path("x"), precision="auto"), 10)
+        assert ("torch_autocast" in settings) == (quick == "bfloat16")
+
+
+def test_a_slow_precision_is_warned_of_with_its_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learner, "slow_bfloat16", lambda device: 7.4)
+    with pytest.warns(UserWarning, match="'bfloat16' takes about 7 times as long as float32 on this processor"):
+        learner.warn_of_slow_precision(RunConfig(precision="bfloat16"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learner.warn_of_slow_precision(RunConfig(precision="auto"))
+        monkeypatch.setattr(learner, "slow_bfloat16", lambda device: None)
+        learner.warn_of_slow_precision(RunConfig(precision="bfloat16"))
+
+
+def test_no_run_reaches_more_than_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if that was measured while the machine had other work; and measuring takes no random number of the run."""
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    assert watch.peak_flops(torch.device("cpu"), "float32") > 1e8 and torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(watch, "peak_flops", lambda device, precision: 1.0)
+    train(LineRecipe(), config(tmp_path, steps=3))
+    shares = [row["mfu"] for row in metrics(tmp_path) if "mfu" in row]
+    assert len(shares) == 3 and max(shares) <= 1
 
 
 # a real signal to a real process

@@ -3,6 +3,7 @@
 Two processes are started once and do all their runs; the runs of one process happen here.
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
@@ -22,7 +23,9 @@ from safetensors import safe_open
 from test_engine import ROOT, Line, LineRecipe, assert_same, config, environment, everything, metrics  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
-from stages import checkpoint
+from lfq_tokenizer import weights
+from lfq_tokenizer.lock import FolderLock
+from stages import checkpoint, processes
 from stages.config import DeepSpeedConfig, TrainingConfig
 from stages.engine import train
 from stages.recipe import Losses, Opponent
@@ -63,7 +66,42 @@ def work(folder: Path, rank: int) -> None:
     for before, after in CHANGES:
         assert train(recipe(3), config(folder / f"two_{before}_{after}", before, batch_size=2)) == 143
         assert train(recipe(), config(folder / f"one_{before}_{after}", after, batch_size=2)) == 0
+    refused(folder, rank)
     train(recipe(6, signal.SIGKILL), config(folder / "killed", 2, batch_size=2, save_every=2))
+
+
+def refused(folder: Path, rank: int) -> None:
+    """What both processes say when the disk of one is full, at every stage of ZeRO, and while another run has the folder."""
+    said: dict[str, str] = {}
+    for zero in STAGES:
+        run, original, calls = folder / f"full_{zero}", weights.save_file, 0
+
+        # of process 1 the second checkpoint's part; of process 0, which alone writes under ZeRO 0, its model
+        fails, at = (1, 2) if zero else (0, 4)
+
+        def full(*arguments: Any, original: Any = original, fails: int = fails, at: int = at, **options: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == at and rank == fails:
+                raise weights.SafetensorError("I/O error: No space left on device (os error 28)")
+            original(*arguments, **options)
+
+        weights.save_file = full
+        try:
+            train(recipe(frozen=True), config(run, zero, save_every=2, batch_size=2))
+        except ValueError as error:
+            said[f"full_{zero}"] = str(error)
+        finally:
+            weights.save_file = original
+    (folder / "taken").mkdir(exist_ok=True)
+    held = FolderLock(folder / "taken") if rank == 1 else contextlib.nullcontext()
+    with held:
+        processes.barrier()
+        try:
+            train(recipe(frozen=True), config(folder / "taken", batch_size=2))
+        except ValueError as error:
+            said["taken"] = str(error)
+    (folder / f"said_{rank}.json").write_text(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +133,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             process.wait()
     assert codes == [-signal.SIGKILL] * 2, "\n".join(path.read_text()[-3000:] for path in outputs)
     yield folder
+
+
+def test_what_one_process_fails_of_all_processes_say(runs: Path) -> None:
+    said = [json.loads((runs / f"said_{rank}.json").read_text()) for rank in (0, 1)]
+    for zero in STAGES:
+        fails = 1 if zero else 0
+        own, others = (said[rank][f"full_{zero}"] for rank in (fails, 1 - fails))
+        assert "step_00000004" in own and "the disk is full" in own and others == f"process {fails}: {own}"
+        assert [checkpoint.verify(folder) for folder in checkpoint.complete(runs / f"full_{zero}")] == [2]
+        assert not list((runs / f"full_{zero}").glob(".*incomplete*"))
+    assert "is in use by process" in said[0]["taken"] and said[1]["taken"] == f"process 0: {said[0]['taken']}"
 
 
 @pytest.fixture(scope="module")

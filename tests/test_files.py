@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,3 +193,15 @@ def test_text_of_strangers():
         decoded("a".encode("utf-16"), "f")
     with pytest.raises(ValueError, match=r"a lone surrogate U\+D83D at position 1"):
         check_unicode("a\ud83d", "f")
+
+
+def test_security_md_states_every_limit_and_the_environment_raises_it():
+    """One place in the code, the same figures for people."""
+    names = [name for name in vars(limits) if name.isupper() and name != "MB"]
+    said = (Path(__file__).parent.parent / "SECURITY.md").read_text(encoding="utf-8")
+    assert len(names) > 10
+    for name in names:
+        assert f"| `{name}` | {getattr(limits, name):,} |" in said, name
+    code = "from lfq_tokenizer import limits; print(limits.JOBS)"
+    environment = os.environ | {"BITDANCE_LIMIT_JOBS": "7"}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True).stdout == "7\n"

@@ -115,7 +115,7 @@ def test_importing_the_library_imports_no_kernels() -> None:
             assert not {name.split(".")[0] for name in names} & {"liger_kernel", "flash_attn"}, path.name
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="Liger's kernels need a CUDA device")
+@pytest.mark.gpu
 def test_on_a_gpu_hidden_states_and_gradients_stay() -> None:
     pytest.importorskip("liger_kernel", reason="pip install liger-kernel")
     plain, fused = (tiny_backbone().cuda() for _ in range(2))

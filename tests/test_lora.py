@@ -4,6 +4,9 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +22,13 @@ from bitdance.checkpoint import save_model
 from bitdance.cli import main as bitdance
 from bitdance.fingerprint import fingerprint
 from bitdance.picture import read_metadata
+from lfq_tokenizer.files import temporary_beside
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors
 from stages.checkpoint import newest
 from stages.config import load_config
 from stages.data.cli import main as data
+from stages.export import export_adapter, export_checkpoint
 
 pytest.importorskip("peft", reason="peft is not installed (extra train)")
 ROOT = Path(__file__).parent.parent
@@ -146,6 +151,33 @@ def test_a_checkpoint_holds_the_adapter_alone_and_trains_nothing_else(run: Path)
     assert str(run.parent) not in json.dumps(said)
 
 
+def test_an_exported_adapter_is_readable_by_whom_the_umask_lets_and_what_a_killed_export_left_is_cleared(
+    run: Path, tmp_path: Path
+) -> None:
+    checkpoint = shutil.copytree(newest(run), tmp_path / "run" / newest(run).name)
+    (checkpoint / "adapter" / "adapter_model.safetensors").chmod(0o600)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    own = temporary_beside(tmp_path / "out")
+    left = own.with_name(own.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
+    left.mkdir()
+    before = os.umask(0o027)
+    try:
+        export_adapter(checkpoint, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert not left.exists() and (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "{}", '{"generator": {}}', '{"generator": {"init": 5}}'])
+def test_a_run_that_does_not_name_its_base_is_told_so(run: Path, tmp_path: Path, text: str) -> None:
+    copied = shutil.copytree(newest(run), tmp_path / "run" / newest(run).name)
+    (tmp_path / "run" / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json names no generator\.init.*--base"):
+        export_checkpoint(copied, tmp_path / "out")
+
+
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_resuming_changes_nothing(place: Path, tmp_path: Path, zero: int) -> None:
     """With dropout, whose draws belong to the micro-step."""
@@ -178,7 +210,7 @@ def test_generate_names_the_adapter_in_the_picture(adapter: Path, tmp_path: Path
     ("changes", "message"),
     [
         ({"generator__lora__targets": '["nowhere"]'}, "no linear layer is called 'nowhere'; there are backbone, head, q_proj"),
-        ({"generator__lora__rank": "0"}, "generator.lora.rank = 0; it must be at least 1"),
+        ({"generator__lora__rank": "0"}, "generator.lora.rank = 0; a whole number from 1 to"),
         ({"generator__init": ""}, "name that model in generator.init"),
         ({"generator__freeze": '["head"]'}, "all but the adapter is frozen"),
         ({"generator__resolution_tokens": "500"}, "an adapter holds no new tokens"),

@@ -62,10 +62,10 @@ def test_draw_order_is_flips_then_time_then_noise() -> None:
     model = tiny_model()
     batch, used, twin = both(model), seeded(), seeded()
     losses = model(batch, used, flip_max=0.3)
-    clean = batch.image_bits_NC[batch.generated_N]
+    clean = batch.image_bits_NC[batch.generated_K]
     r1, r2 = (torch.rand(clean.shape, generator=twin) for _ in range(2))
     flipped = batch.image_bits_NC.clone()
-    flipped[batch.generated_N] = torch.where(r1 < 0.3 * r2, -clean, clean)
+    flipped[batch.generated_K] = torch.where(r1 < 0.3 * r2, -clean, clean)
     hidden = model.hidden(dataclasses.replace(batch, image_bits_NC=flipped)).flatten(0, 1)
     place = [sincos_2d(*PatchPlan(h, w, 2).coordinates(), HIDDEN) for h, w in ((4, 6), (4, 4))]
     cond = hidden[batch.predict_index_K] + torch.cat(place)
@@ -79,8 +79,8 @@ def test_only_inputs_of_generated_images_are_flipped() -> None:
     batch = both(model)
     clean, flipped = model.inputs(batch), model.inputs(batch, seeded(), flip_max=1.0)
     changed = (clean != flipped).any(-1).flatten()
-    assert changed[batch.image_index_N[batch.generated_N]].float().mean() > 0.9
-    changed[batch.image_index_N[batch.generated_N]] = False
+    assert changed[batch.image_index_N[batch.generated_K]].float().mean() > 0.9
+    changed[batch.image_index_N[batch.generated_K]] = False
     assert not changed.any()
 
 

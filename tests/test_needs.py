@@ -123,7 +123,7 @@ def test_the_peak_on_a_cpu_is_within_a_tenth_of_what_doctor_predicts(batch):
     assert found["needs_bytes"] == pytest.approx(found["measured_bytes"], rel=0.1), batch
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 @pytest.mark.parametrize("batch", [["--shape", "mid"], ["--shape", "mid", "--batch-size", "16"]])
 def test_the_peak_on_cuda_is_within_a_tenth_of_what_doctor_predicts(batch):
     """Of what torch allocates: the context is not torch's."""

@@ -122,7 +122,7 @@ def test_a_model_without_decoder_is_refused():
         PhaseOffload(BitDanceModel(None, m.text_tokenizer, m.projector, m.backbone, m.head), "cpu")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.gpu
 def test_on_cuda_offload_takes_less_and_draws_the_same():
     peaks, bits = [], []
     for offload in (False, True):

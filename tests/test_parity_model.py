@@ -142,7 +142,7 @@ def recorded_batch(name: str, model: BitDanceModel) -> TrainingBatch:
         image_row_N=torch.cat(rows),
         image_col_N=torch.cat(cols),
         image_N=torch.cat([torch.full((len(row),), k) for k, row in enumerate(rows)]),
-        generated_N=torch.cat(generated),
+        generated_K=torch.cat(generated).nonzero().flatten(),
         predict_index_K=tensors["in.ce_loss_indexes_vision"],
         label_index_T=tensors["in.ce_loss_indexes_text"],
         label_ids_T=tensors["in.packed_label_ids"],
@@ -246,7 +246,7 @@ def test_build_batch_lays_out_the_recorded_documents() -> None:
     assert torch.equal(ours_mask[keep][:, keep], tensors["out.mask"].bool())
     for field in ("image_index_N", "predict_index_K", "label_index_T"):
         assert torch.equal(place[getattr(batch, field)], getattr(recorded, field)), field
-    for field in ("image_bits_NC", "image_row_N", "image_col_N", "generated_N", "label_ids_T"):
+    for field in ("image_bits_NC", "image_row_N", "image_col_N", "generated_K", "label_ids_T"):
         assert torch.equal(getattr(batch, field), getattr(recorded, field)), field
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bitdance.head import HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
 from lfq_tokenizer import TokenizerConfig
+from lfq_tokenizer.text import time_text
 from stages.config import DataConfig, DeepSpeedConfig, GeneratorTraining, RunConfig, TrainingConfig, load_config
 from stages.ema import AveragedAdamW
 from stages.measure.memory import Case
@@ -225,6 +227,10 @@ def test_what_does_not_fit_is_said_with_a_remedy(capsys: pytest.CaptureFixture[s
     [
         (["--processes", "8,x"], "--processes '8,x'"),
         (["--mfu", "1.5"], "the MFU at most 1"),
+        (["--gpu-memory", "nan"], "--gpu-memory = nan; a number above 0"),
+        (["--peak-tflops", "-1"], "--peak-tflops = -1.0; a number above 0"),
+        (["--processes", "0"], "--processes = 0; a whole number from 1"),
+        (["--caption-tokens", "0"], "--caption-tokens = 0; a whole number from 1"),
         (["--set", "data.mix={100 = 1}"], "data.mix names 100 pixels, no multiple of 64"),
         (["--set", "generator.head.ch_latent=100"], "ch_latent = 100"),
         (["--set", "run.stepz=1"], "did you mean run.steps?"),
@@ -235,6 +241,40 @@ def test_a_plan_that_cannot_be_is_one_line_and_exit_code_2(
 ) -> None:
     assert dry_run(PRETRAIN, *FAST, *arguments) == 2
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_without_a_gpu_the_plan_is_for_this_processor_in_a_time_that_can_be_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo = [str(ROOT / "configs/demo/pretrain.toml"), "--set", "data.train=['nowhere/*.tar']", *FAST]
+    small = [*demo, "--set", "generator.tokenizer=demo", "--set", "run.steps=100"]
+    monkeypatch.setattr("stages.watch.peak_flops", lambda device, precision: 50e9)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert dry_run(*small) == 0
+    out = capsys.readouterr().out
+    assert "GPUs  " not in out and "this processor: fits" in out and "peak of this processor 50 GFLOP/s" in out
+    (time,) = re.findall(r"time at an MFU of 40%\s+([\d.]+) (?:seconds|minutes|hours)\n", out)
+    assert float(time) > 0
+    assert dry_run(*small, "--processes", "1", "--json") == 0  # where GPUs are described it is for them
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["device"] == "gpu" and plan["machine"]["tflops"] == 989 and plan["precision"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 seconds"),
+        (1, "1 second"),
+        (89, "89 seconds"),
+        (180, "3.0 minutes"),
+        (39 * 60, "39 minutes"),
+        (3600 * 3.4, "3.4 hours"),
+        (86_400 * 5, "5.0 days"),
+        (86_400 * 365.25 * 569, "569 years"),
+    ],
+)
+def test_a_time_is_told_in_the_unit_that_fits(seconds: float, text: str) -> None:
+    assert time_text(seconds) == text
 
 
 def test_the_three_stages_of_14b_are_a_chain() -> None:

@@ -5,7 +5,6 @@ import time
 
 import pytest
 import torch
-from einops import rearrange
 from tiny_model import BITS, random_bits, tiny_text_tokenizer
 
 from bitdance.patches import PatchPlan
@@ -24,7 +23,9 @@ def test_unorder_of_order_is_the_identity(h: int, w: int, p: int) -> None:
     plan = PatchPlan(h, w, p)
     x = torch.arange(2 * 3 * h * w).reshape(2, 3, h, w)
     assert torch.equal(plan.unorder(plan.order(x)), x)
-    assert torch.equal(plan.order(x), rearrange(x, "b c (i p1) (j p2) -> b (i j p1 p2) c", p1=p, p2=p))
+    corners = [(i, j) for i in range(0, h, p) for j in range(0, w, p)]  # patches in raster order, and tokens in each of them
+    patches = [x[:, :, i : i + p, j : j + p].flatten(2) for i, j in corners]
+    assert torch.equal(plan.order(x), torch.cat(patches, dim=2).transpose(1, 2))
     row, col = plan.coordinates()
     assert torch.equal(plan.order(x)[0, :, 0], x[0, 0, row, col])
     assert (plan.block_size, plan.num_blocks) == (p * p, h * w // p**2)
@@ -118,8 +119,13 @@ def assert_as_described(batch, documents, p, special, rows) -> None:
     assert batch.image_index_N.tolist() == [flat for flat, _ in images]
     assert batch.image_row_N.tolist() == [row for _, (_, row, _) in images]
     assert batch.image_col_N.tolist() == [col for _, (_, _, col) in images]
-    assert batch.generated_N.tolist() == generated and batch.generated_N.dtype == torch.bool
+    assert batch.generated_K.tolist() == [n for n, predicted in enumerate(generated) if predicted]
     assert batch.predict_index_K.tolist() == predict
+    places = [(row, col) for _, (_, row, col) in images]
+    assert batch.side == 1 + max((max(place) for place in places), default=-1)
+    assert [batch.image_N.tolist()[span] for span in batch.spans] == [
+        [k] * len(batch.image_N[batch.image_N == k]) for k in range(len(batch.spans))
+    ]
     assert list(zip(batch.label_index_T.tolist(), batch.label_ids_T.tolist(), strict=True)) == labels
     expected = [piece.bits_Chw[:, row, col] for _, (piece, row, col) in images]
     assert torch.equal(batch.image_bits_NC, torch.stack(expected) if expected else torch.empty(0, 0))
@@ -201,14 +207,14 @@ def test_bits_of_any_dtype_and_device_moves(special: SpecialTokens) -> None:
 
 
 def test_a_training_batch_is_quick_to_build(special: SpecialTokens) -> None:
-    """64 documents of about 100 tokens; 5 ms on a desktop core, and the bound leaves room for a busy machine."""
+    """64 documents of about 100 tokens; 5 ms of CPU time on a desktop core, and the bound leaves room for a slow one."""
     prompt = conditional_ids(tiny_text_tokenizer(), "a red cube on a table")
     other = unconditional_ids(tiny_text_tokenizer())
     documents = [[TextPiece(prompt if k % 10 else other, True), ImagePiece(random_bits(8, 8, k))] for k in range(64)]
     build_batch(documents, 4, special)
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         build_batch(documents, 4, special)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.05
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 0.1

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 DEBUG = ROOT / "configs" / "debug"
 STAGES = ("pretrain", "continue", "finetune")
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-LIMIT = 300  # seconds for all three stages, export and generation
+LIMIT = 600  # CPU seconds for all three stages, export and generation: five minutes on two cores
 
 
 def settings(place: Path, stage: str, out: Path) -> list[str]:
@@ -57,8 +56,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> dict[str, Any]:
-    """The three stages, two processes each, an export and two pictures; how long that took."""
-    started = time.monotonic()
+    """The three stages, two processes each, an export and two pictures; the CPU seconds that this took."""
+    started = _cpu_seconds()
     for stage in STAGES:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "stages"]
         command = [*launcher, str(DEBUG / f"{stage}.toml"), *settings(place, stage, place / stage)]
@@ -69,7 +68,12 @@ def trained(place: Path) -> dict[str, Any]:
     pictures = ["generate", "a red circle", "--model", str(place / "model"), "--steps", "2", "--device", "cpu", "-o"]
     for side in ("8", "16"):
         assert bitdance([*pictures, str(place / f"out{side}"), "--height", side, "--width", side]) == 0
-    return {"seconds": time.monotonic() - started}
+    return {"seconds": _cpu_seconds() - started}
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it waited for: what was computed, however busy the machine is."""
+    return sum(os.times()[:4])
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

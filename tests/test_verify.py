@@ -225,10 +225,10 @@ def test_the_same_weights_in_two_folders_agree_in_all_bits(folder: Path, capsys:
         ([str(MODEL), "--against", "nowhere"], "no model folder 'nowhere'"),
         ([str(MODEL), "--pictures", "2", "--device", "cpu"], "both sides would be the same model in float32"),
         ([str(MODEL), "--tolerance", "0"], "--tolerance is a number from 0 on, and needs --against"),
-        ([str(MODEL), "--dtype", "bfloat16", "--at-least", "99"], "--at-least 99; a share lies between 0 and 1"),
-        ([str(MODEL), "--dtype", "bfloat16", "--pictures", "0"], "--pictures 0"),
-        ([str(MODEL), "--dtype", "bfloat16", "--device", "cpu", "--prompts", "no.txt"], "--prompts no.txt: No such file"),
-        ([str(MODEL), "--dtype", "bfloat16", "--device", "cpu", "--height", "33"], "is not supported"),
+        ([str(MODEL), "--dtype", "float16", "--at-least", "99"], "--at-least 99; a share lies between 0 and 1"),
+        ([str(MODEL), "--dtype", "float16", "--pictures", "0"], "--pictures 0"),
+        ([str(MODEL), "--dtype", "float16", "--device", "cpu", "--prompts", "no.txt"], "--prompts no.txt: No such file"),
+        ([str(MODEL), "--dtype", "float16", "--device", "cpu", "--height", "33"], "is not supported"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

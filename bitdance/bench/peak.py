@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitdance.kernels import served
+from bitdance.kernels import served_by_onednn
 from bitdance.precision import slow_bfloat16
 
 
@@ -53,7 +53,7 @@ def measure_peak(device: torch.device | str, dtype: torch.dtype, side: int | Non
 def _kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """On CPUs that are not its maker's, MKL, which serves float32, may be half as fast as oneDNN."""
     found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": F.linear}
-    if device.type == "cpu" and torch.backends.mkldnn.is_available() and served(dtype):
+    if device.type == "cpu" and torch.backends.mkldnn.is_available() and served_by_onednn(dtype):
         found["oneDNN"] = lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return found
 

@@ -40,7 +40,7 @@ def generate_plain(
     prefix = vision_prefix_ids(model.special, h, w, P)
     caches = [DynamicCache(config=backbone.lm.config) for _ in texts]
     row_N, col_N = plan.coordinates(device)
-    place_ND = sincos_2d(row_N, col_N, backbone.hidden_size).to(backbone.dtype)
+    place_ND = sincos_2d(row_N, col_N, backbone.hidden_size, side=max(h, w)).to(backbone.dtype)
 
     def step(inputs_BLD: Tensor, cache: DynamicCache) -> Tensor:
         length = cache.get_seq_length() + P

@@ -11,14 +11,14 @@ COLUMNS = ("phase", "seconds", "share", "GFLOP", "GB", "GFLOP/s", "of peak", "GB
 
 
 def phase_records(work: Mapping[str, Work], peak: Peak, seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """By phase and under "total": flops, bytes, floor_seconds, and with measured `seconds` also rates and shares."""
+    """By phase and under "total": flops, bytes, kernels, floor_seconds, and with measured `seconds` also rates and shares."""
     rows = {phase: work.get(phase, Work()) for phase in PHASES if phase in work or seconds}
     floors = {phase: row.floor(peak) for phase, row in rows.items()}
     rows["total"] = sum(rows.values(), Work())
     floors["total"] = sum(floors.values())
     records: dict[str, Any] = {}
     for phase, row in rows.items():
-        record: dict[str, Any] = {"flops": row.flops, "bytes": row.bytes, "floor_seconds": floors[phase]}
+        record: dict[str, Any] = {"flops": row.flops, "bytes": row.bytes, "kernels": row.kernels, "floor_seconds": floors[phase]}
         if seconds:
             spent = seconds[phase]
             record |= {"seconds": spent, "share": spent / seconds["total"]}

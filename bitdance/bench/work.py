@@ -1,8 +1,8 @@
 """Floating point operations and bytes of making pictures, by phase, in closed form from the shape alone.
 
-A product of (k,n) and (n,m) is 2·k·n·m operations, and reads its weights and its input and writes its output once. Elementwise
-work counts as fused with the products, so what follows is a floor, and a cache that keeps weights between two calls can go
-below it. Tests compare the operations with torch's own counter.
+A product of (k,n) and (n,m) is 2·k·n·m operations, reads its weights and its input and writes its output once, and is one kernel
+to launch; attention, and a convolution, likewise. Elementwise work counts as fused with the products, so what follows is a floor,
+and a cache that keeps weights between two calls can go below it. Tests compare all three with what torch does at the real shape.
 
 B pictures, R rows of the backbone (with guidance 2B), P tokens per block, M blocks, D hidden size, W width of the head.
 """
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitdance.attention import padding_runs
 from bitdance.bench.peak import Peak
 from bitdance.bench.shapes import Shape
 from bitdance.generate import padded_length
@@ -29,13 +30,14 @@ class Work:
 
     flops: float = 0.0
     bytes: float = 0.0
+    kernels: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.bytes + other.bytes)
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.kernels + other.kernels)
 
     def times(self, count: float) -> "Work":
         """The same so many times over."""
-        return Work(self.flops * count, self.bytes * count)
+        return Work(self.flops * count, self.bytes * count, self.kernels * count)
 
     def floor(self, peak: Peak) -> float:
         """Seconds below which a machine of this peak cannot do it."""
@@ -99,19 +101,19 @@ def evaluations(sampling: Sampling, steps: int, time_shift: float = 1.0) -> list
 def _product(rows: float, n: int, m: int, itemsize: float, weight: float | None = None) -> Work:
     """A linear layer n → m for so many rows, `weight` bytes in each of its weights."""
     weight = itemsize if weight is None else weight
-    return Work(2 * rows * n * m, weight * n * m + itemsize * rows * (n + m))
+    return Work(2 * rows * n * m, weight * n * m + itemsize * rows * (n + m), 1)
 
 
 def _backbone(shape: Shape, order: Order, new: int, lengths: Sequence[int]) -> Work:
-    """One call: `new` positions in each row, which see as many keys as its length. Feed-forward layers are gated, as in all
-    families that `Backbone` names."""
+    """One call: `new` positions in each row, which see as many keys as its length; neighbouring rows of equal length share a
+    kernel. Feed-forward layers are gated, as in all families that `Backbone` names."""
     config, E, rows = shape.backbone, shape.head_dim, new * len(lengths)
     D, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
     queries, keys = config["num_attention_heads"] * E, shape.key_heads * E
-    products = [(D, queries + 2 * keys), (queries, D), (D, 2 * inner), (inner, D)]
+    products = [(D, queries), (D, keys), (D, keys), (queries, D), (D, inner), (D, inner), (inner, D)]
     layer = sum((_product(rows, n, m, order.itemsize, order.backbone_weight) for n, m in products), Work())
     seen = sum(lengths)
-    attention = Work(4 * queries * new * seen, order.itemsize * 2 * (keys * seen + queries * rows))
+    attention = Work(4 * queries * new * seen, order.itemsize * 2 * (keys * seen + queries * rows), len(padding_runs(lengths)))
     return (layer + attention).times(layers)
 
 
@@ -126,7 +128,7 @@ def _head(shape: Shape, order: Order, steps: int) -> Work:
     for branches in set(calls):
         rows = branches * order.batch * P
         blocks = sum((_product(rows, n, m, size, order.head_weight) for n, m in block), Work())
-        blocks += Work(4 * W * P * rows, size * 4 * W * rows)  # attention
+        blocks += Work(4 * W * P * rows, size * 4 * W * rows, 1)  # attention
         once = sum((_product(rows, n, m, size) for n, m in others), blocks.times(c.depth_latent))
         once += _product(order.batch * P, c.ch_target, W, size)
         total += once.times(calls.count(branches))
@@ -140,7 +142,7 @@ def _decode(shape: Shape, order: Order) -> Work:
     pixels = order.height * order.width // c.downsampling**2
 
     def conv(n: int, m: int, kernel: int = 3) -> Work:
-        return Work(2 * pixels * n * m * kernel**2, itemsize * (n * m * kernel**2 + pixels * (n + m)))
+        return Work(2 * pixels * n * m * kernel**2, itemsize * (n * m * kernel**2 + pixels * (n + m)), 1)
 
     total = conv(c.z_channels * (2 if c.gan_decoder else 1), widths[-1])
     total += conv(widths[-1], widths[-1]).times(2 * c.num_res_blocks)

@@ -8,6 +8,7 @@ Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or config, 130 and 143 s
 
 import argparse
 import difflib
+import errno
 import io
 import os
 import sys
@@ -179,6 +180,8 @@ def _run(argv: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
+            return _unwritten(error, 1)  # whatever else we write names its file
         report(_words(error))
         return 2
     except (RecursionError, MemoryError) as error:  # of an input that no limit foresaw
@@ -196,10 +199,14 @@ def _flushed(code: int) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        report(f"standard output could not be written ({error.strerror}); what the command did counts")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter does not try again at exit
-        return max(code, 1)
+        return _unwritten(error, code)
     return code
+
+
+def _unwritten(error: OSError, code: int) -> int:
+    report(f"standard output could not be written ({error.strerror}); what the command did counts")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter does not try again at exit
+    return max(code, 1)
 
 
 def _words(error: ValueError | OSError) -> str:

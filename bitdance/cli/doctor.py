@@ -18,7 +18,7 @@ from bitdance.cli.batch import add_options, check_unused, show
 from bitdance.cli.memory import GB, free_main_memory
 
 OPTIONAL = {
-    "flash_attn": "faster attention on NVIDIA GPUs",
+    "flash_attn": "attention in training on NVIDIA GPUs of compute capability 9 and 10: flash-attn-4",
     "deepspeed": "training",
     "webdataset": "training from shards",
     "tensorboard": "training curves",
@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> int:
     print(f"bitdance {found['bitdance']}, Python {found['python']}, {found['system']}")
     print(", ".join(f"{name} {number or 'missing'}" for name, number in found["packages"].items()))
     for device in found["devices"]:
-        print(f"device {device['device']}: {device['name']}, free memory {_gb(device['free_bytes'])}")
+        print(f"device {device['device']}: {device['name']}, free memory {_gb(device['free_bytes'])}; {_bfloat16(device)}")
     print("attention: " + ", ".join(found["attention"]))
     for name, present in found["optional"].items():
         print(f"{name}: {'present' if present else 'not installed'} ({OPTIONAL[name]})")
@@ -61,7 +61,7 @@ def examine() -> dict[str, Any]:
     """Everything that `doctor --json` prints. Needs of published models are computed, not measured."""
     from bitdance import __version__
 
-    devices = _devices()
+    devices = [{**device, **_dtypes(device["device"])} for device in _devices()]
     by_preference = sorted(devices, key=lambda device: (device["device"] == "cpu", -(device["free_bytes"] or 0)))
     best = "cuda" if by_preference[0]["device"].startswith("cuda") else "cpu"
     needs = {kind: published(kind) for kind in ("cpu", "cuda")}
@@ -104,6 +104,21 @@ def published(kind: str) -> dict[str, int]:
     return {f"14B-64x, {name}": needs(SHAPES["14b-64x"], setting).peak for name, setting in settings.items()}
 
 
+def _dtypes(device: str) -> dict[str, Any]:
+    """The quick dtype of a device and, where bfloat16 is slow, how many times as long as float32 it takes."""
+    from bitdance.precision import quick_dtype, slow_bfloat16
+
+    return {"quick_dtype": quick_dtype(device), "bfloat16_times_float32": slow_bfloat16(device)}
+
+
+def _bfloat16(device: dict[str, Any]) -> str:
+    if device["quick_dtype"] == "bfloat16":
+        return "bfloat16 is quick (--dtype auto takes it)"
+    factor = device["bfloat16_times_float32"]
+    slow = f"takes about {factor:.0f} times as long as float32" if factor else "is not quicker than float32"
+    return f"bfloat16 {slow}: use float32"
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -130,8 +145,10 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _attention() -> list[str]:
-    """Names of the attention backends that this build of torch has; flash_attn only when installed."""
+    """Names of the attention backends that this build of torch has, and whether training has the FLASH kernel."""
     import torch
+
+    from bitdance.attention import without_flash
 
     names = ["sdpa math"]
     if torch.cuda.is_available():
@@ -139,9 +156,8 @@ def _attention() -> list[str]:
             names.append("sdpa flash")
         names.append("sdpa memory-efficient")
     if importlib.util.find_spec("torch.nn.attention.flex_attention") is not None:
-        names.append("flex_attention")
-    if importlib.util.find_spec("flash_attn") is not None:
-        names.append("flash_attn")
+        reason = without_flash(torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.bfloat16)
+        names.append(f"flex_attention (no FLASH: {reason})" if reason else "flex_attention with FLASH")
     return names
 
 

@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+from lfq_tokenizer.text import time_text
+
 EVERY = 30.0  # seconds between two lines where no terminal is
 FORMAT = "{percentage:3.0f}%|{bar}| {n:.1f}/{total} pictures [{elapsed}<{remaining}]"
 
@@ -42,12 +44,5 @@ class Progress:
             self._said = now
             all_of_them = self.total - self.before
             left = (now - self._start) * (all_of_them / self._done - 1)
-            line = f"bitdance: {self._done:.1f} of {all_of_them} pictures, about {duration(left)} left"
+            line = f"bitdance: {self._done:.1f} of {all_of_them} pictures, about {time_text(left)} left"
             print(line, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words of the fitting unit: "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -56,7 +56,7 @@ def _one(model: BitDanceModel, prompt: str, bits_Chw: Tensor, seed: int, samplin
     batch = build_batch([[TextPiece(ids), ImagePiece(bits_Chw)] for ids in texts], model.patch_side, model.special)
     batch = batch.to(model.backbone.device)
     hidden_KD = model.hidden(batch).flatten(0, 1)[batch.predict_index_K]
-    hidden_KD = hidden_KD + sincos_2d(batch.image_row_N, batch.image_col_N, hidden_KD.shape[-1], hidden_KD.dtype)
+    hidden_KD = hidden_KD + sincos_2d(batch.image_row_N, batch.image_col_N, hidden_KD.shape[-1], hidden_KD.dtype, batch.side)
     cond_RMPD = hidden_KD.unflatten(0, (len(texts), plan.num_blocks, P))
     sample, generator = BlockSampler(model.head, compile=False), torch.Generator().manual_seed(seed)
     predicted: list[Tensor] = []

@@ -119,8 +119,8 @@ def examined(
 def _mark(folder: Path, mark: Callable[[Path], str]) -> str:
     try:
         return mark(folder)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError):
-        return "none, a file cannot be read"  # which has been told of
+    except (ValueError, OSError):  # of a file whose fault stands among the problems
+        return "unknown"
 
 
 def value_range(tensor: Tensor) -> tuple[float, float, int]:

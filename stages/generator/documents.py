@@ -67,7 +67,7 @@ class GeneratorBatch:
             h, w = bits_BChw.shape[2:]
             plan = PatchPlan(h, w, p)
             for k, bits_NC in zip(members, plan.order(bits_BChw), strict=True):
-                self.sequence.image_bits_NC[self.sequence.image_N == k] = bits_NC.float()
+                self.sequence.image_bits_NC[self.sequence.spans[k]] = bits_NC.float()
         return self.sequence
 
 

@@ -75,12 +75,22 @@ def save_adapter(model: BitDanceModel, folder: Path, lora: LoraTraining, extras:
 def merged_model(checkpoint: Path, base: Path | str | None) -> BitDanceModel:
     """The model that the adapter of a checkpoint makes of its base, in float32 on the CPU. Without `base` that is the
     `generator.init` of the run. ValueError where it is another model."""
-    place = base or read_json(checkpoint.parent / "config.json")["generator"]["init"]
+    place = base or _init_of(checkpoint.parent / "config.json")
     model = load_model(model_folder(place), device="cpu", dtype=torch.float32, lora=checkpoint / ADAPTER)
     known, more = model.extras, read_extras(checkpoint / ADAPTER)
     prompts = list(dict.fromkeys([*known.get("prompts", []), *more.get("prompts", [])]))
     model.extras = {**known, "prompts": prompts, "card": more.get("card", {})}
     return model
+
+
+def _init_of(path: Path) -> str:
+    """`generator.init` of a run's config.json. ValueError, naming the file, where it says none."""
+    found = read_json(path)
+    generator = found.get("generator") if isinstance(found, dict) else None
+    init = generator.get("init") if isinstance(generator, dict) else None
+    if not isinstance(init, str) or not init:
+        raise ValueError(f"{path} names no generator.init, the model that the adapter belongs to; name it with --base")
+    return init
 
 
 def _is_lora(name: str) -> bool:

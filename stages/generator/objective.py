@@ -53,13 +53,15 @@ class GeneratorObjective(nn.Module):
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
         losses = self.losses(batch)
         learned, more = self.vision(losses, batch, step)
-        # Means over all processes: a process that happens to hold more blocks or more text counts for more.
-        own = torch.tensor([losses.vision_rows.numel(), losses.text_rows.numel()], dtype=torch.float64)
-        share = own / mean_over_processes(own.to(losses.total.device)).cpu().clamp(min=1e-9)
-        vision, text = (losses.vision * float(share[0])).detach(), losses.text * float(share[1])
+        # Means over all processes: a process that happens to hold more blocks or more text counts for more. The counts are
+        # made on the device and stay there, so that no step waits for it.
+        counts = (losses.vision_rows.numel(), losses.text_rows.numel())
+        own = torch.stack([torch.full((), n, dtype=torch.float64, device=losses.total.device) for n in counts])
+        share = (own / mean_over_processes(own).clamp(min=1e-9)).to(losses.total.dtype)
+        vision, text = (losses.vision * share[0]).detach(), losses.text * share[1]
         levels = by_noise_level("vision", losses.vision_rows, losses.time_rows)
         scalars = {"vision": vision, "text": text.detach(), **accuracy(losses), **levels, **more}
-        return learned * float(share[0]) + self._training.text_weight * text, scalars, None
+        return learned * share[0] + self._training.text_weight * text, scalars, None
 
     def _attention(self, ids_BL: Tensor) -> Attention:
         if self._training.attention == "flex" or (self._training.attention == "auto" and ids_BL.is_cuda):
@@ -75,5 +77,8 @@ def accuracy(losses: TrainingLosses) -> dict[str, Tensor]:
 
 def by_noise_level(name: str, loss_RP: Tensor, time_R: Tensor) -> dict[str, Tensor]:
     """A loss of rows by their time; NaN where a batch has no row of a level."""
-    rows, levels = loss_RP.detach().mean(-1), pairwise(TIME_EDGES)
-    return {f"{name}_at_t/{low}-{high}": rows[(low <= time_R) & (time_R < high)].mean() for low, high in levels}
+    rows_R, found = loss_RP.detach().mean(-1), {}
+    for low, high in pairwise(TIME_EDGES):
+        inside_R = (low <= time_R) & (time_R < high)
+        found[f"{name}_at_t/{low}-{high}"] = torch.where(inside_R, rows_R, 0.0).sum() / inside_R.sum()
+    return found

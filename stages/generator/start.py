@@ -83,6 +83,8 @@ def _backbone_config(training: GeneratorTraining) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"generator.pretrained: {path} does not exist; name a local folder in transformers' layout")
     config: dict[str, Any] = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is no config of a model; name a local folder in transformers' layout")
     for name, value in training.backbone.items():
         if config.get(name, value) != value:
             raise ValueError(f"{path}: {name} = {config[name]!r}, but generator.backbone says {value!r}; is it the model meant?")

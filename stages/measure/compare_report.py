@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lfq_tokenizer.files import whole_path, write_text
 from lfq_tokenizer.json_file import read_json, write_json
 from stages.measure.compare import load_one, load_pictures
 from stages.measure.reconstruction import Reconstruction
@@ -63,7 +64,7 @@ def report(folder: Path, heldout: Sequence[Sequence[str]], lpips: str | None, ou
     out.mkdir(parents=True, exist_ok=True)
     pictures = {kind: len(group) for kind, group in groups.items()}
     write_json({"setting": settings[0], "pictures": pictures, "runs": rows}, out / "comparison.json")
-    (out / "comparison.md").write_text(table(rows) + "\n", encoding="utf-8")
+    write_text(table(rows) + "\n", out / "comparison.md")
     plot_comparison(rows, out / "comparison.png")
     plot_scaling(rows, out / "scaling.png")
     return rows
@@ -101,7 +102,8 @@ def plot_comparison(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 axis.plot(*zip(*points), label=title, **style)
         _label(axis, name)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=110)
+    with whole_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def plot_scaling(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -114,7 +116,8 @@ def plot_scaling(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             axis.plot([row["bits"] for row in ours], [row[kind][name] for row in ours], marker="o", label=kind)
         _label(axis, name)
     axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    with whole_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
 
 
 def _axes(count: int) -> tuple[Any, list[Any]]:

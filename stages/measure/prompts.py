@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitdance.picture import grid
+from bitdance.picture import grid, write_png
 from bitdance.pipeline import BitDancePipeline
 from stages.checkpoint import model_folder
 from stages.data.captions import PALETTE
@@ -188,7 +188,7 @@ def main(argv: list[str]) -> int:
     settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "preset": a.preset}
     figures, pictures = measure(a.model, a.train, a.heldout, a.count, a.seed, **settings)
     if a.grid:
-        grid(pictures, columns=8).save(a.grid)
+        write_png(grid(pictures, columns=8), a.grid)
     if a.json:
         print(json.dumps(figures))
     else:

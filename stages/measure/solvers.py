@@ -27,6 +27,7 @@ from torch import Tensor
 from bitdance.bench.work import evaluations
 from bitdance.pipeline import BitDancePipeline
 from bitdance.sampling import PRESETS, Sampling, choose
+from lfq_tokenizer.files import write_text
 from stages.checkpoint import model_folder
 from stages.measure.prompts import Gallery, follow, open_gallery
 
@@ -160,8 +161,8 @@ def main(argv: list[str]) -> int:
     figures = study(pipe, open_gallery(pipe, a.train, a.heldout), settings, a)
     if a.output:
         a.output.parent.mkdir(parents=True, exist_ok=True)
-        a.output.with_suffix(".md").write_text("\n".join([HEAD, *(row(name, f) for name, f in figures.items())]) + "\n")
-        a.output.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+        write_text("\n".join([HEAD, *(row(name, f) for name, f in figures.items())]) + "\n", a.output.with_suffix(".md"))
+        write_text(json.dumps(figures, indent=1) + "\n", a.output.with_suffix(".json"))
     mean = statistics.mean(f["cpu_seconds"] for f in figures.values())
     print(f"{len(figures)} settings, {mean:.2f} CPU seconds a picture on average, {torch.get_num_threads()} threads")
     return 0

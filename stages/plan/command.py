@@ -2,13 +2,24 @@
 
 import argparse
 import json
+import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stages.config import TrainingConfig, as_dict
+import torch
+
+from bitdance.precision import quick_dtype
+from bitdance.values import Range
+from stages.config import AUTO, TrainingConfig, as_dict
 
 if TYPE_CHECKING:
     from stages.plan.companion import Companion
+    from stages.plan.plan import Machine
     from stages.plan.shape import Shape
+
+PROCESSES, CAPTION, SIZE = Range(1, 10**6), Range(1, 10**6), Range(0, 10**9, whole=False, open_low=True)
+FLAGS = {"memory": "--gpu-memory", "tflops": "--peak-tflops"}
+CPU_MFU = 0.4
 
 
 def show(
@@ -28,17 +39,45 @@ def _generator(
     config: TrainingConfig, arguments: argparse.Namespace, shape: "Shape | None", companion: "Companion | None"
 ) -> tuple[dict[str, Any], str]:
     from stages.plan import report
-    from stages.plan.plan import Machine, make_plan
+    from stages.plan.plan import make_plan
 
-    numbers = arguments.processes.split(",")
+    caption = CAPTION.check("--caption-tokens", arguments.caption_tokens)
+    described = (arguments.processes, arguments.gpu_memory, arguments.peak_tflops, arguments.mfu)
+    if not torch.cuda.is_available() and all(value is None for value in described):
+        # no GPU, and none described: this machine's processor, if the run has room in its memory
+        plan = make_plan(_with_precision(config, quick_dtype("cpu")), _processor(), caption, shape, companion)
+        if plan.columns[0].fits:
+            return {**plan.to_dict(), "device": "cpu"}, report.text(plan, here=True)
+    plan = make_plan(_with_precision(config, "bfloat16"), _gpus(arguments), caption, shape, companion)
+    return {**plan.to_dict(), "device": "gpu"}, report.text(plan)
+
+
+def _with_precision(config: TrainingConfig, quick: str) -> TrainingConfig:
+    """The config with what "auto" means where the run is planned."""
+    return replace(config, run=replace(config.run, precision=quick)) if config.run.precision == AUTO else config
+
+
+def _gpus(arguments: argparse.Namespace) -> "Machine":
+    from stages.plan.plan import Machine
+
+    numbers = (arguments.processes or "1").split(",")
     if not all(number.strip().isdecimal() for number in numbers):
         raise ValueError(f"--processes {arguments.processes!r}: give numbers separated by commas, for example 64,8,512")
-    processes = tuple(map(int, numbers))
-    machine = Machine(processes, arguments.gpu_memory, arguments.peak_tflops, arguments.mfu)
-    if arguments.caption_tokens < 1:
-        raise ValueError(f"--caption-tokens {arguments.caption_tokens}: give at least 1")
-    plan = make_plan(config, machine, arguments.caption_tokens, shape, companion)
-    return plan.to_dict(), report.text(plan)
+    processes = tuple(PROCESSES.check("--processes", int(number.strip()[:20])) for number in numbers)
+    said = {"memory": arguments.gpu_memory, "tflops": arguments.peak_tflops}
+    known = {name: SIZE.check(FLAGS[name], value) for name, value in said.items() if value is not None}
+    if arguments.mfu is not None:
+        known["mfu"] = arguments.mfu
+    return Machine(processes, **known)
+
+
+def _processor() -> "Machine":
+    """One process on this machine: its memory, and the peak of its processor as measured now."""
+    from stages.plan.plan import Machine
+    from stages.watch import peak_flops
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Machine((1,), memory, peak_flops(torch.device("cpu"), quick_dtype("cpu")) / 1e12, CPU_MFU)
 
 
 def _tokenizer(config: TrainingConfig) -> tuple[dict[str, Any], str]:

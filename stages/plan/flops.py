@@ -84,7 +84,7 @@ def document_flops(model: BitDanceModel, document: Document, encoder: float = 0.
         2 * _products(model.projector) * document.image * projector,
         (blocks + once) * head,
         encoder,
-        layers + attention + blocks,
+        layers + attention + blocks - 2 * _left_out(base) * document.length,
     )
 
 
@@ -105,7 +105,7 @@ def _beside_frozen(model: BitDanceModel, document: Document, encoder: float, bel
         2 * _products(model.projector) * document.image,
         2 * (blocks + once) + rows * _products(net, trained=True),
         encoder,
-        forward + attention + blocks,
+        forward + attention + blocks - 2 * _left_out(base) * document.length,
     )
 
 
@@ -149,6 +149,13 @@ def _products(module: nn.Module, trained: bool = False) -> int:
     """Multiplications of all linear layers for one row, or of those that train."""
     linears = (m for m in module.modules() if isinstance(m, nn.Linear))
     return sum(m.in_features * m.out_features for m in linears if m.weight.requires_grad or not trained)
+
+
+def _left_out(base: nn.Module) -> int:
+    """Multiplications for one row that computing the layers again leaves out: torch stops a layer where nothing more is kept of
+    it, which is ahead of its last product."""
+    linears = ([m for m in layer.modules() if isinstance(m, nn.Linear)] for layer in base.layers)
+    return sum(found[-1].in_features * found[-1].out_features for found in linears)
 
 
 def _head(model: BitDanceModel, document: Document) -> tuple[float, float]:

@@ -169,8 +169,8 @@ def forward_peak(shape: Shape, batch: TrainingBatch, dtype: torch.dtype, dense: 
 
 
 def _no_table() -> Any:
-    """What place a token has in its grid is data too; a table of zeros takes as much room."""
-    return patch("bitdance.model.sincos_2d", lambda row, col, dim, dtype: torch.zeros(*row.shape, dim, dtype=dtype))
+    """The table of places is kept from batch to batch, and must not be one without numbers; zeros take as much room."""
+    return patch("bitdance.model.sincos_2d", lambda row, col, dim, dtype, side: torch.zeros(*row.shape, dim, dtype=dtype))
 
 
 def _without_mask(
@@ -185,20 +185,19 @@ def _drop(parameter: Tensor) -> None:
 
 
 def _fake_batch(batch: TrainingBatch, shape: Shape, fake: FakeTensorMode) -> TrainingBatch:
-    """The shapes of `batch`, with its draws. All its image tokens are generated ones; their numbers stand in for the bool mask,
-    since how many are True is data."""
-    tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "draws"}
+    """The shapes of `batch`, with its draws. All its image tokens are generated ones."""
+    parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "draws"}
     N, head = batch.image_bits_NC.shape[0], shape.head
-    assert bool(batch.generated_N.all())
+    assert len(batch.generated_K) == N
     blocks = N // head.parallel_num
-    made = {name: fake.from_tensor(tensor) for name, tensor in tensors.items()}
+    made = {name: fake.from_tensor(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
     with fake:
         draws = ImageDraws(
             torch.empty(N, head.ch_target, dtype=torch.bool),
             torch.empty(head.diff_batch_mul, blocks),
             torch.empty(head.diff_batch_mul, blocks, head.parallel_num, head.ch_target),
         )
-        return TrainingBatch(**made | {"generated_N": torch.arange(N)}, draws=draws)
+        return TrainingBatch(**made, draws=draws)
 
 
 def _tensors(batch: TrainingBatch) -> list[Tensor]:

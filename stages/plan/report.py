@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator
 
+import torch
+
+from lfq_tokenizer.text import time_text
 from stages.plan.fit import GIB, RESERVE, Column
 from stages.plan.plan import Plan
 
 WIDTH = 14
 
 
-def text(plan: Plan) -> str:
-    return "\n".join([*_parameters(plan), "", *_work(plan), "", *_processes(plan), "", *_advice(plan), "", *_assumed(plan)])
+def text(plan: Plan, here: bool = False) -> str:
+    """`here`: the plan is for this machine's processor, not for GPUs."""
+    parts = [_parameters(plan), _work(plan), _processes(plan, here), _advice(plan, here), _assumed(plan, here)]
+    return "\n\n".join("\n".join(lines) for lines in parts)
 
 
 def _parameters(plan: Plan) -> Iterator[str]:
@@ -43,7 +48,7 @@ def _work(plan: Plan) -> Iterator[str]:
         yield f"the data: {plan.data['samples']:,} samples, left out: {left_out}; {plan.data['hash'][:16]}"
 
 
-def _processes(plan: Plan) -> Iterator[str]:
+def _processes(plan: Plan, here: bool) -> Iterator[str]:
     def row(name: str, values: list[str]) -> str:
         return f"{name:36}" + "".join(f"{value:>{WIDTH}}" for value in values)
 
@@ -53,12 +58,11 @@ def _processes(plan: Plan) -> Iterator[str]:
     def bytes_of(name: str, values: list[float]) -> str:
         return row(name, [f"{value / size:,.1f}" if value else "–" for value in values])
 
-    yield row("GPUs", [str(c.processes) for c in columns])
+    yield row("processes on this processor" if here else "GPUs", [str(c.processes) for c in columns])
     yield row("batch size × accumulation", [f"{c.batch_size} × {c.accumulation}" for c in columns])
     yield row("rows × positions at most", [f"{c.rows[0]} × {c.rows[1]:,}" for c in columns])
-    yield row(f"hours at an MFU of {plan.machine.mfu:.0%}", [f"{c.hours:,.1f}" for c in columns])
-    yield row("days", [f"{c.hours / 24:,.1f}" for c in columns])
-    yield f"{unit} of a GPU, {plan.precision}:"
+    yield row(f"time at an MFU of {plan.machine.mfu:.0%}", [time_text(3600 * c.hours) for c in columns])
+    yield f"{unit} of {'main memory' if here else 'a GPU'}, {plan.precision}:"
     for name in columns[0].memory:
         if any(c.memory[name] for c in columns):
             yield bytes_of(f"  {name}", [c.memory[name] for c in columns])
@@ -66,19 +70,24 @@ def _processes(plan: Plan) -> Iterator[str]:
     yield bytes_of("peak of judging and saving", [c.judging for c in columns])
     if any(c.host for c in columns):
         yield bytes_of("the machine's memory, a process", [c.host for c in columns])
-    verdict = f"fits {plan.machine.memory:g} GiB less {RESERVE:.0%}"
+    verdict = f"fits {plan.machine.memory:.3g} GiB less {RESERVE:.0%}"
     yield row(verdict, ["yes" if c.fits else "NO" for c in columns])
 
 
-def _advice(plan: Plan) -> Iterator[str]:
+def _advice(plan: Plan, here: bool) -> Iterator[str]:
     for c in plan.columns:
-        yield f"{c.processes} GPUs: {_said(c)}"
+        where = "this processor" if here else f"{c.processes} GPU{'' if c.processes == 1 else 's'}"
+        yield f"{where}: {_said(c)}"
 
 
 def _said(c: Column) -> str:
     return "; ".join([*(["fits"] if c.fits else []), *c.advice, f"fullest micro-step {c.fullest}"])
 
 
-def _assumed(plan: Plan) -> Iterator[str]:
+def _assumed(plan: Plan, here: bool) -> Iterator[str]:
     yield "assumed: " + "; ".join(plan.assumed)
+    if here:
+        measured = f"{1000 * plan.machine.tflops:,.3g} GFLOP/s, measured now with {torch.get_num_threads()} threads"
+        yield f"peak of this processor {measured}; for GPUs add --processes, --gpu-memory or --peak-tflops"
+        return
     yield f"peak of a GPU {plan.machine.tflops:g} TFLOP/s; a fused attention kernel; fused kernels of Liger would need less"
