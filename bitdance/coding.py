@@ -68,7 +68,7 @@ class PictureCoding:
         own generator, after all other draws. ValueError when the decoder gives NaN or infinity, as float16 may.
         """
         images_B3HW = self.decode_unchecked(bits_BChw, generators)
-        if not bool(torch.isfinite(images_B3HW).all()):
+        if bool((~torch.isfinite(images_B3HW)).any()):
             raise ValueError(self.not_finite())
         return images_B3HW
 

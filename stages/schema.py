@@ -54,12 +54,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Table:
-    """A table whose `known` keys have a `Range`, a `Choice`, a type or a `Table` of their own. `others` are the further names
-    that are keys too, whose values must be finite; None: every name is one."""
+    """A table whose `known` keys have a `Range`, a `Choice`, a type or a `Table` of their own. `others` are the further
+    names that are keys too, whose values must be finite; None: every name is one. `known[""]` is what the values of all
+    names must be."""
 
     known: Mapping[str, Any] = field(default_factory=dict)
     others: Callable[[Mapping[str, Any]], Collection[str]] | Collection[str] | None = ()
-    keys: Range | None = None  # keys are whole numbers in this range, all values as `known[""]` says
+    keys: Range | None = None  # keys are whole numbers in this range
 
     def check(self, name: str, value: Any) -> dict[str, Any]:
         if not isinstance(value, Mapping):
@@ -71,6 +72,7 @@ class Table:
         if self.keys is not None:
             number: Any = int(key) if key.isdecimal() and len(key) < 20 else key
             self.keys.check(f"{name}: key", number)
+        if "" in self.known:
             return convert(self.known[""], value, place)
         if key in self.known:
             return convert(self.known[key], value, place)

@@ -75,8 +75,7 @@ DEFAULTS = Table(
     }
 )
 MIX = Table({"": Range(0, 10**9, whole=False)}, keys=RANGES["height"])
-# what a recipe can name of its model: generator and tokenizer
-SCALE = Table(dict.fromkeys(("backbone", "projector", "head", "encoder", "decoder"), Range(0, 10**6, whole=False)))
+SCALE = Table({"": Range(0, 10**6, whole=False)})  # which parts there are the model says: `learner.py`
 
 
 def _deepspeed(model: str) -> Table:

@@ -251,7 +251,7 @@ def test_exif_that_claims_its_bytes_many_times_costs_no_memory() -> None:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (60, 60)),
     )  # fmt: skip
     *reasons, memory = child.stdout.decode().split()
-    assert reasons == ["damaged", "damaged"] and int(memory) < 600  # of the TIFF file alone; MB
+    assert reasons == ["damaged", "damaged"] and int(memory) < 1000  # of the TIFF file alone; MB
 
 
 def test_a_jpeg_of_scans_without_end_is_refused() -> None:

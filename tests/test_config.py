@@ -218,7 +218,6 @@ SILENT = [
     ("generator.backbone.num_hidden_layer=7", "did you mean generator.backbone.num_hidden_layers?"),
     ("generator.head.ch_laten=128", "did you mean generator.head.ch_latent?"),
     ("generator.defaults.guidance=3", "did you mean generator.defaults.guidance_scale?"),
-    ("optimizer.scale={backbon=1}", "did you mean optimizer.scale.backbone?"),
     ("deepspeed.settings={gradient_cliping=0.1}", "did you mean deepspeed.settings.gradient_clipping?"),
     ("deepspeed.settings={zero_optimization={stagee=1}}", "did you mean deepspeed.settings.zero_optimization.stage?"),
     ("deepspeed.settings={bf16={enable=true}}", "did you mean deepspeed.settings.bf16.enabled?"),

@@ -282,7 +282,7 @@ def test_weights_of_another_shape_are_listed_with_the_file(folder, change, messa
         ('{"ddconfig": {"ch": 32, "num_res_blocks": 1, "z_channels": 8}}', "ch_mult"),
         ('{"ddconfig": {"ch": 33, "num_res_blocks": 1, "z_channels": 8, "ch_mult": [1]}}', "multiple of 32"),
         ('{"ddconfig": {"ch": 32, "num_res_blocks": 0, "z_channels": 8, "ch_mult": [1]}}', "num_res_blocks = 0"),
-        ('{"ddconfig": {"ch": 32, "num_res_blocks": 1, "z_channels": 8, "ch_mult": []}}', "ch_mult is empty"),
+        ('{"ddconfig": {"ch": 32, "num_res_blocks": 1, "z_channels": 8, "ch_mult": []}}', "ch_mult: 0 of them"),
         ('{"ddconfig": {"ch": 32, "num_res_blocks": 1, "z_channels": 8, "ch_mult": [1], "out_ch": 4}}', "out_ch = 4"),
         ('{"ddconfig": {"ch": "32", "num_res_blocks": 1, "z_channels": 8, "ch_mult": [1]}}', ""),
         ('{"ddconfig": 3}', ""),
