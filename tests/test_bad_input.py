@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from bitdance.cli import main
 from bitdance.picture import read_metadata, write_png
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "golden" / "t2i_ckpt"
 SMALL = ["--height", "64", "--width", "64", "--steps", "2", "--device", "cpu"]
 WEIGHTS = ["model.safetensors", "vision_head.safetensors", "projector.safetensors", "ae.safetensors"]

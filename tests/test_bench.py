@@ -31,6 +31,8 @@ from bitdance.prompt import conditional_ids, unconditional_ids
 from bitdance.sampling import Sampling
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a red cube"
 SIZE = 64, 32
 QWEN3 = {

@@ -11,6 +11,8 @@ from bitdance.generate import generate_bits
 from bitdance.sampler import SAMPLERS, draws
 from bitdance.sampling import Sampling
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a red cube", "x", "a blue ball on a table, seen from far away", "two cats", "rain"]
 
 

@@ -16,6 +16,8 @@ from PIL import Image, ImageCms
 
 from stages.data.picture import ANIMATED, BrokenPicture, decode_picture, upright_size
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FORMS = ("JPEG", "PNG", "WEBP", "TIFF", "AVIF")
 TURNED = {

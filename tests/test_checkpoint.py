@@ -18,6 +18,8 @@ from bitdance.sampling import Sampling
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors, read_shapes
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = GOLDEN / "t2i_ckpt"
 WEIGHTS = ("ae.safetensors", "vision_head.safetensors", "projector.safetensors", "model.safetensors")
 CONFIGS = ("ae_config.json", "vision_head_config.json", "config.json")

@@ -16,6 +16,8 @@ from stages import checkpoint
 from stages.checkpoint import INCOMPLETE, complete, find, model_folder, newest, save, step_folder, verify
 from stages.run_folder import owned
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

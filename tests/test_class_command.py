@@ -15,6 +15,8 @@ from bitdance.kinds.class_patch.folder import ClassModel, save
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
 from bitdance.picture import read_metadata
 
+pytestmark = pytest.mark.slow
+
 NAMES = ClassNames(tuple(ClassEntry((name,)) for name in ("tench", "crane", "red fox", *(f"thing {i}" for i in range(3, 10)))))
 TEXT_MODEL = str(Path(__file__).parent / "golden" / "t2i_ckpt")
 FAST = ["--steps", "2", "--guidance", "2", "--device", "cpu"]

@@ -18,6 +18,8 @@ from bitdance.cli import main
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = "imagenet_1x/sample_cfg1.0_linear"
 
 

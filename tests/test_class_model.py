@@ -14,6 +14,8 @@ from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import PRESETS, ClassSettings, choose
 from bitdance.sampling import Sampling
 
+pytestmark = pytest.mark.slow
+
 COUNTS = {"B-1x": 242_373_152, "B-4x": 260_102_432, "B-16x": 260_111_648, "L-1x": 527_271_968, "H-1x": 1_007_960_352}
 GUIDED = ClassSettings(Sampling(2, 3.0))
 

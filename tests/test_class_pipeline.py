@@ -19,6 +19,8 @@ from bitdance.kinds.class_patch.pipeline import ClassPipeline
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
 
+pytestmark = pytest.mark.slow
+
 ENTRIES = [("tench", "Tinca tinca"), ("crane",), ("red fox", "Vulpes"), ("golden retriever",), ("crane", "tower crane")]
 ENTRIES += [(f"thing {i}",) for i in range(5, 10)]
 NAMES = ClassNames(tuple(ClassEntry(names, f"n{i:08d}") for i, names in enumerate(ENTRIES)))

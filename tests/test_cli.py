@@ -24,6 +24,8 @@ from bitdance.cli import main
 from bitdance.cli.memory import free_main_memory
 from bitdance.picture import read_metadata
 
+pytestmark = pytest.mark.slow
+
 MODEL = str(Path(__file__).parent / "golden" / "t2i_ckpt")
 SMALL = ["--height", "32", "--width", "32", "--steps", "2", "--guidance", "2", "--device", "cpu", "--model", MODEL]
 KEYS = ["file", "prompt", "seed", "height", "width", "steps", "guidance", "model", "seconds"]

@@ -17,6 +17,8 @@ from stages.measure.bottlenecks import BOTTLENECKS, build_bottleneck
 from stages.measure.compare import Setting, load_one
 from stages.measure.compare_report import report, table
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("vector_quantize_pytorch", reason="the alternatives are those of vector-quantize-pytorch")
 TINY = {"ch": 32, "ch_mult": [1, 1], "crop": 16, "batch_size": 4, "steps": 2, "warmup_steps": 1}
 CASES = [(name, bits) for name in BOTTLENECKS for bits in (8, 16, 32) if not (name == "vq" and bits > 8)]

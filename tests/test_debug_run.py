@@ -20,6 +20,8 @@ from stages.checkpoint import step_folder, verify
 from stages.data.cli import main as data
 from stages.data.shards import ShardDataset, ShardIndex
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = Path(__file__).parent.parent / "configs" / "debug"
 COLOURS = ("red", "green", "blue", "black")
 SHAPES = ("circle", "square", "line")

@@ -11,6 +11,8 @@ from lfq_tokenizer.weights import read_safetensors
 from stages.data.captions import PALETTE
 from stages.measure.prompts import background_of
 
+pytestmark = pytest.mark.slow
+
 MEGABYTES = 40
 
 

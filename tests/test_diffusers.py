@@ -24,6 +24,8 @@ from bitdance.checkpoint import DEMO
 from bitdance.formats import Source, convert
 from bitdance_diffusers import BitDanceDiffusionPipeline
 
+pytestmark = pytest.mark.slow
+
 MODELS = {"published": (GOLDEN / "t2i_ckpt", 32), "demo": (DEMO, 64)}
 PROMPTS = ["a red cube", "a blue ball on a table"]
 MODULES = ("text_encoder", "autoencoder", "diffusion_head", "projector")

@@ -31,6 +31,8 @@ from stages.plan.flops import Document, document_flops
 from stages.plan.plan import Machine, make_plan
 from stages.plan.shape import Shape, count
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PUBLISHED, DEMO = ROOT / "configs/14b/distill.toml", ROOT / "configs/demo/distill.toml"
 NO_DATA = ["data.train=['nowhere/*.tar']"]

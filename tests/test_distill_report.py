@@ -13,6 +13,8 @@ from distill.growth import grow
 from stages.data.pack import PackOptions, pack
 from stages.data.sample import CaptionedPicture
 
+pytestmark = pytest.mark.slow
+
 TAUGHT = {"a fox, 3D style, on a blue background": ("fox", "blue"), "a cactus, 3D style, on a red background": ("cactus", "red")}
 UNSEEN = {
     "a rocket, 3D style, on a black background": ("rocket", "black"),

@@ -26,6 +26,8 @@ from stages.checkpoint import complete, newest, verify
 from stages.data.cli import main as data
 from stages.data.shards import ShardDataset, ShardIndex
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "debug" / "distill.toml"
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

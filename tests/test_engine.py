@@ -29,6 +29,8 @@ from stages.loader import step_generator
 from stages.recipe import Losses, Micro
 from stages.tracker import Tracker
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SAMPLES = 10  # three epochs in six steps of four
 

@@ -30,6 +30,8 @@ from stages.config import DeepSpeedConfig, TrainingConfig
 from stages.engine import train
 from stages.recipe import Losses, Opponent
 
+pytestmark = pytest.mark.slow
+
 STAGES = (0, 1, 2, 3)
 CHANGES = ((2, 2), (0, 3), (3, 1))  # stage of ZeRO before and after
 

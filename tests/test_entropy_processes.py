@@ -11,6 +11,8 @@ from lfq_tokenizer.entropy import group_entropy
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
 from stages.processes import everyone, from_first, mean_over_processes, most_over_processes
 
+pytestmark = pytest.mark.slow
+
 CASES = [(groups, pool) for groups in (1, 2, 8) for pool in (True, False)]
 
 

@@ -27,6 +27,8 @@ from stages.config import GeneratorTraining
 from stages.export import export_checkpoint
 from stages.generator.objective import GeneratorObjective
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = GOLDEN / "t2i_ckpt"  # an untied text output; the demo's is tied
 LAYOUTS = ("official", "diffusers")
 

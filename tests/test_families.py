@@ -17,6 +17,8 @@ from bitdance.projector import Projector
 from bitdance.sampling import Sampling
 from bitdance.sequence import ImagePiece, TextPiece, build_batch
 
+pytestmark = pytest.mark.slow
+
 D, V = 32, 50
 TINY: dict[str, Any] = {
     "hidden_size": D,

@@ -23,6 +23,8 @@ from stages.data.shards import ShardDataset, ShardIndex
 from stages.data.walk import listing
 from stages.tokenizer.input import TokenizerInput
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -20,6 +20,8 @@ from stages.loader import MicroSteps, micro_steps, step_generator
 from stages.tokenizer.coding import encode_input
 from stages.tokenizer.input import TokenizerInput
 
+pytestmark = pytest.mark.slow
+
 WORDS = ("red", "green", "blue", "grey")
 
 

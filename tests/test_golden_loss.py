@@ -19,6 +19,8 @@ from stages.data.bits import pack_bits
 from stages.data.pack import PackOptions, pack
 from stages.data.sample import CaptionedPicture
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 STEPS = (1, 2, 5, 10, 20, 40, 60, 80, 100)
 VISION = {1: 3.03018, 2: 2.67925, 5: 2.14185, 10: 1.54172, 20: 0.98829, 40: 0.454479, 60: 0.610335, 80: 0.307678, 100: 0.221255}

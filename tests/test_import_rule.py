@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 ORDER = ["lfq_tokenizer", "bitdance", "bitdance_diffusers", "stages", "distill"]
 PRESENT = [name for name in ORDER if (ROOT / name).is_dir()]

@@ -30,6 +30,8 @@ from stages.config import load_config
 from stages.data.cli import main as data
 from stages.export import export_adapter, export_checkpoint
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("peft", reason="peft is not installed (extra train)")
 ROOT = Path(__file__).parent.parent
 LORA = ROOT / "configs" / "finetune" / "lora-demo.toml"

@@ -30,6 +30,8 @@ from stages.plan.flops import document_flops
 from stages.plan.shape import Shape
 from stages.plan.workload import KERNEL_ROWS, Workload
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a fox in the snow, watercolour"
 PRETRAIN = str(Path(__file__).parent.parent / "configs/14b/pretrain.toml")
 

@@ -42,6 +42,8 @@ from stages.generator.objective import GeneratorObjective
 from stages.tokenizer.adversary import Adversary
 from stages.tokenizer.recipe import TokenizerObjective
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a red cube", "a blue ball on a table"]
 BINARIZE = "lfq_tokenizer/binary.py:check_lost"  # is there a NaN among what became bits?
 PICTURES = TokenizerConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=BITS)  # 4 × 4 pixels a token

@@ -22,6 +22,8 @@ from bitdance.quantize import held_bytes, large_linears
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.strips import decoding_bytes
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED, GB = SHAPES["14b-64x"], 1e9
 LARGE = Setting(1024, 1024)
 

@@ -7,6 +7,8 @@ from bitdance import BitDancePipeline
 from bitdance.model import BitDanceModel
 from bitdance.offload import PhaseOffload
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 3, "seed": 1}
 PROMPTS = ["a fox, 3D style, on a white background", "a guitar"]
 PARTS = ("layers", "projector", "head", "decoder")

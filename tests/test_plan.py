@@ -28,6 +28,8 @@ from stages.plan.flops import Document, document_flops, encoder_flops, token_flo
 from stages.plan.shape import Shape, count
 from stages.plan.workload import Workload
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 PRETRAIN = str(ROOT / "configs/14b/pretrain.toml")
 SMALL = TrainingConfig(

@@ -17,6 +17,8 @@ from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.pt_file import read_pt
 from lfq_tokenizer.weights import read_safetensors
 
+pytestmark = pytest.mark.slow
+
 TINY = TokenizerConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=8)
 
 

@@ -17,6 +17,8 @@ from bitdance.sampling import Sampling
 from stages.data.captions import PALETTE
 from stages.measure.prompts import background_of
 
+pytestmark = pytest.mark.slow
+
 KINDS = [("int8", None), ("int4", None), (None, "int8"), (None, "fp8"), ("int8", "int8"), ("int4", "fp8")]
 PROMPTS = ["a fox, 3D style, on a white background", "a guitar, 3D style, on an orange background"]
 # Equal bits in two pictures, each block after those of the unquantised model: measured 0.9984, 0.9838, 0.9991, 0.9982, 0.9976 and

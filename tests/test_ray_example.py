@@ -19,6 +19,8 @@ from bitdance.cli import main
 from bitdance.jobs import Jobs, Settings
 from bitdance.prompt_file import requests_from_arguments
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "ray_generate.py"
 MODEL = str(Path(__file__).parent / "golden" / "t2i_ckpt")
 SMALL = ["--height", "32", "--width", "32", "--steps", "2", "--guidance", "2", "--model", MODEL, "--batch-size", "2"]

@@ -22,6 +22,8 @@ from stages.engine import train
 from stages.run_folder import owned
 from stages.tracker import Tracker
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 # other processes

@@ -16,6 +16,8 @@ import lfq_tokenizer.tokenizer as tokenizer_module
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig, binarize
 from lfq_tokenizer.strips import decode_in_strips, encode_in_strips
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CONFIGS = {
     "plain": TokenizerConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8),

@@ -20,6 +20,8 @@ from lfq_tokenizer.weights import read_safetensors
 from stages.checkpoint import complete, newest, verify
 from stages.data.cli import main as data
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 DEBUG = ROOT / "configs" / "debug"
 STAGES = ("pretrain", "continue", "finetune")

@@ -29,6 +29,8 @@ from bitdance.picture import to_uint8
 from bitdance.prompt import conditional_ids
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 
+pytestmark = pytest.mark.slow
+
 MODEL = str(Path(__file__).parent / "golden" / "t2i_ckpt")
 SMALL = ["--height", "32", "--width", "32", "--steps", "1", "--guidance", "2", "--device", "cpu", "--model", MODEL]
 PROMPTS = ["a cat", "a dog that is a good deal longer, with a hat on its head", "", "ein Häuschen", "x", "two red balls " * 9]

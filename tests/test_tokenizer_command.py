@@ -27,6 +27,8 @@ from stages.tokenizer.input import TokenizerInput
 from stages.tokenizer.perceptual import weight_shapes
 from stages.tokenizer.recipe import as_images
 
+pytestmark = pytest.mark.slow
+
 S, BITS = 4, 8
 SIZES = {"whole": (16, 12), "wide": (23, 9), "twin": (21, 10), "thin": (1, 30), "flat": (40, 1), "square": (13, 13)}
 Run = Callable[..., tuple[int, str, str]]

@@ -35,6 +35,8 @@ from stages.tokenizer.adversary import Adversary, PatchDiscriminator
 from stages.tokenizer.perceptual import weight_shapes
 from stages.tokenizer.recipe import TokenizerObjective, TokenizerRecipe
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TINY = TokenizerConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8)
 SMALL_CRITIC = {"ch": 32, "layers": 1, "lr": 1e-3}

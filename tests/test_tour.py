@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(
     r"(?:<!-- needs: (?P<needs>[^\n]*?) -->\n)?^```(?P<kind>bash|python)\n(?P<code>.*?)^```\n(?:^```text\n(?P<shown>.*?)^```\n)?",

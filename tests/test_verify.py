@@ -21,6 +21,8 @@ from bitdance.verify.examine import BACKBONE_14B, HEAD_14B, PROJECTOR_14B, TOKEN
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
 
+pytestmark = pytest.mark.slow
+
 MODEL = Path(__file__).parent / "golden" / "t2i_ckpt"
 
 
