@@ -147,11 +147,7 @@ def test_doctor_shows_a_batch_by_part(capsys):
         (["--height", "64"], "--height describes a batch"),
         (["--shape", "7b"], "known are 14b-64x, 14b-16x, mid"),
         (["--model", "demo", "--height", "65"], "not supported"),
-<<<<<<< HEAD
         (["--model", "demo", "--batch-size", "0"], "batch_size = 0; a whole number from 1 to 4096 is allowed"),
-=======
-        (["--model", "demo", "--batch-size", "0"], "a whole number from 1 to 4096"),
->>>>>>> classes
         (["--model", "demo", "--quantize", "int3"], "int3"),
         (["--model", "nowhere"], "no model folder"),
     ],
