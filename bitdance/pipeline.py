@@ -29,7 +29,7 @@ from bitdance.precision import AUTO, resolve_dtype
 from bitdance.prompt import check_prompt
 from bitdance.sampling import choose
 from bitdance.sizes import check_size, default_size, size_rule
-from bitdance.values import check_number
+from bitdance.values import check_number, shown
 from lfq_tokenizer.strips import decoding_bytes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -244,9 +244,9 @@ class BitDancePipeline:
             last_steps=last_steps,
         )
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type = {output_type!r}; allowed are {', '.join(OUTPUT_TYPES)}")
+            raise ValueError(f"output_type = {shown(output_type)}; allowed are {', '.join(OUTPUT_TYPES)}")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"callback_on_step_end = {callback_on_step_end!r}; it must be a function")
+            raise ValueError(f"callback_on_step_end = {shown(callback_on_step_end)}; it must be a function")
         generators, seeds = _generators(len(prompts), seed, generator)
 
         s = self._tokenizer.downsampling
@@ -317,7 +317,7 @@ def _prompts(prompt: Any, per_prompt: Any) -> list[str]:
     per_prompt = check_number("num_images_per_prompt", per_prompt)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts:
-        raise ValueError(f"prompt = {prompt!r}; give a string or a list of at least one string")
+        raise ValueError(f"prompt = {shown(prompt)}; give a string or a list of at least one string")
     for i, text in enumerate(prompts):
         try:
             check_prompt(text)
@@ -337,7 +337,7 @@ def _generators(count: int, seed: Any, generator: Any) -> tuple[list[torch.Gener
     elif generator is not None:
         generators = [generator] if isinstance(generator, torch.Generator) else generator
         if not isinstance(generators, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generators):
-            raise ValueError(f"generator = {generator!r}; give a torch.Generator or a list of them")
+            raise ValueError(f"generator = {shown(generator)}; give a torch.Generator or a list of them")
         if len(generators) != count:
             raise ValueError(f"{len(generators)} generators for {count} pictures; give one per picture")
         if len(set(map(id, generators))) != count:
@@ -363,5 +363,5 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype in DTYPES.values()):
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"dtype = {dtype!r}; allowed are {', '.join(DTYPES)}")
+        raise ValueError(f"dtype = {shown(dtype)}; allowed are {', '.join(DTYPES)}")
     return DTYPES[dtype]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+_DIGITS = 4000
 SHOWN = 10  # offenders listed in an error
 # C0 and C1 controls, what turns the direction of writing, line and paragraph separators, invisible marks, lone surrogates
 _UNSHOWABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]")
@@ -27,6 +28,16 @@ def printable(text: object, lines: bool = False) -> str:
 def escaped_json(text: str) -> str:
     """The text of a JSON value with what could steer a terminal written as \\uXXXX, which means the same in JSON."""
     return _UNSHOWABLE.sub(lambda found: found.group() if found.group() == "\n" else f"\\u{ord(found.group()):04x}", text)
+
+
+def whole_number(text: str) -> int:
+    """The whole number that digits mean. Of thousands of digits, which Python refuses to convert, the first few count and the
+    length: enough to say that it is too large."""
+    digits = text.lstrip("+-")
+    if len(digits) <= _DIGITS:
+        return int(text)
+    sign = -1 if text.startswith("-") else 1
+    return sign * int(digits[:20]) * 10 ** (len(digits) - 20)
 
 
 def listed(items: Sequence[str], separator: str = "; ") -> str:

@@ -18,6 +18,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
 GROUP = "bitdance.commands"
+LONGEST = 4000  # letters of a message
 OWN = {
     "generate": "pictures from prompts",
     "info": "what a model folder holds, or how a picture was made",
@@ -71,11 +72,14 @@ def count(text: str) -> int:
 count.__name__ = "positive whole number"  # as argparse calls it in its error
 
 
-def report(message: str, kind: str = "error") -> None:
+def report(message: str, kind: str = "error", prog: str = "bitdance") -> None:
     """One line on standard error: `bitdance: error: …`. What a stranger wrote cannot steer the terminal."""
     from lfq_tokenizer.text import printable
 
-    print(f"bitdance: {kind}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    text = " ".join(message.split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+    print(f"{prog}: {kind}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
