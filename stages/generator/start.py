@@ -90,5 +90,6 @@ def _backbone_config(training: GeneratorTraining) -> dict[str, Any]:
         raise ValueError(f"{path} does not say hidden_size, the width of the model; is it a config of a language model?")
     for name, value in training.backbone.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{path}: {name} = {config[name]!r:.60}, but generator.backbone says {value!r}; is it the model meant?")
+            said = f"{path}: {name} = {config[name]!r:.60}, but generator.backbone says {value!r}"
+            raise ValueError(f"{said}; is it the model meant?")
     return config
