@@ -86,6 +86,8 @@ class PromptFile:
             if standard_input is None:
                 raise ValueError("--prompts -: standard input is closed; give a file")
             return cls(name, _copied(standard_input, "standard input"))
+        if "\0" in name:
+            raise ValueError(f"--prompts {shown(name)}: no file has a NUL in its name; give a .txt or .jsonl file")
         try:
             file = open(name, "rb")  # noqa: SIM115 (lives as long as the requests do)
             if stat.S_ISREG(Path(name).stat().st_mode):

@@ -70,6 +70,7 @@ RANGES = {
     "last_steps": Range(1, 10_000),
     "n": Range(1, 100_000),
     "batch_size": Range(1, 4096),
+    "count": Range(1, 10**9 - 1),
     "guidance": Range(0, 1000, whole=False, hint="; 1 and below switch guidance off"),
     "guidance_interval": Range(0, 1, whole=False),
     "tolerance": Range(0, 1e300, whole=False),

@@ -13,6 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
@@ -62,14 +63,9 @@ def number(name: str) -> Callable[[str], Any]:
     return check
 
 
-def count(text: str) -> int:
+def count(text: str) -> Any:
     """For `type=` of an argument: a whole number from 1 on."""
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:10]) < 10**9 or len(text) > 9:
-        raise ValueError  # argparse names the option and the value
-    return int(text)
-
-
-count.__name__ = "positive whole number"  # as argparse calls it in its error
+    return number("count")(text)
 
 
 def report(message: str, kind: str = "error", prog: str = "bitdance") -> None:
@@ -79,14 +75,17 @@ def report(message: str, kind: str = "error", prog: str = "bitdance") -> None:
     text = " ".join(message.split())
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
-    print(f"{prog}: {kind}: {printable(text)}", file=sys.stderr, flush=True)
+    try:
+        print(f"{prog}: {kind}: {printable(text)}", file=sys.stderr, flush=True)
+    except OSError:  # nobody can be told
+        _let_go(sys.stderr)
 
 
 def print_json(value: Any) -> None:
     """The value as indented JSON on standard output; what could steer a terminal is escaped."""
     from lfq_tokenizer.json_file import json_text
 
-    print(json_text(value, 2))
+    _print(json_text(value, 2))
 
 
 def print_page(lines: Iterable[str]) -> None:
@@ -94,7 +93,25 @@ def print_page(lines: Iterable[str]) -> None:
     from lfq_tokenizer.text import printable
 
     for line in lines:
-        print(printable(line))
+        _print(printable(line))
+
+
+_lost: list[OSError] = []  # why standard output of this command could not be written
+
+
+def _print(text: str) -> None:
+    """A line that is lost, because its reader has gone or its disk is full, does not end the work."""
+    try:
+        print(text)
+    except OSError as error:
+        _lost.append(error)
+        _let_go(sys.stdout)
+
+
+def _let_go(stream: Any) -> None:
+    """From now on nothing that is written there can fail, nor when the interpreter ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _foreign_commands() -> dict[str, EntryPoint]:
@@ -148,6 +165,7 @@ def _command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequence[st
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv` without the program's name; None reads `sys.argv`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    _lost.clear()
     for name in ("stdout", "stderr"):  # None where a scheduler has closed it; what is done counts all the same
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -178,8 +196,7 @@ def _run(argv: list[str]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except BrokenPipeError:
-        # The reader (`| head`) has gone; without this the interpreter would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go(sys.stdout)  # the reader (`| head`) has gone; without this the interpreter would complain at exit
         return 0
     except (ValueError, OSError) as error:
         report(_words(error))
@@ -196,12 +213,13 @@ def _flushed(code: int) -> int:
     """The exit code once standard output is written; 1 where it cannot be, say because its disk is full."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except OSError as error:
-        report(f"standard output could not be written ({error.strerror}); what the command did counts")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter does not try again at exit
-        return max(code, 1)
+        _lost.append(error)
+        _let_go(sys.stdout)  # so that the interpreter does not try again at exit
+    for error in _lost:
+        if not isinstance(error, BrokenPipeError):
+            report(f"standard output could not be written ({error.strerror}); what the command did counts")
+            return max(code, 1)
     return code
 
 

@@ -1,9 +1,8 @@
 """`bitdance sizes MODEL [--json]`: which pictures a model makes. Reads configs, no weights."""
 
-import json
 from collections.abc import Sequence
 
-from bitdance.cli import Parser
+from bitdance.cli import Parser, print_json, print_page
 
 
 def run(argv: Sequence[str]) -> int:
@@ -20,23 +19,19 @@ def run(argv: Sequence[str]) -> int:
     default, sizes = default_size(rule), supported_sizes(rule)
     usable = [side * rule.downsampling for side in rule.sides if side % rule.patch_side == 0]
     if options.json:
-        print(
-            json.dumps(
-                {
-                    "default": default,
-                    "sizes": sizes,
-                    "only_these": bool(rule.trained),
-                    "multiple_of": rule.unit,
-                    "smallest_side": min(usable),
-                    "largest_side": max(usable),
-                }
-            )
-        )
+        print_json({
+            "default": default,
+            "sizes": sizes,
+            "only_these": bool(rule.trained),
+            "multiple_of": rule.unit,
+            "smallest_side": min(usable),
+            "largest_side": max(usable),
+        })
         return 0
-    for height, width in sizes:
-        print(f"{height}×{width}" + (" (default)" if (height, width) == default else ""))
+    lines = [f"{height}×{width}" + (" (default)" if (height, width) == default else "") for height, width in sizes]
     if not rule.trained:
-        print(
+        lines.append(
             f"and every other size whose sides are multiples of {rule.unit} from {min(usable)} to {max(usable)} pixels"
         )
+    print_page(lines)
     return 0
