@@ -34,7 +34,7 @@ def read_weight_map(index: Path | str) -> dict[str, str]:
         raise ValueError(f"{index} holds no weight_map; download or export it again")
     for name in dict.fromkeys(map(str, weight_map.values())):
         if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} points to {name!r:.200}; only .safetensors files beside it are read")
+            raise ValueError(f"{index} points to {name!r:.200}; only .safetensors files beside it, in the same folder, are read")
     return {tensor: str(name) for tensor, name in weight_map.items()}
 
 

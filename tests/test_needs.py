@@ -145,7 +145,7 @@ def test_doctor_shows_a_batch_by_part(capsys):
         (["--height", "64"], "--height describes a batch"),
         (["--shape", "7b"], "known are 14b-64x, 14b-16x, mid"),
         (["--model", "demo", "--height", "65"], "not supported"),
-        (["--model", "demo", "--batch-size", "0"], "positive whole number"),
+        (["--model", "demo", "--batch-size", "0"], "batch_size = 0; a whole number from 1 to 4096 is allowed"),
         (["--model", "demo", "--quantize", "int3"], "int3"),
         (["--model", "nowhere"], "no model folder"),
     ],

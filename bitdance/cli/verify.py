@@ -85,7 +85,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--at-least", type=number("at_least"), metavar="SHARE", help=fewer)
     options = parser.parse_args(argv)
     if options.tolerance is not None and options.against is None:
-        raise UsageError("--tolerance needs --against OTHER")
+        raise UsageError("--tolerance is a number from 0 on, and needs --against OTHER")
     return options
 
 
