@@ -4,6 +4,7 @@ B batch, L new positions, S positions the keys cover (cache included), D hidden 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from bitdance.foreign import build_config, view
 from lfq_tokenizer.files import umask
 from lfq_tokenizer.json_file import read_config, read_json, write_json
 from lfq_tokenizer.text import listed
-from lfq_tokenizer.weights import read_shapes
+from lfq_tokenizer.weights import check_depth, read_shapes, read_weight_map
 
 _INDEX = "model.safetensors.index.json"
 
@@ -83,7 +84,7 @@ class Backbone(nn.Module):
         folder = Path(folder)
         config = read_config(folder / "config.json", build_config)
         _check_family(config)
-        _check_files(folder)
+        _check_room(config, _check_files(folder), folder)
         whole = output_head or getattr(config, "tie_word_embeddings", False)
         try:
             with _quiet(), view(folder) as safe:
@@ -314,23 +315,29 @@ def _refused(config: PreTrainedConfig, reason: str) -> ValueError:
     return ValueError(f"a backbone of family {config.model_type!r} cannot serve: {reason}")
 
 
-def _check_files(folder: Path) -> None:
-    """Every weight file is there and whole, and the index names only files of this folder."""
+def _check_room(config: PreTrainedConfig, found: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """ValueError for a config of a far larger model than the files hold: the library would make room for what it misses."""
+    check_depth(getattr(config, "num_hidden_layers", None) or 1, found, folder / "model*.safetensors")
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in _new_model(config, None).parameters())
+    if wanted > 2 * (held := sum(map(math.prod, found.values()))) + 2**20:
+        raise ValueError(
+            f"{folder / 'config.json'} describes {wanted:,} weights, and model*.safetensors hold {held:,}. "
+            "Weights and config must come from the same model."
+        )
+
+
+def _check_files(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name → shape of all weights. Every file is there and whole, and the index names only files of this folder."""
     index = folder / _INDEX
     if (folder / "model.safetensors").is_file() or not index.is_file():
-        read_shapes(folder / "model.safetensors")
-        return
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map; download or export it again")
-    found: dict[str, set[str]] = {}
-    for shard in sorted(set(weight_map.values())):
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ValueError(f"{index} names {shard!r}; only .safetensors files of the same folder are read")
-        found[shard] = set(read_shapes(folder / shard))
+        return read_shapes(folder / "model.safetensors")
+    weight_map = read_weight_map(index)
+    found = {shard: read_shapes(folder / shard) for shard in sorted(set(weight_map.values()))}
     lost = [f"{name} in {shard}" for name, shard in weight_map.items() if name not in found[shard]]
     if lost:
         raise ValueError(f"{index} names weights that its files do not hold: {listed(lost)}")
+    return {name: shape for shapes in found.values() for name, shape in shapes.items()}
 
 
 def _check_report(report: Mapping[str, Any], folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdance.sizes import HEAD_CONFIG, default_size, read_extras, rule_of_folder, supported_sizes
+from bitdance.values import shown
 from lfq_tokenizer.files import write_text
 
 CARD = "README.md"
@@ -48,7 +49,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
 def card_text(extras: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The card of a model. `extras`: its bitdance.json; `facts`: those of `facts_of` and "format" ("official", "diffusers")."""
-    card, diffusers = extras.get("card", {}), facts.get("format") == "diffusers"
+    card, diffusers = _checked(extras.get("card", {})), facts.get("format") == "diffusers"
     name, use = str(card.get("name", "BitDance model")), _diffusers_use() if diffusers else _use()
     sections = [
         _header(card, diffusers),
@@ -61,6 +62,29 @@ def card_text(extras: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "## Limits\n\n" + _listed(card.get("limits", []), "None were written down; that does not mean that there are none."),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+_KINDS: dict[type, str] = {list: "a list", dict: "an object", str: "a text"}
+
+
+def _checked(card: Any) -> Mapping[str, Any]:
+    """The card of a bitdance.json that anyone may have written. ValueError names the key that holds another kind of value."""
+    kinds: dict[str, tuple[type, ...]] = {"stages": (list,), "figures": (list,), "limits": (list,), "training": (dict,)}
+    kinds["language"] = (str, list)
+    if not isinstance(card, Mapping):
+        raise ValueError(f"bitdance.json: card = {shown(card)}; an object is allowed")
+    for name, allowed in kinds.items():
+        if name in card and not isinstance(card[name], allowed):
+            words = " or ".join(_KINDS[kind] for kind in allowed)
+            raise ValueError(f"bitdance.json: card.{name} = {shown(card[name])}; {words} is allowed")
+    for name, needed in (("stages", ()), ("figures", ("what", "value", "command"))):
+        for row in card.get(name, []):
+            if not isinstance(row, Mapping) or any(key not in row for key in needed):
+                wanted = f"an object with {', '.join(needed)}" if needed else "an object"
+                raise ValueError(f"bitdance.json: card.{name} holds {shown(row)}; {wanted} is allowed")
+            if not isinstance(row.get("mix") or {}, Mapping):
+                raise ValueError(f"bitdance.json: mix = {shown(row['mix'])} in card.{name}; an object is allowed")
+    return card
 
 
 def _header(card: Mapping[str, Any], diffusers: bool) -> str:

@@ -25,12 +25,13 @@ from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
 from bitdance.prompt import SpecialTokens, save_text_tokenizer, vision_prefix_ids
 from bitdance.quantize import check_kinds, quantize_model
+from bitdance.sampling import choose
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_extras, rule_of_folder
 from bitdance.values import shown
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.files import check_links, check_room, whole_folder
 from lfq_tokenizer.json_file import read_config, read_json, write_json
-from lfq_tokenizer.weights import check_shapes, read_safetensors, read_shapes, write_safetensors
+from lfq_tokenizer.weights import check_depth, check_shapes, read_safetensors, read_shapes, read_weight_map, write_safetensors
 
 if TYPE_CHECKING:
     from bitdance.adapters import Adapter
@@ -122,7 +123,7 @@ def check_folder(folder: Path) -> HeadConfig:
     config = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict)
     tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
     lm = read_config(folder / LM_CONFIG, dict)
-    read_config(folder / LM_CONFIG, build_config)
+    built = read_config(folder / LM_CONFIG, build_config)
     for name, value, file, other, expected in (
         ("ch_target", config.ch_target, TOKENIZER_CONFIG, "z_channels", tokenizer.z_channels),
         ("ch_cond", config.ch_cond, LM_CONFIG, "hidden_size", lm.get("hidden_size")),
@@ -131,18 +132,23 @@ def check_folder(folder: Path) -> HeadConfig:
             raise ValueError(
                 f"{folder / HEAD_CONFIG}: {name} = {value}, but {other} = {expected} in {file}; must be equal"
             )
-    _check_weights(lambda: LFQTokenizer(tokenizer), folder / TOKENIZER_WEIGHTS)
-    _check_weights(lambda: BinaryDiffusionHead(config), folder / HEAD_WEIGHTS)
+    _check_weights(lambda: LFQTokenizer(tokenizer), folder / TOKENIZER_WEIGHTS, tokenizer.layers)
+    _check_weights(lambda: BinaryDiffusionHead(config), folder / HEAD_WEIGHTS, config.depth_latent)
     _check_weights(lambda: Projector(config.ch_target, config.ch_cond), folder / PROJECTOR_WEIGHTS)
     found = _lm_shapes(folder)
     # Other families may be stored under other names than in memory; there transformers checks while loading.
     if lm.get("model_type") == "qwen3":
+        check_depth(built.num_hidden_layers, found, folder / "model*.safetensors")
         backbone = _on_meta(lambda: read_config(folder / LM_CONFIG, Backbone.from_config))
         shapes = _shapes(backbone.lm)
         if lm.get("tie_word_embeddings") and "lm_head.weight" not in found:
             del shapes["lm_head.weight"]
         check_shapes(shapes, found, folder / "model*.safetensors")
     rule_of_folder(folder)
+    try:
+        choose(read_extras(folder).get("defaults", {}))
+    except ValueError as error:
+        raise ValueError(f"{folder / EXTRAS_FILE}: {error}") from None
     return config
 
 
@@ -211,9 +217,9 @@ def _load_text_tokenizer(folder: Path, head: HeadConfig) -> Any:
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     rows = read_json(folder / LM_CONFIG).get("vocab_size", 0)
-    if rows < len(tokenizer):
+    if rows < (most := max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))):
         raise ValueError(
-            f"{folder}: the text tokenizer has {len(tokenizer)} tokens, the backbone's embedding only {rows} rows; "
+            f"{folder}: the text tokenizer has {most} tokens, the backbone's embedding only {rows} rows; "
             "tokenizer files and weights must come from the same model"
         )
     return tokenizer
@@ -225,22 +231,18 @@ def _load(build: Callable[[], Module], path: Path) -> Module:
     return module
 
 
-def _check_weights(build: Callable[[], nn.Module], path: Path) -> None:
-    check_shapes(_shapes(_on_meta(build)), read_shapes(path), path)
+def _check_weights(build: Callable[[], nn.Module], path: Path, layers: int = 1) -> None:
+    found = read_shapes(path)
+    check_depth(layers, found, path)
+    check_shapes(_shapes(_on_meta(build)), found, path)
 
 
 def _lm_shapes(folder: Path) -> Shapes:
     """Name → shape over all files of the backbone. An index may only name files of its own folder."""
     if (folder / LM_WEIGHTS).is_file() or not (folder / LM_INDEX).is_file():
         return read_shapes(folder / LM_WEIGHTS)
-    index = read_json(folder / LM_INDEX)
-    weight_map = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / LM_INDEX} holds no weight_map; download or export it again")
     shapes: Shapes = {}
-    for name in sorted(set(map(str, weight_map.values()))):
-        if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
-            raise ValueError(f"{folder / LM_INDEX} points to {name!r}; only .safetensors files beside it are read")
+    for name in sorted(set(read_weight_map(folder / LM_INDEX).values())):
         shapes |= read_shapes(folder / name)
     return shapes
 

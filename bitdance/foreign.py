@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bitdance.tokenizer_file import ADDED, check_tokenizer
 from bitdance.values import Range, shown
 from lfq_tokenizer import limits
 from lfq_tokenizer.files import check_links
-from lfq_tokenizer.json_file import read_json, write_json
+from lfq_tokenizer.json_file import parse_json, read_json, write_json
 from lfq_tokenizer.text import listed
 
 _COUNT = Range(1, limits.WIDTH)
@@ -107,11 +108,7 @@ _TEXT_FILES = (
     *("vocab.json", "merges.txt", "vocab.txt", "added_tokens.json", "tokenizer.model", "spiece.model", "chat_template.jinja"),
 )
 _CLASS = re.compile(r"[A-Za-z0-9_]{1,80}")
-_NESTED_REPEAT = re.compile(r"\((?:[^()\\]|\\.)*[+*}](?:[^()\\]|\\.)*\)[+*{]")
-_GROWTH = 16  # how many times longer a text may become by a tokenizer's normalisation
-_NORMALIZERS = (
-    *("NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents", "BertNormalizer", "Precompiled", "ByteLevel"),
-)
+_TOKEN_NAME = re.compile(r"[a-z][a-z0-9_]{0,60}_token")
 
 
 def lm_fields(values: Any) -> tuple[str, dict[str, Any]]:
@@ -164,13 +161,28 @@ def load_text_tokenizer(folder: Path | str) -> Any:
 
     folder = Path(folder)
     try:
-        _check_tokenizer_file(folder / "tokenizer.json")
-        with view(folder, weights=False) as safe:
+        path = folder / "tokenizer.json"
+        if path.is_file():
+            check_tokenizer(read_json(path), path)
+        with view(folder, weights=False) as safe, panics_are_errors():
             tokenizer = AutoTokenizer.from_pretrained(str(safe), local_files_only=True, trust_remote_code=False)
+        if not path.is_file() and (made := getattr(tokenizer, "backend_tokenizer", None)):  # of files that may ask for the same
+            check_tokenizer(parse_json(made.to_str(), folder), folder)
     except Exception as error:  # transformers and tokenizers raise many kinds, some of them plain Exception
         raise ValueError(f"the text tokenizer in {folder} could not be read ({_first_line(error)}); download it again") from error
     tokenizer.name_or_path = str(folder)
     return tokenizer
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """A panic of a library in Rust, which is no `Exception`, becomes a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the library gave up: {_first_line(error)}") from error
 
 
 @contextmanager
@@ -210,6 +222,13 @@ def _tokenizer_fields(values: Any, source: Path) -> dict[str, Any]:
         fields[name] = _plain_token(value) if isinstance(value, dict) and name != "extra_special_tokens" else value
     if "added_tokens_decoder" in fields:
         fields["added_tokens_decoder"] = {key: _plain_token(token) for key, token in values["added_tokens_decoder"].items()}
+    for name in ("added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"):
+        if len(fields.get(name, ())) > ADDED:
+            raise ValueError(f"{source}: {name} holds {len(fields[name]):,} tokens; at most {ADDED:,} are allowed")
+    if isinstance(named := fields.get("extra_special_tokens"), dict):
+        if odd := [key for key in named if not _TOKEN_NAME.fullmatch(key)]:
+            raise ValueError(f"{source}: extra_special_tokens names {listed([shown(key) for key in odd])}; names end in _token")
+        fields["extra_special_tokens"] = {key: _plain_token(token) for key, token in named.items()}
     if not _CLASS.fullmatch(fields.get("tokenizer_class", "x")):
         raise ValueError(f"{source}: tokenizer_class = {shown(fields['tokenizer_class'])} is no class of transformers")
     return fields
@@ -217,55 +236,6 @@ def _tokenizer_fields(values: Any, source: Path) -> dict[str, Any]:
 
 def _plain_token(token: Any) -> Any:
     return {key: token[key] for key in _TOKEN_KEYS if key in token} if isinstance(token, dict) else token
-
-
-def _check_tokenizer_file(path: Path) -> None:
-    """ValueError for a tokenizer.json whose normalisation would blow a prompt up, or whose patterns take for ever to match."""
-    if not path.is_file():
-        return
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected a JSON object")
-    if (growth := _growth(content.get("normalizer"))) > _GROWTH:
-        raise ValueError(f"{path}: its normalizer makes a text up to {growth:.0f} times longer; {_GROWTH} times is allowed")
-    for pattern in _patterns([content.get("normalizer"), content.get("pre_tokenizer")]):
-        if len(pattern) > 10_000 or _NESTED_REPEAT.search(pattern):
-            raise ValueError(f"{path}: the pattern {shown(pattern)} repeats what is repeated already, which can take for ever")
-
-
-def _growth(step: Any) -> float:
-    """How many times longer a normaliser can make a text of one letter or more."""
-    if step is None:
-        return 1
-    kind = step.get("type")
-    if kind == "Sequence":
-        product = 1.0
-        for part in step.get("normalizers", []):
-            product *= _growth(part)
-            if product > 1e9:
-                break
-        return product
-    if kind == "Replace":
-        pattern = step.get("pattern", {}).get("String", "")
-        return max(1.0, len(step.get("content", "")) / max(1, len(pattern)))
-    if kind == "Prepend":
-        return 1.0 + len(step.get("prepend", "")) / 100
-    if kind not in _NORMALIZERS:
-        known = ", ".join(("Sequence", "Replace", "Prepend", *_NORMALIZERS))
-        raise ValueError(f"normalizer {shown(kind)} is not known; known are {known}")
-    return 1.0
-
-
-def _patterns(value: Any) -> Iterator[str]:
-    if isinstance(value, list):
-        for part in value:
-            yield from _patterns(part)
-    elif isinstance(value, dict):
-        for key, part in value.items():
-            if key == "Regex" and isinstance(part, str):
-                yield part
-            else:
-                yield from _patterns(part)
 
 
 def _model_type(folder: Path) -> str:
@@ -286,6 +256,6 @@ def _base_fields() -> list[str]:
     return list(getattr(PreTrainedConfig, "__dataclass_fields__", {}))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__

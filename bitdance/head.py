@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from bitdance.flow import SCHEDULES, draw_time, interpolate, velocity_from_x
 from bitdance.values import Range, shown
 from lfq_tokenizer import limits
+from lfq_tokenizer.text import listed
 
 HEAD_DIM = 128
 TIME_DIM = 256
@@ -101,7 +102,8 @@ class HeadConfig:
             raise ValueError(f"the head config is a {type(data).__name__}; expected an object")
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in _NOT_IN_JSON}
         if unknown := sorted(set(data) - set(fields)):
-            raise ValueError(f"unknown keys {unknown} in the head config; known are {sorted(fields)}")
+            names = listed([shown(name) for name in unknown], ", ")
+            raise ValueError(f"unknown keys {names} in the head config; known are {sorted(fields)}")
         required = {name for name, f in fields.items() if f.default is dataclasses.MISSING}
         if missing := sorted(required - set(data)):
             raise ValueError(f"the head config lacks {missing}")

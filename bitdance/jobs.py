@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 from bitdance.prompt_file import Request, cut
-from bitdance.values import check_number
+from bitdance.values import check_number, shown
 from lfq_tokenizer import limits
 
 MAX_SLUG_BYTES = 48
@@ -207,9 +207,9 @@ def slug(prompt: str) -> str:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """ "I/N" → (I, N) with 0 ≤ I < N."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
     if not found or not int(found[1]) < int(found[2]):
-        raise ValueError(f"shard {text!r}; I/N with 0 ≤ I < N is allowed, for example 0/8")
+        raise ValueError(f"shard {shown(text)}; I/N with 0 ≤ I < N is allowed, for example 0/8")
     return int(found[1]), int(found[2])
 
 

@@ -29,7 +29,7 @@ from bitdance.prompt import check_prompt
 from bitdance.sampling import choose
 from bitdance.seeds import generators_for
 from bitdance.sizes import check_size, default_size, size_rule
-from bitdance.values import check_number
+from bitdance.values import check_number, shown
 
 OUTPUT_TYPES = ("pil", "np", "pt", "bits")
 Callback = Callable[["BitDancePipeline", int, float, dict[str, Any]], dict[str, Any] | None]
@@ -248,9 +248,9 @@ class BitDancePipeline(PictureCoding):
             last_steps=last_steps,
         )
         if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type = {output_type!r}; allowed are {', '.join(OUTPUT_TYPES)}")
+            raise ValueError(f"output_type = {shown(output_type)}; allowed are {', '.join(OUTPUT_TYPES)}")
         if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"callback_on_step_end = {callback_on_step_end!r}; it must be a function")
+            raise ValueError(f"callback_on_step_end = {shown(callback_on_step_end)}; it must be a function")
         generators, seeds = generators_for(len(prompts), seed, generator)
 
         s = self._tokenizer.downsampling
@@ -277,7 +277,7 @@ def _prompts(prompt: Any, per_prompt: Any) -> list[str]:
     per_prompt = check_number("num_images_per_prompt", per_prompt)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts:
-        raise ValueError(f"prompt = {prompt!r}; give a string or a list of at least one string")
+        raise ValueError(f"prompt = {shown(prompt)}; give a string or a list of at least one string")
     for i, text in enumerate(prompts):
         try:
             check_prompt(text)

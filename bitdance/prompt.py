@@ -155,7 +155,10 @@ def _token_id(tokenizer: Any, token: str) -> int:
 
 
 def _text_ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    from bitdance.foreign import panics_are_errors
+
+    with panics_are_errors():
+        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 def build_text_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

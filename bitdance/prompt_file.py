@@ -4,7 +4,6 @@ import difflib
 import io
 import json
 import re
-import shutil
 import stat
 import tempfile
 import unicodedata
@@ -65,8 +64,8 @@ class PromptFile:
     """The requests of a file: one JSON object per line (`.jsonl`, `.ndjson`), or one prompt per line with blank ones
     skipped.
 
-    Each iteration reads the file anew, so a million lines take no memory. `name` "-" is standard input, which is JSONL
-    when its first line starts with "{"; what cannot be read twice is copied to a temporary file first. Iterating raises
+    Each iteration reads the file anew, so a million lines take no memory. `name` "-" is standard input, which like any pipe
+    is JSONL when its first line starts with "{"; what cannot be read twice is copied to a temporary file first. Iterating raises
     ValueError, which names the line, for what is no such line, and for lines that are JSON or a table where prompts were
     expected.
     """
@@ -75,12 +74,13 @@ class PromptFile:
         """`stream` can be read again from its start."""
         self.label = "standard input" if name == "-" else name
         self._stream = stream
-        ending = "" if name == "-" or (not Path(name).is_file() and Path(name).exists()) else Path(name).suffix.lower()
+        piped = name == "-" or (not Path(name).is_file() and Path(name).exists())  # has no ending that says anything
+        ending = "" if piped else Path(name).suffix.lower()
         if ending not in (*TEXT_ENDINGS, *JSONL_ENDINGS):
             raise ValueError(
                 f"{self.label}: {ending} files are not read; give one prompt per line (.txt) or one JSON object per line (.jsonl)"
             )
-        self._jsonl = ending in JSONL_ENDINGS or (name == "-" and next(self._lines(), (0, ""))[1].lstrip().startswith("{"))
+        self._jsonl = ending in JSONL_ENDINGS or (piped and next(self._lines(), (0, ""))[1].lstrip().startswith("{"))
 
     @classmethod
     def open(cls, name: str, standard_input: BinaryIO | None) -> "PromptFile":
@@ -88,12 +88,14 @@ class PromptFile:
         if name == "-":
             if standard_input is None:
                 raise ValueError("--prompts -: standard input is closed; give a file")
-            return cls(name, _copied(standard_input))
+            return cls(name, _copied(standard_input, "standard input"))
+        if "\0" in name:
+            raise ValueError(f"--prompts {shown(name)}: no file has a NUL in its name; give a .txt or .jsonl file")
         try:
             file = open(name, "rb")  # noqa: SIM115 (lives as long as the requests do)
             if stat.S_ISREG(Path(name).stat().st_mode):
                 return cls(name, file)
-            return cls(name, _copied(file))  # a pipe, as <(command) makes it
+            return cls(name, _copied(file, name))  # a pipe, as <(command) makes it
         except OSError as error:
             raise ValueError(f"--prompts {name}: {error.strerror}; give a .txt or .jsonl file, or - for standard input") from None
 
@@ -136,9 +138,12 @@ def read_requests(name: str, data: bytes) -> list[Request]:
     return list(PromptFile(name, io.BytesIO(data)))
 
 
-def _copied(stream: BinaryIO) -> BinaryIO:
-    copy = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the requests do)
-    shutil.copyfileobj(stream, copy, _CHUNK)
+def _copied(stream: BinaryIO, label: str) -> BinaryIO:
+    copy, room = tempfile.TemporaryFile(), limits.PROMPT_FILE_BYTES  # noqa: SIM115 (lives as long as the requests do)
+    while chunk := stream.read(_CHUNK):
+        if (room := room - len(chunk)) < 0:
+            raise ValueError(f"{label} is longer than {size_text(limits.PROMPT_FILE_BYTES)}; part the prompts")
+        copy.write(chunk)
     return copy
 
 

@@ -85,7 +85,8 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, **said: Any) 
     """
     name = defaults.get("preset", "published") if preset is None else preset
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset = {shown(name)}; allowed are {', '.join(PRESETS)}")
+        source = '"defaults" of bitdance.json: ' if preset is None else ""
+        raise ValueError(f"{source}preset = {shown(name)}; allowed are {', '.join(PRESETS)}")
     steps = defaults.get("num_inference_steps") if preset is None else None
     try:
         own = PRESETS[name].changed(guidance=defaults.get("guidance_scale"), steps=steps)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bitdance.values import check_number
+from bitdance.values import check_number, shown
 
 
 def generators_for(count: int, seed: Any, generator: Any) -> tuple[list[torch.Generator], list[int | None]]:
@@ -22,7 +22,7 @@ def generators_for(count: int, seed: Any, generator: Any) -> tuple[list[torch.Ge
     elif generator is not None:
         generators = [generator] if isinstance(generator, torch.Generator) else generator
         if not isinstance(generators, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generators):
-            raise ValueError(f"generator = {generator!r}; give a torch.Generator or a list of them")
+            raise ValueError(f"generator = {shown(generator)}; give a torch.Generator or a list of them")
         if len(generators) != count:
             raise ValueError(f"{len(generators)} generators for {count} pictures; give one per picture")
         if len(set(map(id, generators))) != count:

@@ -21,7 +21,7 @@ DEFAULT_SIZE: Size = (1024, 1024)
 # Areas of the published training (BitDance paper, arXiv 2602.14041, training table) and usual aspect ratios.
 AREAS = (256, 512, 1024)
 ASPECTS = (1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0, 21 / 9, 3.0)
-_RES = re.compile(r"<\|res_([1-9]\d{0,5})\|>")
+_RES = re.compile(r"<\|res_([1-9][0-9]{0,5})\|>")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,10 @@ def rule_of_folder(folder: Path | str) -> SizeRule:
     folder = Path(folder)
     tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
     head = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict)
-    return _rule(tokenizer.downsampling, head.patch_side, _added_tokens(folder), read_extras(folder))
+    try:
+        return _rule(tokenizer.downsampling, head.patch_side, _added_tokens(folder), read_extras(folder))
+    except ValueError as error:
+        raise ValueError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
 
 
 def rule_of_model(model: Any) -> SizeRule:

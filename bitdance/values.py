@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from lfq_tokenizer.text import printable
+from lfq_tokenizer.text import printable, whole_number
 
-_WHOLE = re.compile(r"[+-]?[0-9]{1,4000}")
+_WHOLE = re.compile(r"[+-]?[0-9]+")
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,400}\.?[0-9]{0,400}|\.[0-9]{1,400})([eE][+-]?[0-9]{1,9})?")
 _LONGEST = 60  # characters of a value that an error shows
 
@@ -70,14 +70,17 @@ RANGES = {
     "last_steps": Range(1, 10_000),
     "n": Range(1, 100_000),
     "batch_size": Range(1, 4096),
+    "count": Range(1, 10**9 - 1),
     "guidance": Range(0, 1000, whole=False, hint="; 1 and below switch guidance off"),
     "guidance_interval": Range(0, 1, whole=False),
     "class": Range(0, 1 << 20),
+    "tolerance": Range(0, 1e300, whole=False),
+    "at_least": Range(0, 1, whole=False),
     "lora_scale": Range(-1000, 1000, whole=False, hint="; 1 is as trained"),
 }
 # other names of the same values
 RANGES["num_inference_steps"], RANGES["guidance_scale"] = RANGES["steps"], RANGES["guidance"]
-RANGES["num_images_per_prompt"] = RANGES["n"]
+RANGES["num_images_per_prompt"] = RANGES["pictures"] = RANGES["n"]
 
 
 def check_number(name: str, value: Any, source: str = "") -> Any:
@@ -99,7 +102,7 @@ def from_text(name: str, text: str, source: str) -> Any:
     """The number that a flag's text means, checked. Digits, sign, point and exponent only, as in JSON."""
     value: Any = text
     if _WHOLE.fullmatch(text):
-        value = int(text)
+        value = whole_number(text)
     elif not RANGES[name].whole and _DECIMAL.fullmatch(text):
         value = float(text)
     return check_number(name, value, source)

@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lfq_tokenizer import limits
+from lfq_tokenizer.text import listed
 
 NORM_GROUPS = 32
 _DDCONFIG_KEYS = {"ch", "out_ch", "in_channels", "num_res_blocks", "z_channels", "ch_mult", "double_z", "resolution"}
+
+
+def _short(value: Any) -> str:
+    try:
+        return f"{value!r:.60}"
+    except (ValueError, RecursionError):  # a number of thousands of digits, or nested too deeply
+        return type(value).__name__
 
 
 @dataclass(frozen=True)
@@ -31,15 +39,20 @@ class TokenizerConfig:
         for name, value in (*((name, getattr(self, name)) for name in most), *(("ch_mult", factor) for factor in self.ch_mult)):
             high = most.get(name, limits.WIDTH)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
-                raise ValueError(f"{name} = {value!r:.60}; a whole number from 1 to {high} is allowed")
+                raise ValueError(f"{name} = {_short(value)}; a whole number from 1 to {high} is allowed")
         if not isinstance(self.gan_decoder, bool):
-            raise ValueError(f"gan_decoder = {self.gan_decoder!r:.60}; true or false is allowed")
+            raise ValueError(f"gan_decoder = {_short(self.gan_decoder)}; true or false is allowed")
         for factor in self.ch_mult:
             if (self.ch * factor) % NORM_GROUPS:
                 raise ValueError(
                     f"ch {self.ch} × ch_mult {factor} = {self.ch * factor} channels; group norm needs a positive "
                     f"multiple of {NORM_GROUPS}"
                 )
+
+    @property
+    def layers(self) -> int:
+        """Residual blocks of the encoder, each of which has tensors of its own."""
+        return len(self.ch_mult) * self.num_res_blocks
 
     @property
     def downsampling(self) -> int:
@@ -54,17 +67,18 @@ class TokenizerConfig:
         unknown = set(data) - {"ddconfig", "gan_decoder", "checkpoint"}
         if unknown or not isinstance(data.get("ddconfig"), Mapping):
             raise ValueError(
-                f"tokenizer config has keys {sorted(data)}; expected 'ddconfig' and 'gan_decoder'. "
+                f"tokenizer config has keys {listed(sorted(map(_short, data)), ', ')}; expected 'ddconfig' and 'gan_decoder'. "
                 "Is this an ae_config.json?"
             )
         dd = data["ddconfig"]
         if unknown := set(dd) - _DDCONFIG_KEYS:
-            raise ValueError(f"unknown ddconfig keys {sorted(unknown)}; known are {sorted(_DDCONFIG_KEYS)}")
+            names = listed(sorted(map(_short, unknown)), ", ")
+            raise ValueError(f"unknown ddconfig keys {names}; known are {sorted(_DDCONFIG_KEYS)}")
         if missing := {"ch", "num_res_blocks", "z_channels", "ch_mult"} - set(dd):
             raise ValueError(f"ddconfig lacks {sorted(missing)}")
         for key in ("in_channels", "out_ch"):
             if dd.get(key, 3) != 3:
-                raise ValueError(f"ddconfig {key} = {dd[key]}; only RGB tokenizers (3) exist")
+                raise ValueError(f"ddconfig {key} = {_short(dd[key])}; only RGB tokenizers (3) exist")
         return cls(
             ch=dd["ch"],
             ch_mult=dd["ch_mult"],

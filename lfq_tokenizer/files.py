@@ -8,6 +8,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 INCOMPLETE = ".incomplete-"
+_OWNER = re.compile("[0-9a-f]{8}-[0-9]{1,10}-[0-9]{1,20}-[0-9a-f]{16}")  # others are not ours to remove
 _SPARE = 2**24  # bytes left free beside what is written
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -120,7 +122,8 @@ def clear_leftovers(folder: Path, name: str | None = None) -> int:
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             _, found, owner = entry.name.rpartition(INCOMPLETE)
-            if not found or not entry.name.startswith("." if start is None else start) or _lives(owner.rpartition("-")[0]):
+            ours = found and _OWNER.fullmatch(owner) and entry.name.startswith("." if start is None else start)
+            if not ours or _lives(owner.rpartition("-")[0]):
                 continue
             with suppress(OSError):
                 _remove(Path(entry.path))
@@ -172,11 +175,9 @@ def _started(pid: int) -> str:
 
 
 def _lives(owner: str) -> bool:
-    """Whether the process that `HOST-PID-START` names may still be at work. Names of another form are nobody's."""
+    """Whether the process that `HOST-PID-START` names may still be at work."""
     host, _, rest = owner.partition("-")
     pid, _, started = rest.partition("-")
-    if not pid.isdecimal() or not started.isdecimal() or len(pid) > 10:
-        return False
     if host != _host():
         return True
     try:
@@ -190,7 +191,10 @@ def _lives(owner: str) -> bool:
 
 def inside(path: Path | str, root: Path | str) -> Path:
     """The file that `path` means, links followed. ValueError when that lies outside of the folder `root`."""
-    target, home = Path(path).resolve(), Path(root).resolve()
+    try:
+        target, home = Path(path).resolve(), Path(root).resolve()
+    except (RuntimeError, OSError):
+        raise ValueError(f"{path} is a link that leads in a circle; put the file itself there") from None
     if not target.is_relative_to(home):
         raise ValueError(f"{path} is a link that leads out of {root}; nothing outside is read: put the file itself there")
     return target
@@ -217,10 +221,8 @@ def check_links(folder: Path | str) -> None:
     cached = folder.parent.name == "snapshots" and (repository / "blobs").is_dir() and repository.name.startswith("models--")
     root = repository if cached else folder
     for path in (*folder.iterdir(), *folder.glob("*/*")):
-        if path.is_symlink() and not path.is_dir():
+        if path.is_symlink():
             inside(path, root)
-        elif path.is_symlink() and path.is_dir() and not path.resolve().is_relative_to(root):
-            raise ValueError(f"{path} is a link that leads out of {root}; nothing outside is read: put the folder itself there")
 
 
 def sha256(path: Path | str) -> str:

@@ -9,15 +9,15 @@ from typing import Any, TypeVar
 
 from lfq_tokenizer import limits
 from lfq_tokenizer.files import size_text, write_text
-from lfq_tokenizer.text import escaped_json, printable
+from lfq_tokenizer.text import escaped_json, printable, whole_number
 
 Config = TypeVar("Config")
 
 
 def parse_json(text: str | bytes, source: object, nan: bool = False) -> Any:
-    """The JSON value of a text that anyone may have written. ValueError names `source` for what is no JSON, for NaN and
-    infinities (which JSON lacks), a key given twice, numbers of thousands of digits, and for nesting or size beyond
-    reason."""
+    """The JSON value of a text that anyone may have written. ValueError names `source` for what is no JSON, a key given
+    twice, and for nesting or size beyond reason; also for NaN, infinities (which JSON lacks) and numbers of thousands of
+    digits, unless `nan` leaves these to whoever checks the numbers."""
     if len(text) > limits.JSON_BYTES:
         raise ValueError(f"{source}: {size_text(len(text))} of JSON; at most {size_text(limits.JSON_BYTES)} are read")
     try:
@@ -49,7 +49,7 @@ def _no_constant(name: str) -> Any:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-_WITH_NAN = json.JSONDecoder(object_pairs_hook=_no_duplicates)
+_WITH_NAN = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_int=whole_number)
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

@@ -23,6 +23,7 @@ JSON_BYTES = _limit("JSON_BYTES", 64 * MB)  # of a JSON file: a weight index of 
 CONFIG_BYTES = _limit("CONFIG_BYTES", 4 * MB)  # of a training config
 PROMPT_LINE_BYTES = _limit("PROMPT_LINE_BYTES", 1 * MB)  # of one line of a prompt file, before anything reads it
 PROMPT_CHARACTERS = _limit("PROMPT_CHARACTERS", 250_000)  # of one prompt; what is beyond 1,024 tokens is cut
+PROMPT_FILE_BYTES = _limit("PROMPT_FILE_BYTES", 2000 * MB)  # of a prompt file that cannot be read twice, which is copied
 JOBS = _limit("JOBS", 10_000_000)  # pictures of one command
 LAYERS = _limit("LAYERS", 1024)  # of any network that a config describes
 WIDTH = _limit("WIDTH", 1 << 20)  # channels, heads, rows of any layer that a config describes

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Sequence
 
+_DIGITS = 4000
 SHOWN = 10  # offenders listed in an error
 HOUR, DAY = 3600.0, 86_400.0
 # unit, its seconds, and from how many seconds on the next one reads better
@@ -37,6 +38,16 @@ def printable(text: object, lines: bool = False) -> str:
 def escaped_json(text: str) -> str:
     """The text of a JSON value with what could steer a terminal written as \\uXXXX, which means the same in JSON."""
     return _UNSHOWABLE.sub(lambda found: found.group() if found.group() == "\n" else f"\\u{ord(found.group()):04x}", text)
+
+
+def whole_number(text: str) -> int:
+    """The whole number that digits mean. Of thousands of digits, which Python refuses to convert, the first few count and the
+    length: enough to say that it is too large."""
+    digits = text.lstrip("+-")
+    if len(digits) <= _DIGITS:
+        return int(text)
+    sign = -1 if text.startswith("-") else 1
+    return sign * int(digits[:20]) * 10 ** (len(digits) - 20)
 
 
 def listed(items: Sequence[str], separator: str = "; ") -> str:

@@ -13,7 +13,7 @@ from lfq_tokenizer.encoder import Encoder
 from lfq_tokenizer.files import check_links
 from lfq_tokenizer.json_file import read_config, write_json
 from lfq_tokenizer.strips import decode_in_strips, encode_in_strips
-from lfq_tokenizer.weights import check_shapes, read_safetensors, read_shapes, write_safetensors
+from lfq_tokenizer.weights import check_depth, check_shapes, read_safetensors, read_shapes, write_safetensors
 
 CONFIG_FILE = "ae_config.json"
 WEIGHTS_FILE = "ae.safetensors"
@@ -91,10 +91,12 @@ class LFQTokenizer(nn.Module):
         if folder.is_dir():
             check_links(folder)
         config, weights_path = read_config(folder / CONFIG_FILE, TokenizerConfig.from_published), folder / WEIGHTS_FILE
+        found = read_shapes(weights_path)
+        check_depth(config.layers, found, weights_path)
         with torch.device("meta"):
             tokenizer = cls(config)
         expected = {name: tuple(t.shape) for name, t in tokenizer.state_dict().items()}
-        check_shapes(expected, read_shapes(weights_path), weights_path)
+        check_shapes(expected, found, weights_path)
         tokenizer.load_state_dict(read_safetensors(weights_path), strict=True, assign=True)
         return tokenizer.eval()
 

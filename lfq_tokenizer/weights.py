@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lfq_tokenizer.files import whole_path
+from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -23,6 +24,18 @@ def read_shapes(path: Path | str) -> dict[str, tuple[int, ...]]:
         if odd:
             raise ValueError(f"{path} holds {listed(odd)}; weights are floating point numbers: {', '.join(FLOATS)}")
         return {name: tuple(held.get_shape()) for name, held in slices.items()}
+
+
+def read_weight_map(index: Path | str) -> dict[str, str]:
+    """Tensor → file, as an index of several files says. ValueError where it names anything but files beside itself."""
+    said = read_json(index)
+    weight_map = said.get("weight_map") if isinstance(said, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index} holds no weight_map; download or export it again")
+    for name in dict.fromkeys(map(str, weight_map.values())):
+        if name != Path(name).name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index} points to {name!r:.200}; only .safetensors files beside it, in the same folder, are read")
+    return {tensor: str(name) for tensor, name in weight_map.items()}
 
 
 def read_safetensors(path: Path | str) -> dict[str, Tensor]:
@@ -64,6 +77,13 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tu
         raise ValueError(
             f"{source} does not fit its config: {listed(problems)}. Weights and config must come from the same model."
         )
+
+
+def check_depth(layers: int, found: Mapping[str, object], source: Path | str) -> None:
+    """ValueError, before any layer is built, for a config of more layers than the file of its weights has tensors."""
+    if layers > len(found):
+        text = f"{source} holds {len(found)} tensors and its config asks for {layers} layers"
+        raise ValueError(f"{text}. Weights and config must come from the same model.")
 
 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:

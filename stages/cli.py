@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from bitdance.cli import Parser, print_page, report
+
 EXTRAS = {  # what brings the packages that an installation may lack
     "train": ("deepspeed", "webdataset", "tensorboard", "torchmetrics", "accelerate", "peft"),
     "remote": ("fsspec", "aiohttp", "braceexpand"),
@@ -37,7 +39,7 @@ def guarded(prog: str, body: Callable[[list[str]], int], argv: Sequence[str] | N
         reason = _mistake(error)
         if reason is None:
             raise
-    print(f"{prog}: error: {reason}", file=sys.stderr)
+    report(reason, prog=prog)
     return 2
 
 
@@ -56,8 +58,6 @@ def _mistake(error: Exception) -> str | None:
     """What a user can mend, in one line that cannot steer a terminal; None for our own mistakes."""
     from safetensors import SafetensorError
 
-    from lfq_tokenizer.text import printable
-
     if isinstance(error, ImportError):
         ours = (error.name or "").partition(".")[0] in ("stages", "distill", "bitdance", "lfq_tokenizer")
         reason = None if ours else _missing(error)
@@ -69,7 +69,7 @@ def _mistake(error: Exception) -> str | None:
         reason = "; ".join((str(error), *getattr(error, "__notes__", ())))
     else:
         reason = None
-    return None if reason is None else printable(" ".join(reason.split()))
+    return reason
 
 
 def _missing(error: ImportError) -> str:
@@ -112,7 +112,7 @@ def _train(argv: list[str]) -> int:
 
 def training_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The options that every command of training has."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
+    parser = Parser(prog=prog, description=description)
     parser.add_argument("config", help="a TOML file; see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one value of the config")
     parser.add_argument("--resume", default="auto", help="auto (newest checkpoint of the run), no, or a checkpoint folder")
@@ -142,7 +142,7 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="bitdance export", description="Training checkpoint or model folder → model folder.")
+    parser = Parser(prog="bitdance export", description="Training checkpoint or model folder → model folder.")
     parser.add_argument("checkpoint", type=Path, help="a folder step_NNNNNNNN of a run, the run (its newest), or a model folder")
     parser.add_argument("out", type=Path)
     parser.add_argument("--format", choices=["official", "diffusers"], default="official")
@@ -164,7 +164,7 @@ def _export(argv: list[str]) -> int:
         export_adapter(arguments.checkpoint, arguments.out)
     else:
         export_checkpoint(arguments.checkpoint, arguments.out, *rest, arguments.format, arguments.weights)
-    print(arguments.out)
+    print_page([str(arguments.out)])
     return 0
 
 

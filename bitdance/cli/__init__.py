@@ -8,17 +8,18 @@ Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or config, 130 and 143 s
 
 import argparse
 import difflib
-import errno
 import io
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn
 
 GROUP = "bitdance.commands"
+LONGEST = 4000  # letters of a message
 OWN = {
     "generate": "pictures from prompts",
     "info": "what a model folder holds, or how a picture was made",
@@ -63,28 +64,29 @@ def number(name: str) -> Callable[[str], Any]:
     return check
 
 
-def count(text: str) -> int:
+def count(text: str) -> Any:
     """For `type=` of an argument: a whole number from 1 on."""
-    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:10]) < 10**9 or len(text) > 9:
-        raise ValueError  # argparse names the option and the value
-    return int(text)
+    return number("count")(text)
 
 
-count.__name__ = "positive whole number"  # as argparse calls it in its error
-
-
-def report(message: str, kind: str = "error") -> None:
+def report(message: str, kind: str = "error", prog: str = "bitdance") -> None:
     """One line on standard error: `bitdance: error: …`. What a stranger wrote cannot steer the terminal."""
     from lfq_tokenizer.text import printable
 
-    print(f"bitdance: {kind}: {printable(' '.join(message.split()))}", file=sys.stderr, flush=True)
+    text = " ".join(message.split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+    try:
+        print(f"{prog}: {kind}: {printable(text)}", file=sys.stderr, flush=True)
+    except OSError:  # nobody can be told
+        _let_go(sys.stderr)
 
 
 def print_json(value: Any) -> None:
     """The value as indented JSON on standard output; what could steer a terminal is escaped."""
     from lfq_tokenizer.json_file import json_text
 
-    print(json_text(value, 2))
+    _print(json_text(value, 2))
 
 
 def print_page(lines: Iterable[str]) -> None:
@@ -92,7 +94,25 @@ def print_page(lines: Iterable[str]) -> None:
     from lfq_tokenizer.text import printable
 
     for line in lines:
-        print(printable(line))
+        _print(printable(line))
+
+
+_lost: list[OSError] = []  # why standard output of this command could not be written
+
+
+def _print(text: str) -> None:
+    """A line that is lost, because its reader has gone or its disk is full, does not end the work."""
+    try:
+        print(text)
+    except OSError as error:
+        _lost.append(error)
+        _let_go(sys.stdout)
+
+
+def _let_go(stream: Any) -> None:
+    """From now on nothing that is written there can fail, nor when the interpreter ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _foreign_commands() -> dict[str, EntryPoint]:
@@ -146,6 +166,7 @@ def _command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequence[st
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv` without the program's name; None reads `sys.argv`."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    _lost.clear()
     for name in ("stdout", "stderr"):  # None where a scheduler has closed it; what is done counts all the same
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
@@ -176,12 +197,9 @@ def _run(argv: list[str]) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2
     except BrokenPipeError:
-        # The reader (`| head`) has gone; without this the interpreter would complain at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go(sys.stdout)  # the reader (`| head`) has gone; without this the interpreter would complain at exit
         return 0
     except (ValueError, OSError) as error:
-        if isinstance(error, OSError) and error.filename is None and error.errno == errno.ENOSPC:
-            return _unwritten(error, 1)  # whatever else we write names its file
         report(_words(error))
         return 2
     except (RecursionError, MemoryError) as error:  # of an input that no limit foresaw
@@ -196,16 +214,13 @@ def _flushed(code: int) -> int:
     """The exit code once standard output is written; 1 where it cannot be, say because its disk is full."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
     except OSError as error:
-        return _unwritten(error, code)
-    return code
-
-
-def _unwritten(error: OSError, code: int) -> int:
-    report(f"standard output could not be written ({error.strerror}); what the command did counts")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter does not try again at exit
+        _lost.append(error)
+        _let_go(sys.stdout)  # so that the interpreter does not try again at exit
+    reason = next((lost.strerror for lost in _lost if not isinstance(lost, BrokenPipeError)), None)
+    if reason is None:
+        return code
+    report(f"standard output could not be written ({reason}); what the command did counts")
     return max(code, 1)
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from bitdance.cli import Parser, UsageError, number, print_json
+from bitdance.cli import Parser, UsageError, number, print_json, print_page
 from bitdance.cli.devices import DTYPE_HELP, DTYPES, usable_device, usable_dtype
 from bitdance.cli.generate import QUANTIZE, QUANTIZE_HEAD
 from bitdance.cli.memory import GB, free_bytes, free_main_memory
@@ -73,7 +73,7 @@ def show(options: argparse.Namespace) -> int:
         if not fits:
             raise ValueError(f"needs {found.peak / GB:.1f} GB, {(free or 0) / GB:.1f} GB free on {device}: nothing to measure")
         facts["measured_bytes"] = measure(shape, setting, device)
-    print_json(facts) if options.json else print(_text(facts))
+    print_json(facts) if options.json else print_page(_text(facts).splitlines())
     return 0 if fits else 1
 
 

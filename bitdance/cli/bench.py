@@ -1,11 +1,10 @@
 """`bitdance bench`: seconds, operations and bytes by phase, against this machine's own peak; images per second by batch size."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from bitdance.cli import Parser, count, number
+from bitdance.cli import Parser, count, number, print_json, print_page
 from bitdance.cli.devices import DTYPE_HELP, DTYPES, usable_device, usable_dtype
 from bitdance.cli.generate import QUANTIZE, QUANTIZE_HEAD
 
@@ -59,13 +58,15 @@ def run(argv: Sequence[str]) -> int:
     from bitdance.bench.shapes import SHAPES, Shape
     from bitdance.bench.study import Study
     from bitdance.sampling import Sampling, choose
+    from lfq_tokenizer.files import write_text
+    from lfq_tokenizer.json_file import json_text
 
     if options.shape is None:
         shape = Shape.of_folder(options.model or "demo")
     elif options.shape in SHAPES:
         shape = SHAPES[options.shape]
     else:
-        raise ValueError(f"shape = {options.shape!r}; allowed are {', '.join(SHAPES)}")
+        raise ValueError(f"shape = {options.shape!r:.80}; allowed are {', '.join(SHAPES)}")
     height, width = options.height or shape.size[0], options.width or shape.size[1]
     shape.check_size(height, width)
     said = {"steps": options.steps, "guidance": options.guidance}
@@ -94,8 +95,7 @@ def run(argv: Sequence[str]) -> int:
         if options.threads:
             torch.set_num_threads(options.threads)
         found = study.measure(device, options.repeats, options.yardstick)
-    text = json.dumps(found, ensure_ascii=False, indent=2)
     if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
-    print(text if options.json else shown(found))
+        write_text(json_text(found, 2) + "\n", options.output)
+    print_json(found) if options.json else print_page(shown(found).split("\n"))
     return 0

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bitdance.checkpoint import HEAD_WEIGHTS, LM_INDEX, LM_WEIGHTS, PROJECTOR_WEIGHTS, TOKENIZER_WEIGHTS
-from lfq_tokenizer.json_file import read_json
-from lfq_tokenizer.weights import read_shapes
+from lfq_tokenizer.weights import read_shapes, read_weight_map
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ def parts(folder: Path) -> list[Part]:
     if (folder / LM_WEIGHTS).is_file():
         backbone = [LM_WEIGHTS]
     else:
-        backbone = sorted(set(read_json(folder / LM_INDEX)["weight_map"].values()))
+        backbone = sorted(set(read_weight_map(folder / LM_INDEX).values()))
     named = {
         "backbone": backbone,
         "head": [HEAD_WEIGHTS],

@@ -1,9 +1,8 @@
 """`bitdance sizes MODEL [--json]`: which pictures a model makes. Reads configs, no weights."""
 
-import json
 from collections.abc import Sequence
 
-from bitdance.cli import Parser
+from bitdance.cli import Parser, print_json, print_page
 
 
 def run(argv: Sequence[str]) -> int:
@@ -19,11 +18,11 @@ def run(argv: Sequence[str]) -> int:
     folder = resolve(options.model)
     found = module_of(folder).sizes(folder)
     if options.json:
-        print(json.dumps(found))
+        print_json(found)
         return 0
-    for height, width in found["sizes"]:
-        print(f"{height}×{width}" + (" (default)" if (height, width) == tuple(found["default"]) else ""))
+    lines = [f"{h}×{w}" + (" (default)" if (h, w) == tuple(found["default"]) else "") for h, w in found["sizes"]]
     if not found["only_these"]:
         sides = f"from {found['smallest_side']} to {found['largest_side']} pixels"
-        print(f"and every other size whose sides are multiples of {found['multiple_of']} {sides}")
+        lines.append(f"and every other size whose sides are multiples of {found['multiple_of']} {sides}")
+    print_page(lines)
     return 0

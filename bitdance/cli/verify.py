@@ -63,7 +63,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="model folder, or demo")
     parser.add_argument("--against", metavar="OTHER", help="folder to compare with, tensor by tensor; other values are no error")
-    parser.add_argument("--tolerance", type=float, metavar="X", help="… unless they are more than X apart; 0: bit for bit")
+    apart = "… unless they are more than X apart; 0: bit for bit"
+    parser.add_argument("--tolerance", type=number("tolerance"), metavar="X", help=apart)
     parser.add_argument("--json", action="store_true", help="one JSON object with every tensor and every file")
     parser.add_argument("-v", "--verbose", action="store_true", help="also the SHA-256 of every file")
     group = parser.add_argument_group(
@@ -78,20 +79,17 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     prompts = group.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="of the pictures, may be repeated")
     prompts.add_argument("--prompts", metavar="FILE", help="one prompt per line; default: what the model knows, or four of ours")
-    group.add_argument("--pictures", type=int, metavar="N", help=f"default: one per prompt given, else {PICTURES}")
+    group.add_argument("--pictures", type=number("pictures"), metavar="N", help=f"default: one per prompt given, else {PICTURES}")
     group.add_argument("--seed", type=number("seed"), default=0, help="of the first picture (default: 0), counting up")
     group.add_argument("--height", type=number("height"), metavar="H", help="pixels; default: the model's")
     group.add_argument("--width", type=number("width"), metavar="W", help="pixels; default: the model's")
     group.add_argument("--steps", type=number("steps"), help="sampler steps per block; default: the model's")
     group.add_argument("--device", help="default: cuda where there is one, else cpu")
-    group.add_argument("--at-least", type=float, metavar="SHARE", help="exit code 1 when a smaller share of bits agrees")
+    fewer = "exit code 1 when a smaller share of bits agrees"
+    group.add_argument("--at-least", type=number("at_least"), metavar="SHARE", help=fewer)
     options = parser.parse_args(argv)
-    if options.tolerance is not None and (options.against is None or not options.tolerance >= 0):
+    if options.tolerance is not None and options.against is None:
         raise UsageError("--tolerance is a number from 0 on, and needs --against OTHER")
-    if options.at_least is not None and not 0 <= options.at_least <= 1:
-        raise UsageError(f"--at-least {options.at_least:g}; a share lies between 0 and 1")
-    if options.pictures is not None and options.pictures < 1:
-        raise UsageError(f"--pictures {options.pictures}; at least 1 is needed")
     return options
 
 

@@ -10,8 +10,8 @@ import torch
 
 from bitdance.formats.stored import Held, open_stored, pieces
 from bitdance.sizes import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_extras
-from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
+from lfq_tokenizer.weights import read_weight_map
 
 # Version of the map from tensor names here to those of the published files; 1 is the identity in every part and format.
 KEY_MAP_VERSION = 1
@@ -86,7 +86,7 @@ def stored_tensors(folder: Path, stem: str) -> Mapping[str, Held]:
     index = folder / f"{stem}.safetensors.index.json"
     if (folder / f"{stem}.safetensors").is_file() or not index.is_file():
         return open_stored(folder / f"{stem}.safetensors")
-    weight_map = read_json(index)["weight_map"]  # which check_folder found in order
+    weight_map = read_weight_map(index)
     files = {name: open_stored(folder / name) for name in sorted(set(weight_map.values()))}
     if lost := [f"{name} in {file}" for name, file in weight_map.items() if name not in files[file]]:
         raise ValueError(f"{index} names weights that its files do not hold: {listed(lost)}")

@@ -30,7 +30,7 @@ from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.files import sha256
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
-from lfq_tokenizer.weights import read_shapes
+from lfq_tokenizer.weights import read_shapes, read_weight_map
 
 _TABLES = ("embed_tokens", "lm_head")  # their rows are the vocabulary, which differs between models of one shape
 _BACKBONE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
@@ -110,7 +110,7 @@ def examined(
         "files": {
             path.relative_to(own or folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted((own or folder).rglob("*"))
-            if path.is_file()
+            if path.is_file() and (len(path.relative_to(own or folder).parts) <= 2 or not path.is_symlink())  # see check_links
         },
         "fingerprint": _mark(folder, mark),
     }
@@ -171,7 +171,7 @@ def _index(folder: Path) -> list[str]:
     """Tensors that do not lie in the file where the index says."""
     if (folder / LM_WEIGHTS).is_file():
         return []
-    said = read_json(folder / LM_INDEX)["weight_map"]
+    said = read_weight_map(folder / LM_INDEX)
     found = {name: file for file in sorted(set(said.values())) for name in read_shapes(folder / file)}
     wrong = sorted(name for name in said.keys() | found.keys() if said.get(name) != found.get(name))
     return [f"{LM_INDEX} names the wrong file for {listed(wrong, ', ')}"] if wrong else []
@@ -194,7 +194,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     backbone = [folder / LM_WEIGHTS]
     if not backbone[0].is_file() and (folder / LM_INDEX).is_file():
         try:
-            backbone = [folder / file for file in sorted(set(read_json(folder / LM_INDEX)["weight_map"].values()))]
+            backbone = [folder / file for file in sorted(set(read_weight_map(folder / LM_INDEX).values()))]
         except (ValueError, KeyError, TypeError, AttributeError):
             backbone = []
     return {"backbone": backbone, **{part: [folder / file] for part, file in named.items()}}
@@ -236,9 +236,10 @@ def _published(folder: Path) -> dict[str, tuple[str, int]]:
         head = HeadConfig.from_dict(read_json(folder / HEAD_CONFIG))
         lm: Mapping[str, Any] = read_json(folder / LM_CONFIG)
         tokenizer = TokenizerConfig.from_published(read_json(folder / TOKENIZER_CONFIG))
-    except (ValueError, OSError, TypeError, KeyError):
+        kind = lm.get("model_type")
+    except (ValueError, OSError, TypeError, KeyError, AttributeError):
         return {}  # told of in _structure
-    if lm.get("model_type") == "qwen3" and all(lm.get(name) == shape.backbone[name] for name in _BACKBONE):
+    if kind == "qwen3" and all(lm.get(name) == shape.backbone[name] for name in _BACKBONE):
         known["backbone"] = "Qwen3-14B without its vocabulary", BACKBONE_14B
     if all(getattr(head, name) == getattr(shape.head, name) for name in _HEAD):
         known["head"] = f"14B-{head.parallel_num}x", HEAD_14B

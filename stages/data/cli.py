@@ -15,6 +15,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from bitdance.cli import Parser, print_page
+
 
 def add_data_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the command `data` to the sub-parsers of `bitdance`; `run` answers it."""
@@ -114,7 +116,8 @@ def _pack(args: argparse.Namespace) -> int:
     options = PackOptions(args.samples_per_shard, args.max_bad, args.overwrite, progress=True)
     source = {"icons": _icons, "folder": _folder, "tiles": _tiles}[args.data_source](args)
     report = pack(source, args.out, options)
-    print(f"{args.out}: {report['samples']} samples in {len(report['shards'])} shards; skipped: {counts(report['skipped'])}")
+    said = f"{args.out}: {report['samples']} samples in {len(report['shards'])} shards; skipped: {counts(report['skipped'])}"
+    print_page([said])
     if args.data_source == "folder":
         print(source.sizes())
     if notes := {what: count for what, count in getattr(source, "notes", {}).items() if count}:
@@ -178,7 +181,7 @@ def _index(args: argparse.Namespace) -> int:
     from stages.data.index_file import write_index
 
     found = write_index(args.shards, args.out, progress=True)
-    print(f"{args.out}: {found['samples']} samples in {found['shards']} shards")
+    print_page([f"{args.out}: {found['samples']} samples in {found['shards']} shards"])
     if found["unreadable"]:
         print(f"header unreadable: {found['unreadable']} samples, which training will skip")
     for reason, count in found["left_out"].items():
@@ -215,7 +218,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="bitdance data", description="pack captioned pictures into shards; index and inspect shards"
     )
     _add_actions(parser)

@@ -8,13 +8,14 @@ import torch
 
 from bitdance.backbone import Backbone
 from bitdance.checkpoint import load_model
-from bitdance.foreign import load_text_tokenizer
+from bitdance.foreign import build_config, load_text_tokenizer
 from bitdance.head import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.projector import Projector
 from bitdance.prompt import add_image_tokens, build_text_tokenizer
 from lfq_tokenizer import LFQTokenizer
-from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.files import check_links
+from lfq_tokenizer.json_file import read_config, read_json
 from stages.chain import check_chain
 from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining
@@ -82,10 +83,13 @@ def _backbone_config(training: GeneratorTraining) -> dict[str, Any]:
     path = Path(training.pretrained) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"generator.pretrained: {path} does not exist; name a local folder in transformers' layout")
+    check_links(path.parent)
+    read_config(path, build_config)  # ValueError for what no backbone can be made of
     config: dict[str, Any] = read_json(path)
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no config of a model; name a local folder in transformers' layout")
+    if "hidden_size" not in config:
+        raise ValueError(f"{path} does not say hidden_size, the width of the model; is it a config of a language model?")
     for name, value in training.backbone.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{path}: {name} = {config[name]!r}, but generator.backbone says {value!r}; is it the model meant?")
+            said = f"{path}: {name} = {config[name]!r:.60}, but generator.backbone says {value!r}"
+            raise ValueError(f"{said}; is it the model meant?")
     return config

