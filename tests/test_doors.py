@@ -26,6 +26,8 @@ from bitdance.sampling import Sampling, choose
 from bitdance.values import RANGES, check_number, from_text
 from lfq_tokenizer.json_file import parse_json
 
+pytestmark = pytest.mark.slow
+
 FIELDS = ("seed", "height", "width", "steps", "guidance", "last_steps", "n")
 ODD: tuple[Any, ...] = (
     *(10**400, 10**5000, -(10**5000), 2**64, 2**63, 2**63 - 1, -1, 0, 1, 64, 100_001, 65_537, 10_001),

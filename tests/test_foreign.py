@@ -28,6 +28,8 @@ from stages.cli import export
 from stages.config import GeneratorTraining
 from stages.generator.start import start_model
 
+pytestmark = pytest.mark.slow
+
 
 def command(*arguments: object) -> Callable[[Path], int]:
     """A door of the command line; MODEL stands for the folder."""

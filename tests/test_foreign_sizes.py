@@ -25,6 +25,8 @@ from bitdance.tokenizer_file import check_tokenizer
 from lfq_tokenizer.json_file import read_json
 from stages.cli import export
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 HUGE = (10**9, 10**400, 1e400, [1] * 2000, 1 << 20, 1024)
 CHILD = """

@@ -14,6 +14,8 @@ from bitdance.jobs import Settings
 from bitdance.prompt_file import PromptFile
 from lfq_tokenizer import limits
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = Settings(64, 64, 2, 1.0)
 ROOT = Path(__file__).parent.parent
 

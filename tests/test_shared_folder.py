@@ -20,6 +20,8 @@ from bitdance.cli.outputs import OutputFolder
 from bitdance.jobs import Job
 from lfq_tokenizer.lock import FolderLock
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 COMMAND = ["generate", "--model", str(GOLDEN), *SMALL]
 

@@ -19,6 +19,8 @@ from bitdance.cli import main
 from bitdance.picture import write_png
 from stages.cli import data, export, tokenizer, train
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 STEERS = "\x1b]0;t\x07\x1b[31m\x07\x08\x7f\x9b2J\u202e\u2066\u2028\u2029\u200b\ufeff\x0b\x0c"
 NAME = STEERS.replace("/", "")
