@@ -64,6 +64,9 @@ def card_text(extras: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+_KINDS = {"list": "a list", "dict": "an object", "str": "a text"}
+
+
 def _checked(card: Any) -> Mapping[str, Any]:
     """The card of a bitdance.json that anyone may have written. ValueError names the key that holds another kind of value."""
     kinds: dict[str, tuple[type, ...]] = {"stages": (list,), "figures": (list,), "limits": (list,), "training": (dict,)}
@@ -72,7 +75,7 @@ def _checked(card: Any) -> Mapping[str, Any]:
         raise ValueError(f"bitdance.json: card = {shown(card)}; an object is allowed")
     for name, allowed in kinds.items():
         if name in card and not isinstance(card[name], allowed):
-            words = " or ".join({list: "a list", dict: "an object", str: "a text"}[kind] for kind in allowed)
+            words = " or ".join(_KINDS[kind.__name__] for kind in allowed)
             raise ValueError(f"bitdance.json: card.{name} = {shown(card[name])}; {words} is allowed")
     for name, needed in (("stages", ()), ("figures", ("what", "value", "command"))):
         for row in card.get(name, []):
