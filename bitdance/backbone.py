@@ -319,10 +319,11 @@ def _check_room(config: PreTrainedConfig, found: Mapping[str, tuple[int, ...]], 
     """ValueError for a config of a far larger model than the files hold: the library would make room for what it misses."""
     check_depth(getattr(config, "num_hidden_layers", None) or 1, found, folder / "model*.safetensors")
     with torch.device("meta"):
-        wanted = sum(parameter.numel() for parameter in _new_model(config, None).parameters())
+        lm = _new_model(config, None)
+    wanted = sum(tensor.numel() for tensor in (*lm.parameters(), *lm.buffers()))  # some families keep tables of positions
     if wanted > 2 * (held := sum(map(math.prod, found.values()))) + 2**20:
         raise ValueError(
-            f"{folder / 'config.json'} describes {wanted:,} weights, and model*.safetensors hold {held:,}. "
+            f"{folder / 'config.json'} describes {wanted:,} numbers, and model*.safetensors hold {held:,}. "
             "Weights and config must come from the same model."
         )
 

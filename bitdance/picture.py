@@ -95,7 +95,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable PNG ({error})") from error
     try:
-        metadata = parse_json(text, path, nan=True) if isinstance(text, str) else None
+        metadata = parse_json(text, path, checked_later=True) if isinstance(text, str) else None
     except ValueError:
         metadata = None
     if not isinstance(metadata, dict):

@@ -181,7 +181,7 @@ def _is_json(line: str) -> bool:
 
 
 def _from_json(line: str, source: str) -> Request:
-    value = parse_json(line, source, nan=True)  # check_number refuses it in the words of every other door
+    value = parse_json(line, source, checked_later=True)  # check_number refuses it in the words of every other door
     if not isinstance(value, dict):
         raise ValueError(f'{source}: holds {type(value).__name__}, not an object; write {{"prompt": "…"}}')
     if not value.keys() <= _KEYS:

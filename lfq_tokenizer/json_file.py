@@ -14,16 +14,16 @@ from lfq_tokenizer.text import escaped_json, printable, whole_number
 Config = TypeVar("Config")
 
 
-def parse_json(text: str | bytes, source: object, nan: bool = False) -> Any:
+def parse_json(text: str | bytes, source: object, nan: bool = False, checked_later: bool = False) -> Any:
     """The JSON value of a text that anyone may have written. ValueError names `source` for what is no JSON, a key given
     twice, and for nesting or size beyond reason; also for NaN, infinities (which JSON lacks) and numbers of thousands of
-    digits, unless `nan` leaves these to whoever checks the numbers."""
+    digits. `nan` takes NaN and infinities; `checked_later` takes all numbers, as whoever asks checks each of them."""
     if len(text) > limits.JSON_BYTES:
         raise ValueError(f"{source}: {size_text(len(text))} of JSON; at most {size_text(limits.JSON_BYTES)} are read")
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
-        return (_WITH_NAN if nan else _STRICT).decode(text)
+        return (_CHECKED_LATER if checked_later else _WITH_NAN if nan else _STRICT).decode(text)
     except RecursionError:
         raise ValueError(f"{source}: nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -49,7 +49,8 @@ def _no_constant(name: str) -> Any:
 
 
 _STRICT = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-_WITH_NAN = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_int=whole_number)
+_WITH_NAN = json.JSONDecoder(object_pairs_hook=_no_duplicates)
+_CHECKED_LATER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_int=whole_number)
 
 
 def json_text(value: Any, indent: int | None = None) -> str:

@@ -71,9 +71,12 @@ class FolderLock:
     def __exit__(self, *_: object) -> None:
         if self._descriptor is None or self._pid != os.getpid():
             return
-        if not self.shared:
-            with suppress(OSError):  # while it is still held, so that nobody else's is removed
-                self.path.unlink()
+        with suppress(OSError):  # while it is still held by nobody else, so that nobody else's is removed
+            if self.shared:
+                import fcntl
+
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.path.unlink()
         self._forget()
 
     def _forget(self) -> None:

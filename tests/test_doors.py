@@ -175,7 +175,7 @@ def test_what_text_means_is_what_json_means(name: str, value: Any) -> None:
         except ValueError as error:
             return re.sub(r" = .*?;", ";", str(error))
 
-    parsed = parse_json(text, "there", nan=True)
+    parsed = parse_json(text, "there", checked_later=True)
     assert result(lambda: from_text(name, text, "")) == result(lambda: check_number(name, parsed))
 
 

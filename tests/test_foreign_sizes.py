@@ -86,8 +86,11 @@ def test_a_config_of_a_larger_model_than_its_files_takes_no_memory(tmp_path: Pat
     folder = golden(tmp_path / "model")
     for kind in ("qwen3", "llama", "olmo2"):
         change(folder, "config.json", model_type=kind, intermediate_size=1 << 22)
-        with pytest.raises(ValueError, match=r"config\.json describes [\d,]+ weights, and model\*\.safetensors hold [\d,]+"):
+        with pytest.raises(ValueError, match=r"config\.json describes [\d,]+ numbers, and model\*\.safetensors hold [\d,]+"):
             Backbone.from_pretrained(folder)
+    change(folder, "config.json", model_type="gptj", intermediate_size=None, max_position_embeddings=1 << 28)  # a table of 64 GB
+    with pytest.raises(ValueError, match=r"config\.json describes [\d,]+ numbers"):
+        Backbone.from_pretrained(folder)
 
 
 def charsmap(text: str) -> str:
