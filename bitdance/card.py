@@ -64,11 +64,7 @@ def card_text(extras: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-<<<<<<< HEAD
-_KINDS: dict[type, str] = {list: "a list", dict: "an object", str: "a text"}
-=======
 _KINDS = {"list": "a list", "dict": "an object", "str": "a text"}
->>>>>>> attack
 
 
 def _checked(card: Any) -> Mapping[str, Any]:
@@ -79,11 +75,7 @@ def _checked(card: Any) -> Mapping[str, Any]:
         raise ValueError(f"bitdance.json: card = {shown(card)}; an object is allowed")
     for name, allowed in kinds.items():
         if name in card and not isinstance(card[name], allowed):
-<<<<<<< HEAD
-            words = " or ".join(_KINDS[kind] for kind in allowed)
-=======
             words = " or ".join(_KINDS[kind.__name__] for kind in allowed)
->>>>>>> attack
             raise ValueError(f"bitdance.json: card.{name} = {shown(card[name])}; {words} is allowed")
     for name, needed in (("stages", ()), ("figures", ("what", "value", "command"))):
         for row in card.get(name, []):

@@ -217,18 +217,10 @@ def _flushed(code: int) -> int:
     except OSError as error:
         _lost.append(error)
         _let_go(sys.stdout)  # so that the interpreter does not try again at exit
-<<<<<<< HEAD
-    reason = next((lost.strerror for lost in _lost if not isinstance(lost, BrokenPipeError)), None)
-    if reason is None:
-        return code
-    report(f"standard output could not be written ({reason}); what the command did counts")
-    return max(code, 1)
-=======
     if reason := next((lost.strerror for lost in _lost if not isinstance(lost, BrokenPipeError)), None):
         report(f"standard output could not be written ({reason}); what the command did counts")
         return max(code, 1)
     return code
->>>>>>> attack
 
 
 def _words(error: ValueError | OSError) -> str:
