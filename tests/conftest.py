@@ -1,5 +1,6 @@
 """What a test leaves behind in other people's libraries is put back; what needs a GPU is skipped where there is none."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -9,6 +10,9 @@ LINEAR = torch.nn.functional.linear  # before any test or fixture runs
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # files of few and slow tests first: the last file of a process is then a short one
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.get_closest_marker("slow") is None, tests[item.path], item.path))
     if torch.cuda.is_available():
         return
     for item in items:
