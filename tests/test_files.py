@@ -125,10 +125,10 @@ def test_one_process_at_a_time_and_a_dead_owner_holds_nothing(tmp_path):
         from pathlib import Path
         from lfq_tokenizer.lock import FolderLock
         with FolderLock(Path(sys.argv[1])):
-            if os.fork() == 0:          # a loader process that outlives its trainer
-                time.sleep(5)
+            if os.fork() == 0:          # a loader process that outlives its trainer, and runs by now
+                print("held", flush=True)
+                time.sleep(20)
                 os._exit(0)
-            print("held", flush=True)
             time.sleep(60)
     """
     owner = child(code, tmp_path)

@@ -58,7 +58,7 @@ for file, keys, value, door in json.loads(sys.stdin.read()):
         assert len(said) < 20_000
     spent = time.process_time() - start
     assert spent < 10, (file, keys, repr(value)[:50], door, spent)
-memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+memory = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024  # ru_maxrss begins with the starter's
 assert memory < 1_500_000_000, memory
 print("all refused or harmless")
 """
