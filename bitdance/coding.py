@@ -14,6 +14,7 @@ from torch import Tensor
 from bitdance.offload import Phase
 from bitdance.picture import to_pil, to_unit
 from bitdance.seeds import generators_for
+from bitdance.values import shown
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.strips import decoding_bytes
 
@@ -21,6 +22,14 @@ from lfq_tokenizer.strips import decoding_bytes
 DECODE_BYTES = 1 << 30
 FORMS = ("pil", "np", "pt")
 Images: TypeAlias = list[Image.Image] | np.ndarray | Tensor
+
+
+def check_form(output_type: Any, allowed: Sequence[str], callback: Any = None) -> None:
+    """ValueError for a form of the output that there is not, and for a callback that is no function."""
+    if not isinstance(output_type, str) or output_type not in allowed:
+        raise ValueError(f"output_type = {shown(output_type)}; allowed are {', '.join(allowed)}")
+    if callback is not None and not callable(callback):
+        raise ValueError(f"callback_on_step_end = {shown(callback)}; it must be a function")
 
 
 class PictureCoding:
@@ -53,8 +62,7 @@ class PictureCoding:
     def decode(self, tokens: Tensor, generators: Sequence[torch.Generator] | None = None, output_type: str = "pil") -> Images:
         """Bits (B,C,h,w) → pictures, as `images` of an output: "pil", "np" or "pt". A generative decoder draws from the picture's
         own generator, fresh ones by default. ValueError when the decoder gives NaN or infinity, as float16 may."""
-        if output_type not in FORMS:
-            raise ValueError(f"output_type = {output_type!r}; allowed are {', '.join(FORMS)}")
+        check_form(output_type, FORMS)
         if not isinstance(tokens, Tensor) or tokens.ndim != 4:
             shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
             raise ValueError(f"tokens are {shape}; give bits of shape (batch, {self._tokenizer.config.z_channels}, h, w)")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bitdance.adapters import Adapter, restore
 from bitdance.block_sampler import BlockSampler
 from bitdance.checkpoint import load_model, save_model
-from bitdance.coding import PictureCoding
+from bitdance.coding import PictureCoding, check_form
 from bitdance.generate import generate_bits
 from bitdance.kernels import use_onednn
 from bitdance.model import BitDanceModel
@@ -247,10 +247,7 @@ class BitDancePipeline(PictureCoding):
             guidance_interval=guidance_interval,
             last_steps=last_steps,
         )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type = {shown(output_type)}; allowed are {', '.join(OUTPUT_TYPES)}")
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"callback_on_step_end = {shown(callback_on_step_end)}; it must be a function")
+        check_form(output_type, OUTPUT_TYPES, callback_on_step_end)
         generators, seeds = generators_for(len(prompts), seed, generator)
 
         s = self._tokenizer.downsampling

@@ -26,8 +26,12 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 def temporary_beside(path: Path) -> Path:
     """A hidden name beside `path` that nobody can foresee; it names this process, so that others know whether it lives."""
-    name = path.name.encode("utf-8", "surrogateescape")[:120].decode("utf-8", "ignore")
-    return path.with_name(f".{name}{INCOMPLETE}{_me()}-{secrets.token_hex(8)}")
+    return path.with_name(f"{_hidden(path.name)}{_me()}-{secrets.token_hex(8)}")
+
+
+def _hidden(name: str) -> str:
+    """How the hidden names for `name` begin: at most 120 bytes of it."""
+    return f".{name.encode('utf-8', 'surrogateescape')[:120].decode('utf-8', 'ignore')}{INCOMPLETE}"
 
 
 class DiskFull(OSError, ValueError):
@@ -117,7 +121,7 @@ def replace_folder(new: Path, target: Path) -> None:
 def clear_leftovers(folder: Path, name: str | None = None) -> int:
     """Remove what dead processes of this machine left unfinished in `folder` (only for the file or folder `name`, where
     given); how many there were. What lives, or belongs to another machine, stays."""
-    start = None if name is None else f".{name.encode('utf-8', 'surrogateescape')[:120].decode('utf-8', 'ignore')}{INCOMPLETE}"
+    start = None if name is None else _hidden(name)
     count = 0
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:

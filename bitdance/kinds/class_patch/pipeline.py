@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bitdance.block_sampler import BlockSampler
-from bitdance.coding import FORMS, PictureCoding
+from bitdance.coding import FORMS, PictureCoding, check_form
 from bitdance.kernels import use_onednn
 from bitdance.kinds.class_patch.folder import KIND, ClassModel, load, save
 from bitdance.kinds.class_patch.generate import generate_bits
@@ -162,10 +162,7 @@ class ClassPipeline(PictureCoding):
             guidance_interval=guidance_interval,
             last_steps=last_steps,
         )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type = {output_type!r}; allowed are {', '.join(OUTPUT_TYPES)}")
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"callback_on_step_end = {callback_on_step_end!r}; it must be a function")
+        check_form(output_type, OUTPUT_TYPES, callback_on_step_end)
         generators, seeds = generators_for(len(classes), seed, generator)
 
         self._cancelled.clear()
