@@ -3,6 +3,7 @@
 Several are started by torchrun or deepspeed with the same command; each holds one GPU, or a share of the CPU.
 """
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,14 @@ def start() -> None:
         if os.environ["WORLD_SIZE"] == "1":
             _be_alone()
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        atexit.register(_part)
+
+
+def _part() -> None:
+    """Leave the group while Python still runs. Gloo's threads would otherwise meet an interpreter that is gone, and abort a process
+    whose work is done: 16 times in 50 processes, measured 2026-11-26 with two processes that gather once and end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _be_alone() -> None:

@@ -1,0 +1,27 @@
+"""The processes of a run: starting, and ending without an abort."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+CODE = """
+import atexit, sys
+import torch.distributed as dist
+# exit handlers run in the reverse order: this one after that of processes.start
+atexit.register(lambda: print("in a group" if dist.is_initialized() else "alone"))
+from stages import processes
+processes.start()
+print(processes.everyone(processes.rank()))
+"""
+
+
+def test_every_process_leaves_its_group_before_python_ends(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    code = tmp_path / "gather.py"
+    code.write_text(CODE)
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.split("\n")) == ["", "[0, 1]", "[0, 1]", "alone", "alone"]
