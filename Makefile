@@ -2,7 +2,7 @@
 # make shell  set up, open a shell in which the command `bitdance` is known
 # make test   set up with the test extra, run the tests
 # make quick  the tests that take no time, under a minute
-# make check  ruff, mypy and the import rule
+# make check  the formatter, ruff, mypy and the import rule
 # make gpu    on a machine with a GPU of 80 GB or more: its tests and the speed of the 14B shape, into out/gpu.json (GPU_JSON=FILE)
 # PYTHON, VENV and TORCH may be overridden:  make demo PYTHON=python3.12 VENV=/path/to/venv TORCH=torch==2.13.0
 
@@ -40,6 +40,7 @@ quick: $(VENV)/.installed-test
 	$(PYTEST) -m "not slow and not gpu"
 
 check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy lfq_tokenizer bitdance bitdance_diffusers stages distill
 	$(BIN)/python -m pytest -q tests/test_import_rule.py

@@ -129,7 +129,7 @@ def _example(extras: Mapping[str, Any]) -> str:
     first = next(iter(listed), "") if isinstance(listed, list) else ""
     first = first[0] if isinstance(first, list) and first else first
     text = " ".join(str(first).split())
-    return text if isinstance(first, str) and text and not set(text) & set("\"\\$`!") else EXAMPLE
+    return text if isinstance(first, str) and text and not set(text) & set('"\\$`!') else EXAMPLE
 
 
 def _use() -> str:
@@ -147,8 +147,7 @@ pipe("a red house", seed=1).images[0].save("picture.png")
 
 
 def _diffusers_use() -> str:
-    return (
-        """```python
+    return """```python
 import torch
 from diffusers import DiffusionPipeline
 
@@ -162,9 +161,7 @@ package and nothing else. Without it: `from bitdance_diffusers import BitDanceDi
 
 Without diffusers:
 
-"""
-        + _use()
-    )
+""" + _use()
 
 
 def _defaults(defaults: Mapping[str, Any]) -> str:

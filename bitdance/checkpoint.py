@@ -129,9 +129,7 @@ def check_folder(folder: Path) -> HeadConfig:
         ("ch_cond", config.ch_cond, LM_CONFIG, "hidden_size", lm.get("hidden_size")),
     ):
         if value != expected:
-            raise ValueError(
-                f"{folder / HEAD_CONFIG}: {name} = {value}, but {other} = {expected} in {file}; must be equal"
-            )
+            raise ValueError(f"{folder / HEAD_CONFIG}: {name} = {value}, but {other} = {expected} in {file}; must be equal")
     _check_weights(lambda: LFQTokenizer(tokenizer), folder / TOKENIZER_WEIGHTS, tokenizer.layers)
     _check_weights(lambda: BinaryDiffusionHead(config), folder / HEAD_WEIGHTS, config.depth_latent)
     _check_weights(lambda: Projector(config.ch_target, config.ch_cond), folder / PROJECTOR_WEIGHTS)
@@ -152,9 +150,7 @@ def check_folder(folder: Path) -> HeadConfig:
     return config
 
 
-def save_model(
-    model: BitDanceModel, folder: Path | str, dtype: torch.dtype | None = None, overwrite: bool = False
-) -> None:
+def save_model(model: BitDanceModel, folder: Path | str, dtype: torch.dtype | None = None, overwrite: bool = False) -> None:
     """Write the published layout: all of it or, when anything fails, nothing. `dtype=None` keeps each tensor's own.
 
     ValueError when the folder holds something already (unless `overwrite`), when the disk is too small, or when the
@@ -189,9 +185,7 @@ def _write(model: BitDanceModel, tokenizer: LFQTokenizer, folder: Path, dtype: t
         (model.projector, PROJECTOR_WEIGHTS),
     ]
     for module, name in files:
-        write_safetensors(
-            {k: v if dtype is None else v.to(dtype) for k, v in module.state_dict().items()}, folder / name
-        )
+        write_safetensors({k: v if dtype is None else v.to(dtype) for k, v in module.state_dict().items()}, folder / name)
     if dtype is not None:
         _cast_lm(folder, dtype)
     if extras := getattr(model, "extras", None):

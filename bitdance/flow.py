@@ -43,9 +43,7 @@ def warp_time(draw_K: Tensor, schedule: str, mean: float, std: float, shift: flo
     return t_K if shift == 1.0 else shift_time(t_K, shift)
 
 
-def draw_time(
-    rows: int, schedule: str, mean: float, std: float, shift: float, generator: torch.Generator | None
-) -> Tensor:
+def draw_time(rows: int, schedule: str, mean: float, std: float, shift: float, generator: torch.Generator | None) -> Tensor:
     """One training time per row, (rows,) float32 on the generator's device: `randn` or, for "uniform", `rand`."""
     if schedule not in SCHEDULES:
         raise ValueError(f"time_schedule = {schedule!r}; allowed are {', '.join(SCHEDULES)}")

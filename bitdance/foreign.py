@@ -144,7 +144,7 @@ def build_config(values: Any) -> Any:
     try:
         family = CONFIG_MAPPING[kind]
     except KeyError:
-        raise ValueError(f"model_type {shown(kind)} is no family that transformers knows; Qwen3 is \"qwen3\"") from None
+        raise ValueError(f'model_type {shown(kind)} is no family that transformers knows; Qwen3 is "qwen3"') from None
     own = set(getattr(family, "__dataclass_fields__", {})) - set(_base_fields())
     if unknown := sorted(name for name in own & set(values) - set(LM_KEYS) if values[name] is not None):
         known = ", ".join(LM_KEYS)

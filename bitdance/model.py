@@ -84,9 +84,7 @@ class BitDanceModel(nn.Module):
             if first != second:
                 raise ValueError(f"{what} differ: {first} and {second}; all parts must come from the same model")
         if isqrt(config.parallel_num) ** 2 != config.parallel_num:
-            raise ValueError(
-                f"the head's parallel_num must be a square, the tokens of a patch, got {config.parallel_num}"
-            )
+            raise ValueError(f"the head's parallel_num must be a square, the tokens of a patch, got {config.parallel_num}")
         if len(self.text_tokenizer) > self.backbone.vocabulary_size:
             raise ValueError(
                 f"the text tokenizer has {len(self.text_tokenizer)} tokens and the backbone an embedding of "
@@ -167,9 +165,7 @@ class BitDanceModel(nn.Module):
         attention: Attention = "dense",
     ) -> Tensor:
         """(B,L,D) hidden states of the backbone under the block-causal mask."""
-        return self.backbone(
-            self.inputs(batch, generator, flip_max), position_BL=batch.position_BL, mask=_mask(batch, attention)
-        )
+        return self.backbone(self.inputs(batch, generator, flip_max), position_BL=batch.position_BL, mask=_mask(batch, attention))
 
     def inputs(self, batch: TrainingBatch, generator: torch.Generator | None = None, flip_max: float = 0.0) -> Tensor:
         """(B,L,D) inputs of the backbone: token embeddings, and image tokens at their places, generated ones with

@@ -26,8 +26,7 @@ class PatchPlan:
             raise ValueError(f"grid {self.h}x{self.w} with patch side {self.p}: all three must be at least 1")
         if self.h % self.p or self.w % self.p:
             raise ValueError(
-                f"grid {self.h}x{self.w} cannot be cut into {self.p}x{self.p} patches; "
-                f"both sides must be multiples of {self.p}"
+                f"grid {self.h}x{self.w} cannot be cut into {self.p}x{self.p} patches; both sides must be multiples of {self.p}"
             )
 
     @property

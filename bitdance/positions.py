@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 
-def sincos_2d(
-    row_K: Tensor, col_K: Tensor, dim: int, dtype: torch.dtype = torch.float32, side: int | None = None
-) -> Tensor:
+def sincos_2d(row_K: Tensor, col_K: Tensor, dim: int, dtype: torch.dtype = torch.float32, side: int | None = None) -> Tensor:
     """(K, dim): the first half encodes the column, the second half the row, each `[sin | cos]` of `pos /
     10000^(k/(dim/4))`.
 

@@ -13,7 +13,7 @@ _INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")  # what torch calls the inst
 
 
 def quick_dtype(device: torch.device | str) -> str:
-    """"bfloat16" where `device` has instructions for it, which makes it quicker than float32, else "float32"."""
+    """ "bfloat16" where `device` has instructions for it, which makes it quicker than float32, else "float32"."""
     device = torch.device(device)
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"

@@ -24,9 +24,7 @@ BASE_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"
 TEMPLATE_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
 # How Qwen2 and Qwen3 cut text before BPE: contractions, words, single digits, runs of signs, line ends, spaces.
-_QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @dataclass(frozen=True)
@@ -147,9 +145,7 @@ def vision_prefix_ids(special: SpecialTokens, h: int, w: int, P: int) -> list[in
 def _token_id(tokenizer: Any, token: str) -> int:
     """Like `_required`, without copying a vocabulary of 150 000 entries for every prompt."""
     found = tokenizer.convert_tokens_to_ids(token)
-    if (
-        found is None or tokenizer.convert_ids_to_tokens(found) != token
-    ):  # some tokenizers answer with their unknown token
+    if found is None or tokenizer.convert_ids_to_tokens(found) != token:  # some tokenizers answer with their unknown token
         raise _missing(token)
     return int(found)
 

@@ -135,9 +135,7 @@ def _int4(linear: nn.Linear) -> nn.Linear:
         from bitsandbytes.nn import Linear4bit, Params4bit
     weight = linear.weight
     with torch.device("meta"):
-        new = Linear4bit(
-            linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype, quant_type="nf4"
-        )
+        new = Linear4bit(linear.in_features, linear.out_features, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     new.weight = Params4bit(
         weight.data, requires_grad=False, quant_type="nf4", blocksize=_NF4_GROUP, compress_statistics=True, module=new
     ).to(weight.device)

@@ -42,9 +42,7 @@ class SizeRule:
 
     def allows(self, height: int, width: int) -> bool:
         """Whether the sequence of such a picture can be written: multiples of the unit with `res` tokens."""
-        return all(
-            side > 0 and side % self.unit == 0 and side // self.downsampling in self.sides for side in (height, width)
-        )
+        return all(side > 0 and side % self.unit == 0 and side // self.downsampling in self.sides for side in (height, width))
 
 
 def read_extras(folder: Path) -> dict[str, Any]:
@@ -160,14 +158,10 @@ def _rule(downsampling: int, patch_side: int, tokens: Iterable[str], extras: dic
         height, width = (defaults.get(name, side) for name, side in zip(("height", "width"), DEFAULT_SIZE))
         default = check_number("height", height), check_number("width", width)
     except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f'{EXTRAS_FILE}: "sizes" are pairs, "defaults" an object with height and width ({error})'
-        ) from error
+        raise ValueError(f'{EXTRAS_FILE}: "sizes" are pairs, "defaults" an object with height and width ({error})') from error
     rule = SizeRule(downsampling, patch_side, sides, trained, default)
     if wrong := [size for size in trained if not rule.allows(*size)]:
-        raise ValueError(
-            f"{EXTRAS_FILE} lists the sizes {wrong}; sides must be multiples of {rule.unit} with a res token"
-        )
+        raise ValueError(f"{EXTRAS_FILE} lists the sizes {wrong}; sides must be multiples of {rule.unit} with a res token")
     return rule
 
 

@@ -1,7 +1,7 @@
 """One check for the numbers that people give, whichever door they come through: flag, JSONL, TOML, PNG, Python, HTTP.
 
-    check_number("steps", value, "jobs.jsonl line 3")
-    → ValueError: jobs.jsonl line 3: steps = 0; a whole number from 1 to 10000 is allowed
+check_number("steps", value, "jobs.jsonl line 3")
+→ ValueError: jobs.jsonl line 3: steps = 0; a whole number from 1 to 10000 is allowed
 """
 
 import math

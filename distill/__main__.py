@@ -1,8 +1,8 @@
 """Distillation on one or many processes.
 
-    python -m distill CONFIG
-    torchrun --standalone --nproc-per-node 2 -m distill CONFIG [--set a.b=c …] [--resume auto|PATH|no] [--dry-run]
-    deepspeed --module distill CONFIG
+python -m distill CONFIG
+torchrun --standalone --nproc-per-node 2 -m distill CONFIG [--set a.b=c …] [--resume auto|PATH|no] [--dry-run]
+deepspeed --module distill CONFIG
 """
 
 import sys

@@ -1,8 +1,8 @@
 """`bitdance distill CONFIG`: train a student; or write, for it, the teacher's pictures or predictions.
 
-    bitdance distill CONFIG [--set a.b=c …] [--resume auto|PATH|no] [--dry-run]
-    bitdance distill CONFIG --write-samples FOLDER [--count N] [--shard I/N]
-    bitdance distill CONFIG --write-targets FOLDER [--count N] [--shard I/N]
+bitdance distill CONFIG [--set a.b=c …] [--resume auto|PATH|no] [--dry-run]
+bitdance distill CONFIG --write-samples FOLDER [--count N] [--shard I/N]
+bitdance distill CONFIG --write-targets FOLDER [--count N] [--shard I/N]
 """
 
 import argparse

@@ -79,7 +79,7 @@ def _device(distill: DistillTraining) -> str:
         return torch.device(distill.device or "cuda").type
     except RuntimeError as error:
         said = str(error).splitlines()[0]
-        raise ValueError(f"distill.device = {distill.device!r} is none ({said}); give \"cpu\", \"cuda:1\" or nothing") from None
+        raise ValueError(f'distill.device = {distill.device!r} is none ({said}); give "cpu", "cuda:1" or nothing') from None
 
 
 def _grown(teacher: Shape, folder: Path, P: int) -> Shape:
@@ -87,9 +87,7 @@ def _grown(teacher: Shape, folder: Path, P: int) -> Shape:
     tokenizer = load_text_tokenizer(folder)
     sides = len(SpecialTokens.from_tokenizer(tokenizer).res_ids)
     words = len(add_image_tokens(tokenizer, sides, P - 1))
-    return replace(
-        teacher, vocabulary=max(teacher.vocabulary, words), sides=sides, head=replace(teacher.head, parallel_num=P)
-    )
+    return replace(teacher, vocabulary=max(teacher.vocabulary, words), sides=sides, head=replace(teacher.head, parallel_num=P))
 
 
 def _with_block(training: GeneratorTraining, T: int) -> GeneratorTraining:

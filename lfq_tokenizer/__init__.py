@@ -1,9 +1,9 @@
 """Binary picture tokenizer: image ⇄ grid of bits (lookup-free quantisation). Names are imported when they are first used.
 
-    from lfq_tokenizer import LFQTokenizer
-    tokenizer = LFQTokenizer.from_pretrained(folder)
-    bits_BChw = tokenizer.encode(images_B3HW)       images in [-1, 1], bits in {-1, +1}
-    images_B3HW = tokenizer.decode(bits_BChw)
+from lfq_tokenizer import LFQTokenizer
+tokenizer = LFQTokenizer.from_pretrained(folder)
+bits_BChw = tokenizer.encode(images_B3HW)       images in [-1, 1], bits in {-1, +1}
+images_B3HW = tokenizer.decode(bits_BChw)
 """
 
 from importlib import import_module

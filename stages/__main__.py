@@ -1,8 +1,8 @@
 """Training on one or many processes.
 
-    python -m stages CONFIG
-    torchrun --standalone --nproc-per-node 2 -m stages CONFIG [--set a.b=c …] [--resume auto|PATH|no] [--dry-run]
-    deepspeed --module stages CONFIG
+python -m stages CONFIG
+torchrun --standalone --nproc-per-node 2 -m stages CONFIG [--set a.b=c …] [--resume auto|PATH|no] [--dry-run]
+deepspeed --module stages CONFIG
 """
 
 import sys

@@ -89,9 +89,7 @@ def check_bits(shards: Sequence[str], tokenizer: LFQTokenizer) -> None:
             )
 
 
-def next_card(
-    previous: Mapping[str, Any], stage: str, config: TrainingConfig, steps: int, images: int
-) -> dict[str, Any]:
+def next_card(previous: Mapping[str, Any], stage: str, config: TrainingConfig, steps: int, images: int) -> dict[str, Any]:
     """`{"stages": […]}` for the model's card: the stages of the model that this run started from (`previous`: its `extras`), and
     this one after so many steps and images; beside it what that card says of the model's origin. It names no place of this
     machine.

@@ -262,7 +262,7 @@ class TrainingConfig:
         if self.recipe not in self.RECIPES:
             raise ValueError(f"recipe = {self.recipe!r}; allowed are {' and '.join(map(repr, self.RECIPES))}")
         if not self.run.out:
-            raise ValueError("run.out is empty; name the folder of this run, for example run.out = \"runs/mine\"")
+            raise ValueError('run.out is empty; name the folder of this run, for example run.out = "runs/mine"')
         if self.data.train and self.data.sources:
             raise ValueError("data.train and data.sources are both given; name the shards in one of them")
         if not self.data.train and not self.data.sources:

@@ -83,7 +83,7 @@ class _Lists(TorchFunctionMode):
 
 
 def _place() -> str:
-    """"bitdance/generate.py:prefix_mask" of the nearest frame in this project."""
+    """ "bitdance/generate.py:prefix_mask" of the nearest frame in this project."""
     frame = sys._getframe(1)
     while frame is not None:
         path = Path(frame.f_code.co_filename)

@@ -34,9 +34,7 @@ def test_causal_wrapper_is_qwen3_for_causal_lm() -> None:
 @pytest.mark.parametrize("config", [LlamaConfig, Qwen2Config, Qwen3Config])
 @torch.no_grad()
 def test_other_families_carry_the_same_calls(config: type) -> None:
-    backbone = Backbone.from_config(
-        config(**SMALL, num_key_value_heads=2), generator=torch.Generator().manual_seed(0)
-    ).eval()
+    backbone = Backbone.from_config(config(**SMALL, num_key_value_heads=2), generator=torch.Generator().manual_seed(0)).eval()
     for parameter in backbone.parameters():
         parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(2))
@@ -159,9 +157,7 @@ def test_weights_that_do_not_fit_are_listed(folder: Path) -> None:
 
 def test_only_the_first_ten_offenders_are_listed(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4})
-    )
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}))
     with pytest.raises(ValueError, match="and 12 more") as caught:
         Backbone.from_pretrained(folder)
     assert str(caught.value).count("missing ") == 10
@@ -182,9 +178,7 @@ def test_shards_are_read_and_checked(folder: Path) -> None:
     index = sharded(folder)
     file = folder / "model.safetensors.index.json"
     file.write_text(json.dumps(index))
-    assert torch.equal(
-        Backbone.from_pretrained(folder).lm.lm_head.weight, Backbone.from_pretrained(CHECKPOINT).lm.lm_head.weight
-    )
+    assert torch.equal(Backbone.from_pretrained(folder).lm.lm_head.weight, Backbone.from_pretrained(CHECKPOINT).lm.lm_head.weight)
     for shard, message in [
         ("../x.safetensors", "same folder"),
         ("x.bin", "same folder"),

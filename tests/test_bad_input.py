@@ -117,9 +117,7 @@ def test_unusual_text_is_text(tmp_path: Path) -> None:
     assert main([*command, "-o", str(tmp_path / "o")]) == 0
     pictures = sorted((tmp_path / "o").glob("0*.png"))
     assert [read_metadata(path)["prompt"] for path in pictures] == texts
-    assert [
-        json.loads(x)["prompt"] for x in (tmp_path / "o" / "manifest.jsonl").read_text("utf-8").splitlines()
-    ] == texts
+    assert [json.loads(x)["prompt"] for x in (tmp_path / "o" / "manifest.jsonl").read_text("utf-8").splitlines()] == texts
 
 
 def test_a_prompt_file_is_validated_whole(refused: Any, tmp_path: Path) -> None:
@@ -230,9 +228,7 @@ def test_a_picture_with_bad_settings(refused: Any, tmp_path: Path, metadata: Any
 def test_a_picture_of_another_model_asks_for_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
-    write_png(
-        Image.new("RGB", (8, 8)), tmp_path / "p.png", {"prompt": "a", "model": "big", "model_fingerprint": "0" * 16}
-    )
+    write_png(Image.new("RGB", (8, 8)), tmp_path / "p.png", {"prompt": "a", "model": "big", "model_fingerprint": "0" * 16})
     assert main(["generate", "--from", str(tmp_path / "p.png"), "-o", str(tmp_path / "o")]) == 2
     assert "made with the model 'big'; say where that is with --model DIR" in capfd.readouterr().err
     command = ["generate", "--from", str(tmp_path / "p.png"), "--model", str(GOLDEN), *SMALL, "-o", str(tmp_path / "o")]

@@ -212,9 +212,7 @@ def test_mutated_headers_raise_nothing_but_our_errors(folder):
         place, value = (int(torch.randint(n, (), generator=generator)) for n in (header, 256))
         (folder / "projector.safetensors").write_bytes(data[:place] + bytes([value]) + data[place + 1 :])
         try:
-            bitdance.checkpoint._check_weights(
-                lambda: bitdance.checkpoint.Projector(8, 64), folder / "projector.safetensors"
-            )
+            bitdance.checkpoint._check_weights(lambda: bitdance.checkpoint.Projector(8, 64), folder / "projector.safetensors")
         except ValueError as error:
             assert "projector.safetensors" in str(error)
             refused += 1

@@ -96,9 +96,7 @@ def test_two_runs_give_the_same_files_whatever_the_batch(tmp_path: Path) -> None
     assert len(sums(tmp_path / "a")) == 3 and sums(tmp_path / "a") == sums(tmp_path / "b")
 
 
-def test_finished_pictures_are_skipped_without_loading_the_model(
-    tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
+def test_finished_pictures_are_skipped_without_loading_the_model(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert generate(tmp_path, "a cat") == 0
     before = (tmp_path / "0000-a-cat-0.png").stat().st_mtime_ns
     request.getfixturevalue("no_model")
@@ -344,9 +342,7 @@ def test_free_memory_respects_a_container(tmp_path: Path) -> None:
     assert free_main_memory(tmp_path) == 8_192_000
 
 
-def test_training_commands_come_from_entry_points(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_commands_come_from_entry_points(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[list[str]] = []
     command = ModuleType("a_training_package")
     command.train = lambda argv: seen.append(argv) or 7  # type: ignore[attr-defined]

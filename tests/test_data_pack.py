@@ -40,9 +40,7 @@ class Dots:
 
 
 def dot(number, captions=("a dot",), **more):
-    return CaptionedPicture(
-        f"dot-{number}", Image.new("RGB", (6, 6), (number, 2, 3)), list(captions), {"n": number}, **more
-    )
+    return CaptionedPicture(f"dot-{number}", Image.new("RGB", (6, 6), (number, 2, 3)), list(captions), {"n": number}, **more)
 
 
 def content(folder):
@@ -69,9 +67,7 @@ def test_the_same_pictures_give_the_same_bytes(tmp_path):
     assert content(tmp_path / "a/out") == content(tmp_path / "b/out")
 
 
-@pytest.mark.parametrize(
-    "accident", [RuntimeError("source"), KeyboardInterrupt(), OSError(28, "No space left on device")]
-)
+@pytest.mark.parametrize("accident", [RuntimeError("source"), KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_accident_leaves_nothing_behind(tmp_path, accident):
     with pytest.raises(type(accident)):
         pack(Dots([dot(1), dot(2), accident]), tmp_path / "out", PackOptions(samples_per_shard=1))
@@ -141,9 +137,7 @@ def test_the_first_caption_is_the_full_one():
     assert full_caption("owl", "flat", "orange") == "an owl, flat style, on an orange background"
     for style in STYLE_WORDS:
         for background in PALETTE:
-            assert captions_of("red apple", ("fruit",), style, background)[0] == full_caption(
-                "red apple", style, background
-            )
+            assert captions_of("red apple", ("fruit",), style, background)[0] == full_caption("red apple", style, background)
 
 
 def test_no_caption_means_two_renderings():
@@ -157,9 +151,7 @@ def test_no_caption_means_two_renderings():
         for style in STYLE_WORDS:
             for background in PALETTE:
                 for caption in captions_of(concept, tags, style, background):
-                    assert meaning.setdefault(caption, (concept, style, background)) == (concept, style, background), (
-                        caption
-                    )
+                    assert meaning.setdefault(caption, (concept, style, background)) == (concept, style, background), caption
 
 
 def test_a_caption_leaves_out_only_what_is_a_default():
@@ -318,8 +310,7 @@ def cache(tmp_path, monkeypatch):
     members = {
         "emojibase-data": {"en/data.json": json.dumps(entries).encode()},
         "set-3d": {
-            f"assets/{code.lower()}{'-fe0f' if n == 0 else ''}.webp": webp((20 * n, 0, 0, 255))
-            for n, code in enumerate(codes)
+            f"assets/{code.lower()}{'-fe0f' if n == 0 else ''}.webp": webp((20 * n, 0, 0, 255)) for n, code in enumerate(codes)
         },
         "set-flat": {"icons.json": json.dumps(flat).encode(), "chars.json": json.dumps(chars).encode()},
     }
@@ -332,9 +323,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def renderings(cache, **options):
-    return {
-        sample.key: sample for sample in IconSource(IconOptions(**{"size": 16, "styles": ("3d",)} | options), cache)
-    }
+    return {sample.key: sample for sample in IconSource(IconOptions(**{"size": 16, "styles": ("3d",)} | options), cache)}
 
 
 def test_an_icon_lies_on_its_background_with_its_captions(cache):
@@ -436,9 +425,9 @@ def test_an_archive_is_fetched_once_and_checked(tmp_path, monkeypatch):
     right = Archive("@a/b", "1.0", hashlib.sha256(b"hello").hexdigest())
     for _ in range(2):
         assert fetch(right, tmp_path / "cache").read_bytes() == b"hello"
-    assert (tmp_path / "calls").read_text().split()[:2] == ["pack", "@a/b@1.0"] and (
-        tmp_path / "calls"
-    ).read_text().count("\n") == 1
+    assert (tmp_path / "calls").read_text().split()[:2] == ["pack", "@a/b@1.0"] and (tmp_path / "calls").read_text().count(
+        "\n"
+    ) == 1
     assert os.listdir(tmp_path / "cache") == ["a-b-1.0.tgz"]
     with pytest.raises(ValueError, match="damaged or another file"):
         fetch(Archive("@a/b", "1.0", "0" * 64), tmp_path / "cache")
@@ -531,11 +520,7 @@ def test_crop_pad_and_none(tmp_path):
     wide.paste((0, 0, 255), (10, 0, 30, 20))
     assert np.array_equal(np.asarray(fit(wide, 10, "crop")), np.full((10, 10, 3), (0, 0, 255)))
     padded = fit(wide, 40, "pad")
-    assert (
-        padded.getpixel((20, 2)) == (255, 255, 255)
-        and padded.getpixel((20, 20)) == (0, 0, 255)
-        and padded.size == (40, 40)
-    )
+    assert padded.getpixel((20, 2)) == (255, 255, 255) and padded.getpixel((20, 20)) == (0, 0, 255) and padded.size == (40, 40)
     wide.save(tmp_path / "w.jpg")
     (tmp_path / "w.txt").write_text("wide")
     pack(FolderSource(tmp_path, FolderOptions(fit="none")), tmp_path / "out")

@@ -201,5 +201,3 @@ def test_what_cannot_be_meant_is_refused(changes: dict[str, Any], message: str) 
         if "objectives" in given:
             given["objectives"] = Objectives(**given["objectives"])
         DistillTraining(**{"teacher": "demo", **given})
-
-

@@ -35,8 +35,7 @@ def test_groups_make_the_loss_cheap():
     """Peak memory, which is exact; the ungrouped table of 2^12 codes against three groups of 2^4."""
     z = latents(12).requires_grad_()
     whole, grouped = (
-        script.loss_cost(loss, z, repeats=1).peak_mb
-        for loss in (script.plain_entropy, lambda z: group_entropy(z, 3))
+        script.loss_cost(loss, z, repeats=1).peak_mb for loss in (script.plain_entropy, lambda z: group_entropy(z, 3))
     )
     table = 256 * 2**12 * 4 / 1e6  # samples × codes
     assert whole > 2 * table

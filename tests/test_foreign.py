@@ -71,7 +71,7 @@ DOORS: dict[str, Callable[[Path], Any]] = {
 
 
 def outcome(door: str, folder: Path, capfd: Any) -> str:
-    """"" where the folder was taken, else the one message of its refusal, which is a ValueError or exit code 2 (verify: 1)."""
+    """ "" where the folder was taken, else the one message of its refusal, which is a ValueError or exit code 2 (verify: 1)."""
     for name in ("out", "exported"):
         shutil.rmtree(folder.parent / name, ignore_errors=True)
     capfd.readouterr()

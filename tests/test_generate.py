@@ -110,8 +110,7 @@ def test_positions_run_on_per_row_without_padding():
     calls, _ = watch(model)
     generate_bits(model, PROMPTS[:1], 4, 4, Sampling(2, 5.0), seeded(1))
     lengths = [
-        len(text) + 2 + 4
-        for text in (conditional_ids(model.text_tokenizer, PROMPTS[0]), unconditional_ids(model.text_tokenizer))
+        len(text) + 2 + 4 for text in (conditional_ids(model.text_tokenizer, PROMPTS[0]), unconditional_ids(model.text_tokenizer))
     ]
     for row, length in enumerate(lengths):
         positions = torch.cat([args[1][row] for args in calls])[-(length + 3 * 4) :]

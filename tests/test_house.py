@@ -26,9 +26,7 @@ def tracked_texts() -> list[Path]:
         paths = SOURCES
     kinds = {".py", ".md", ".toml", ".json", ".yaml", ".yml", ".txt", ".sh", ".cfg", ""}
     recorded = ROOT / "tests" / "golden"
-    return [
-        p for p in paths if p.suffix in kinds and p.is_file() and recorded not in p.parents and p.stat().st_size < 2**20
-    ]
+    return [p for p in paths if p.suffix in kinds and p.is_file() and recorded not in p.parents and p.stat().st_size < 2**20]
 
 
 def test_files_are_short() -> None:

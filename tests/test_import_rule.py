@@ -54,9 +54,7 @@ def test_arrows_only_point_left(package: str) -> None:
 
 def test_the_rule_sees_an_import_upward(tmp_path: Path) -> None:
     file = tmp_path / "x.py"
-    file.write_text(
-        "def f():\n    from stages.engine import g\n    import_module('distill.x')\n    import deepspeed.a as b\n"
-    )
+    file.write_text("def f():\n    from stages.engine import g\n    import_module('distill.x')\n    import deepspeed.a as b\n")
     assert sorted(imported(file)) == [(2, "stages"), (3, "distill"), (4, "deepspeed")]
 
 

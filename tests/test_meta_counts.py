@@ -40,9 +40,7 @@ def seeded(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
 
 
-def generated(
-    name: str, layers: int, size: tuple[int, int], sampling: Sampling, batch: int
-) -> tuple[Counts, dict[str, Work]]:
+def generated(name: str, layers: int, size: tuple[int, int], sampling: Sampling, batch: int) -> tuple[Counts, dict[str, Work]]:
     """What making `batch` pictures costs by phase, once times are embedded: counted, and as bench has it."""
     shape, counts = SHAPES[name], Counts()
     shape = dataclasses.replace(shape, backbone={**shape.backbone, "num_hidden_layers": layers})

@@ -189,6 +189,8 @@ def test_a_picture_that_would_take_too_much_is_decoded_in_strips_and_is_the_same
     assert (pipe.decode_tensor(bits, generators) - whole).abs().max() < 1e-4
     assert ways == [None, None, True, True]
     limit = 1 << 30
-    assert decoding_bytes(PUBLISHED.tokenizer, 512, 512, 2, strips=False) < limit < decoding_bytes(
-        PUBLISHED.tokenizer, 1024, 1024, 2, strips=False
+    assert (
+        decoding_bytes(PUBLISHED.tokenizer, 512, 512, 2, strips=False)
+        < limit
+        < decoding_bytes(PUBLISHED.tokenizer, 1024, 1024, 2, strips=False)
     )

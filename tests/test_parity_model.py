@@ -93,9 +93,7 @@ def test_flips(name: str) -> None:
     assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=twin))
 
 
-def split_ids(
-    split_lens: list[int], modes: list[str], document_lens: list[int], P: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def split_ids(split_lens: list[int], modes: list[str], document_lens: list[int], P: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(doc_1L, block_1L) of a recorded layout: in a 'parallel' split, blocks of P are counted from its third token
     on.
     """
@@ -202,9 +200,7 @@ def test_packed_training_step(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     for key in tensors:
         if key.startswith("out.grad."):
-            torch.testing.assert_close(
-                gradients[ours(key.removeprefix("out.grad."))], tensors[key], rtol=1e-4, atol=2e-5
-            )
+            torch.testing.assert_close(gradients[ours(key.removeprefix("out.grad."))], tensors[key], rtol=1e-4, atol=2e-5)
     norms = {ours(published): norm for published, norm in about["grad_norms"].items()}
     assert norms.keys() == gradients.keys()
     for parameter, norm in norms.items():

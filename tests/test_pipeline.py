@@ -134,13 +134,9 @@ def test_published_defaults(pipe, monkeypatch):
 
 def test_a_generative_decoder_draws_last_from_the_pictures_own_generator(pipe):
     torch.manual_seed(0)
-    tokenizer = LFQTokenizer(
-        TokenizerConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=8, gan_decoder=True)
-    )
+    tokenizer = LFQTokenizer(TokenizerConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=8, gan_decoder=True))
     model = pipe.model
-    other = BitDancePipeline(
-        BitDanceModel(tokenizer.eval(), model.text_tokenizer, model.projector, model.backbone, model.head)
-    )
+    other = BitDancePipeline(BitDanceModel(tokenizer.eval(), model.text_tokenizer, model.projector, model.backbone, model.head))
     out = other(["a", "b"], **SMALL, seed=3)
     for i, prompt in enumerate("ab"):
         generator = seeded(3 + i)

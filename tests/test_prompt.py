@@ -99,9 +99,7 @@ def test_prefix_names_height_first(published):
     assert vision_prefix_ids(special, 4, 6, 1) == [307, 313, 315]
 
 
-@pytest.mark.parametrize(
-    ("h", "w", "P", "named"), [(513, 1, 4, "res_512"), (4, 0, 4, "res_512"), (4, 4, 65, "query_64")]
-)
+@pytest.mark.parametrize(("h", "w", "P", "named"), [(513, 1, 4, "res_512"), (4, 0, 4, "res_512"), (4, 4, 65, "query_64")])
 def test_a_size_without_a_name_is_an_error(h, w, P, named, published):
     with pytest.raises(ValueError, match=named):
         vision_prefix_ids(SpecialTokens.from_tokenizer(published), h, w, P)

@@ -324,5 +324,3 @@ def look_while_training(folder: str) -> None:
 def test_a_run_of_one_process_opens_no_port(tmp_path: Path, ended: list[Any]) -> None:
     ended.append(process := child(LOOK, tmp_path))
     assert json.loads(line_of(process)) == [[], 1]
-
-

@@ -71,18 +71,14 @@ def described(documents, p, special):
         for k, piece in enumerate(document):
             before = document[k - 1] if k else None
             if isinstance(piece, TextPiece):
-                tokens += [
-                    (i, -1, "label" if piece.predict and (tokens or n) else "text") for n, i in enumerate(piece.ids)
-                ]
+                tokens += [(i, -1, "label" if piece.predict and (tokens or n) else "text") for n, i in enumerate(piece.ids)]
                 continue
             _, h, w = piece.bits_Chw.shape
             prefix = vision_prefix_ids(special, h, w, p * p if piece.generated else 1)
             announced = piece.generated and isinstance(before, TextPiece) and before.predict and tokens
             tokens.append((prefix[0], -1, "label" if announced else "text"))
             tokens.append((prefix[1], -1, "text"))
-            order = [
-                (i * p + a, j * p + b) for i in range(h // p) for j in range(w // p) for a in range(p) for b in range(p)
-            ]
+            order = [(i * p + a, j * p + b) for i in range(h // p) for j in range(w // p) for a in range(p) for b in range(p)]
             rest = [(i, "text") for i in prefix[2:]] + [(0, (piece, *place)) for place in order]
             for n, (i, kind) in enumerate(rest):
                 tokens.append((i, blocks + n // (p * p) if piece.generated else -1, kind))

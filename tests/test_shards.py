@@ -115,9 +115,7 @@ def test_a_pickle_member_is_neither_read_nor_run(tmp_path, monkeypatch):
     trap = tmp_path / "trap"
     hostile = f"cos\nsystem\n(S'touch {trap}'\ntR.".encode()
     endings = ("pkl", "pyd", "pth", "pickle", "npy", "png.pkl")
-    path = write_tar(
-        tmp_path / "x.tar", [("a.png", png(1)), *((f"a.{end}", hostile) for end in endings), ("a.json", caption())]
-    )
+    path = write_tar(tmp_path / "x.tar", [("a.png", png(1)), *((f"a.{end}", hostile) for end in endings), ("a.json", caption())])
     index = ShardIndex.open(path)
     read, pread = [], os.pread
     monkeypatch.setattr(os, "pread", lambda handle, size, offset: read.append(pread(handle, size, offset)) or read[-1])
@@ -245,9 +243,7 @@ def test_damaged_headers_raise_nothing_but_our_errors(shards):
 
 
 def test_a_size_below_zero_does_not_loop(tmp_path):
-    path = write_tar(
-        tmp_path / "x.tar", [("a.png", png(1)), ("a.json", caption()), ("b.png", png(2)), ("b.json", caption())]
-    )
+    path = write_tar(tmp_path / "x.tar", [("a.png", png(1)), ("a.json", caption()), ("b.png", png(2)), ("b.json", caption())])
     data = bytearray(path.read_bytes())
     start = 512 * 4
     assert data[start : start + 5] == b"b.png"
@@ -258,9 +254,7 @@ def test_a_size_below_zero_does_not_loop(tmp_path):
     assert [entry.key for entry in ShardIndex.open(path).entries] == ["a"]
 
 
-@pytest.mark.parametrize(
-    "text", [b"{", b"[1]", b'{"captions": [3]}', b'{"captions": []}', b'{"captions": {}}', b"[" * 200_000]
-)
+@pytest.mark.parametrize("text", [b"{", b"[1]", b'{"captions": [3]}', b'{"captions": []}', b'{"captions": {}}', b"[" * 200_000])
 def test_a_bad_caption_names_its_sample(tmp_path, text):
     path = write_tar(tmp_path / "x.tar", [("odd.png", png(1)), ("odd.json", text)])
     with pytest.raises(ValueError) as caught:
@@ -388,9 +382,7 @@ def test_training_skips_what_cannot_be_read_counts_it_and_stops_above_the_limit(
     bomb = io.BytesIO()
     Image.new("1", (9000, 9000)).save(bomb, format="PNG")
     bad = {5: b"no picture", 6: bomb.getvalue(), 7: png(7)[:40]}
-    members = [
-        (f"s{n}.{end}", bad.get(n, png(n)) if end == "png" else caption()) for n in range(40) for end in ("png", "json")
-    ]
+    members = [(f"s{n}.{end}", bad.get(n, png(n)) if end == "png" else caption()) for n in range(40) for end in ("png", "json")]
     data = ShardDataset(ShardIndex.open(write_tar(tmp_path / "some-bad.tar", members)))
     assert data.take(4).key == "s4" and not data.broken
     assert data.take(5).key == "s8"  # the next one that can be read

@@ -78,9 +78,7 @@ def test_a_second_phase_starts_from_the_run_of_its_first_with_a_frozen_encoder(n
     assert second.tokenizer.init == first.run.out and second.run.out != first.run.out
     assert second.tokenizer.freeze_encoder and second.tokenizer.model.gan_decoder
     assert not first.tokenizer.freeze_encoder and not first.tokenizer.model.gan_decoder
-    plain, generative = (
-        {k: v.shape for k, v in on_meta(c.tokenizer.model).state_dict().items()} for c in (first, second)
-    )
+    plain, generative = ({k: v.shape for k, v in on_meta(c.tokenizer.model).state_dict().items()} for c in (first, second))
     assert [k for k in plain if plain[k] != generative[k]] == ["decoder.conv_in.weight"]
 
 

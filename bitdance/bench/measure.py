@@ -58,9 +58,7 @@ def pipeline(pipe: BitDancePipeline, sampling: Sampling, height: int, width: int
 
     def make(clock: PhaseClock) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-        bits_BChw = pipe(
-            [prompt] * batch, height, width, **sampling.arguments(), generator=generators, output_type="bits"
-        ).bits
+        bits_BChw = pipe([prompt] * batch, height, width, **sampling.arguments(), generator=generators, output_type="bits").bits
         clock.mark("head")
         _write(pipe.decode_tensor(bits_BChw, generators), clock)
         return bits_BChw

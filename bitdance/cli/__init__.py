@@ -151,8 +151,7 @@ def _command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequence[st
             return loaded
         except ModuleNotFoundError as error:
             raise UsageError(
-                f"command {name!r} needs the module {error.name!r}; install the training extra: "
-                "pip install 'bitdance[train]'"
+                f"command {name!r} needs the module {error.name!r}; install the training extra: pip install 'bitdance[train]'"
             ) from error
     if name in FROM_ENTRY_POINTS:
         raise UsageError(f"command {name!r} is not registered here; install the package: pip install -e '.[train]'")
@@ -171,9 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a terminal without "×" must not turn an answer into an error
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without "×" must not turn an answer into an error
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: report(str(message), "warning")
         return _run(argv)

@@ -1,6 +1,6 @@
 """`bitdance convert FOREIGN OUT --family FAMILY [--part NAME=FILE …]`: published files of other systems → a model folder of ours.
 
-    bitdance convert BitDance_B_1x.pt models/B-1x --family imagenet --part tokenizer=ae_d16c32.pt
+bitdance convert BitDance_B_1x.pt models/B-1x --family imagenet --part tokenizer=ae_d16c32.pt
 """
 
 from collections.abc import Sequence

@@ -126,15 +126,11 @@ def parser(prog: str = "bitdance generate") -> Parser:
         epilog=f"JSONL keys: {', '.join(KEYS)}; only prompt, or class, is required. A key wins over its flag.",
     )
     parser.add_argument("prompt", nargs="*", help='one or more prompts; "" is a picture without a prompt')
-    parser.add_argument(
-        "--prompts", metavar="FILE", help=".jsonl (one object per line), .txt (one prompt per line), - (stdin)"
-    )
+    parser.add_argument("--prompts", metavar="FILE", help=".jsonl (one object per line), .txt (one prompt per line), - (stdin)")
     parser.add_argument(
         "--class", dest="classes", nargs="+", metavar="N|NAME|all", help="of a class model: numbers, names, or all of them"
     )
-    parser.add_argument(
-        "--from", dest="source", metavar="PICTURE.png", help="prompt and settings of a finished picture"
-    )
+    parser.add_argument("--from", dest="source", metavar="PICTURE.png", help="prompt and settings of a finished picture")
     parser.add_argument("-o", "--output", metavar="DIR", default="out", help="folder for the pictures (default: out)")
     parser.add_argument("--model", metavar="DIR|demo", help="model folder; demo (default) is the bundled model")
     parser.add_argument("--height", help="pixels; default: the model's")

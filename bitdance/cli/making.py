@@ -52,9 +52,7 @@ def make(order: Order) -> int:
         except Stopped as stopped:
             if maker.failures:
                 output.write_failures(maker.failures)
-            report(
-                f"{stopped} after {maker.made} of {len(order.jobs)} pictures; the same command goes on from there", "stopped"
-            )
+            report(f"{stopped} after {maker.made} of {len(order.jobs)} pictures; the same command goes on from there", "stopped")
             return stopped.code
         except DiskFull as error:
             report(f"{error}; {maker.made} pictures are kept, the same command goes on from there")
@@ -75,19 +73,14 @@ def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         yield window
 
 
-def conclude(
-    order: Order, output: OutputFolder, made: int, failures: Failures, before: int, grid_path: Path | None
-) -> int:
+def conclude(order: Order, output: OutputFolder, made: int, failures: Failures, before: int, grid_path: Path | None) -> int:
     """Say what is there now; the exit code. `before`: pictures that were there already."""
     count = len(order.jobs) - len(failures)
     if not order.quiet:
         lines = [f"{count} picture{'' if count == 1 else 's'} in {order.output} ({made} made, {before} there before)"]
         print_page([*lines, *([f"grid: {grid_path}"] if grid_path else [])])
     if failures:
-        report(
-            f"{len(failures)} of {len(order.jobs)} pictures failed: {failures[0][1]}; "
-            f"all are listed in {output.failures}"
-        )
+        report(f"{len(failures)} of {len(order.jobs)} pictures failed: {failures[0][1]}; all are listed in {output.failures}")
         return 1
     return 0
 

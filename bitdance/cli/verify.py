@@ -151,9 +151,7 @@ def _agreement(folder: Path, reference: Path, options: argparse.Namespace, plan:
     bits_BChw = reference_bits(model, prompts, height // s, width // s, sampling, seeds)
     expected_BMPC = forced_predictions(model, prompts, bits_BChw, sampling, seeds)
     del model
-    model = load_model(
-        folder, plan["device"], getattr(torch, plan["dtype"]), True, options.quantize, options.quantize_head
-    )
+    model = load_model(folder, plan["device"], getattr(torch, plan["dtype"]), True, options.quantize, options.quantize_head)
     found = agreement(expected_BMPC, forced_predictions(model, prompts, bits_BChw, sampling, seeds))
     return {
         "reference": {"model": options.against or options.model, "dtype": plan["against_dtype"]},

@@ -28,10 +28,12 @@ def reference_bits(
     model: BitDanceModel, prompts: Sequence[str], h: int, w: int, sampling: Sampling, seeds: Sequence[int]
 ) -> Tensor:
     """The pictures that the reference makes of its own accord: bits (B,C,h,w) on the CPU."""
-    return torch.cat([
-        generate_bits(model, [prompt], h, w, sampling, [torch.Generator().manual_seed(seed)]).cpu()
-        for prompt, seed in zip(prompts, seeds, strict=True)
-    ])
+    return torch.cat(
+        [
+            generate_bits(model, [prompt], h, w, sampling, [torch.Generator().manual_seed(seed)]).cpu()
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+    )
 
 
 @torch.no_grad()

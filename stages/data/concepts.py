@@ -94,15 +94,11 @@ def choose(concepts: Sequence[Concept], wish: str) -> list[Concept]:
         return list(concepts)
     if wish.lstrip("-").isdigit():
         if not 1 <= int(wish) <= len(concepts):
-            raise ValueError(
-                f"--concepts {wish}: the chosen styles share {len(concepts)} concepts; give at most that, or all"
-            )
+            raise ValueError(f"--concepts {wish}: the chosen styles share {len(concepts)} concepts; give at most that, or all")
         return rank(concepts)[: int(wish)]
     if not Path(wish).is_file():
         raise FileNotFoundError(f"--concepts {wish}: no such file; give a number, all, or a file with one label a line")
-    by_name = {concept.label.lower(): concept for concept in concepts} | {
-        concept.hexcode: concept for concept in concepts
-    }
+    by_name = {concept.label.lower(): concept for concept in concepts} | {concept.hexcode: concept for concept in concepts}
     chosen: dict[str, Concept] = {}
     for number, line in enumerate(text_lines(decoded(Path(wish).read_bytes(), Path(wish).name)), start=1):
         name = line.strip().lower()

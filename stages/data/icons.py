@@ -65,9 +65,7 @@ class IconOptions:
         if self.split == "heldout" and not (self.hold_out_pairs or self.hold_out_pictures):
             raise ValueError("--split heldout is empty without --hold-out-pairs or --hold-out-pictures")
         if self.renderings_per_picture < 0:
-            raise ValueError(
-                f"--renderings-per-picture {self.renderings_per_picture}: give 0 for every background, or a number"
-            )
+            raise ValueError(f"--renderings-per-picture {self.renderings_per_picture}: give 0 for every background, or a number")
 
 
 class IconStyle:
@@ -124,9 +122,7 @@ def _render_svg(icon: dict[str, Any], side: int, ink: str) -> Image.Image:
     try:
         import resvg_py
     except ImportError as error:
-        raise ImportError(
-            "the flat, noto and high-contrast styles are SVG; `pip install resvg-py` renders them"
-        ) from error
+        raise ImportError("the flat, noto and high-contrast styles are SVG; `pip install resvg-py` renders them") from error
     (width, height), (left, top) = icon["grid"], icon["origin"]
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -193,10 +189,7 @@ class IconSource:
         """(concept, style, background, why held out) of this split."""
         options = self.options
         pictures = [
-            (concept, style)
-            for concept in self.concepts
-            for style in options.styles
-            if concept.hexcode in self._styles[style]
+            (concept, style) for concept in self.concepts for style in options.styles if concept.hexcode in self._styles[style]
         ]
         apart = held_out_concepts(self.concepts, options.hold_out_pictures, options.seed)
         names = [_name(concept, style) for concept, style in pictures if concept.hexcode not in apart]
@@ -207,17 +200,13 @@ class IconSource:
             else:
                 away = held[_name(concept, style)]
                 why = "pair" if options.split == "heldout" else ""
-                allowed = tuple(
-                    ground for ground in options.backgrounds if (ground in away) == (options.split == "heldout")
-                )
+                allowed = tuple(ground for ground in options.backgrounds if (ground in away) == (options.split == "heldout"))
             for background in self._some(allowed, _name(concept, style)):
                 yield concept, style, background, why
 
     def _some(self, backgrounds: Sequence[str], picture: str) -> list[str]:
         count = self.options.renderings_per_picture or len(backgrounds)
-        drawn = sorted(backgrounds, key=lambda background: draw(self.options.seed, "rendering", picture, background))[
-            :count
-        ]
+        drawn = sorted(backgrounds, key=lambda background: draw(self.options.seed, "rendering", picture, background))[:count]
         return [background for background in self.options.backgrounds if background in drawn]
 
     def __iter__(self) -> Iterator[CaptionedPicture | Skipped]:
@@ -243,9 +232,7 @@ class IconSource:
             }
             if why:
                 attributes["held_out"] = why
-            yield CaptionedPicture(
-                key, picture, captions_of(concept.label, concept.tags, style, background), attributes
-            )
+            yield CaptionedPicture(key, picture, captions_of(concept.label, concept.tags, style, background), attributes)
 
     def describe(self) -> dict[str, Any]:
         archives = [CAPTIONS, *(STYLE_ARCHIVES[style] for style in self.options.styles)]

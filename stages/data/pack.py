@@ -43,9 +43,7 @@ class PackOptions:
             raise ValueError(f"--max-bad {self.max_bad}: give a fraction from 0 to 1")
 
 
-def pack(
-    source: PictureSource, destination: str | os.PathLike[str], options: PackOptions = PackOptions()
-) -> dict[str, Any]:
+def pack(source: PictureSource, destination: str | os.PathLike[str], options: PackOptions = PackOptions()) -> dict[str, Any]:
     """Write `NAME-000000.tar`, … and `pack.json` into the new folder `destination`; returns what `pack.json` holds.
 
     NAME is the folder's own name. Everything is written in a hidden neighbour and moved in one step; what a killed command left

@@ -108,9 +108,7 @@ class Documents:
         sequence = build_batch(documents, self.head.patch_side, self.special, **self.packed)
         return GeneratorBatch(sequence, {k: d.pixels_3HW for k, d in enumerate(drawn) if d.pixels_3HW is not None})
 
-    def document(
-        self, sample: Sample, resolution: int, caption: str, flip_max: float, generator: torch.Generator
-    ) -> Drawn:
+    def document(self, sample: Sample, resolution: int, caption: str, flip_max: float, generator: torch.Generator) -> Drawn:
         """A sample with a caption ("": none) and what `generator` draws for its loss."""
         if caption:
             ids = conditional_ids(self.text_tokenizer, caption, self.training.max_text_tokens)

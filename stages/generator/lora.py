@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685) through peft: the model of `generator.init` stays as it is, and small matrices beside it learn.
 
-    checkpoint/adapter/     the averaged adapter in peft's layout, see `bitdance/adapters.py`; there is no model/ beside it
-    checkpoint/resume/      the adapter's weights, moments and averages; the frozen weights are those of `generator.init`
+checkpoint/adapter/     the averaged adapter in peft's layout, see `bitdance/adapters.py`; there is no model/ beside it
+checkpoint/resume/      the adapter's weights, moments and averages; the frozen weights are those of `generator.init`
 """
 
 import json

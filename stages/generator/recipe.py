@@ -253,4 +253,3 @@ def open_sources(data: DataConfig) -> list[Source]:
 def _objective(module: nn.Module) -> GeneratorObjective:
     assert isinstance(module, GeneratorObjective)
     return module
-

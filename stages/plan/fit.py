@@ -158,9 +158,7 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
     return Column(*shape, lines, training, looking, states.host + host, fits, tuple(advice))
 
 
-def _remedies(
-    subject: Subject, processes: int, size: int, passes: float, looking: float, always: float, room: float
-) -> str:
+def _remedies(subject: Subject, processes: int, size: int, passes: float, looking: float, always: float, room: float) -> str:
     """What helps, the cheapest first. `passes` and `looking`: what training and judging need beside what is `always` there."""
     config, found = subject.config, []
     deepspeed = config.deepspeed

@@ -109,9 +109,7 @@ def _beside_frozen(model: BitDanceModel, document: Document, encoder: float, bel
     )
 
 
-def token_flops(
-    model: BitDanceModel, grids: Mapping[tuple[int, int], float], text: float, pixels: bool = False
-) -> float:
+def token_flops(model: BitDanceModel, grids: Mapping[tuple[int, int], float], text: float, pixels: bool = False) -> float:
     """Training operations of one average token, without recomputation: what turns tokens per second into MFU.
 
     `grids` gives token grids (h, w) their shares of the pictures, `text` is the mean number of prompt tokens; `pixels`: the

@@ -116,9 +116,7 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def activations(
-    shape: Shape, training: GeneratorTraining, precision: str, batch: TrainingBatch, dense: bool
-) -> Activations:
+def activations(shape: Shape, training: GeneratorTraining, precision: str, batch: TrainingBatch, dense: bool) -> Activations:
     """Of one micro-step on `batch`. `dense`: attention with a dense mask, as on a CPU; else by a kernel that needs none.
 
     Layers are alike, so that the sum over all of them follows from two and from three.
@@ -223,5 +221,3 @@ def cache_bytes(shape: Shape, rows: int, tokens: int, width: int) -> int:
     heads = int(b.get("num_key_value_heads") or b["num_attention_heads"])
     head_dim = int(b.get("head_dim") or b["hidden_size"] // b["num_attention_heads"])
     return rows * tokens * 2 * int(b["num_hidden_layers"]) * heads * head_dim * width
-
-

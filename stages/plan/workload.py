@@ -92,7 +92,7 @@ class Workload:
 
 
 def shown(resolutions: tuple[int, ...]) -> str:
-    """"3 × 256, 7 × 512"."""
+    """ "3 × 256, 7 × 512"."""
     return ", ".join(f"{number} × {resolution}" for resolution, number in sorted(Counter(resolutions).items()))
 
 

@@ -26,9 +26,7 @@ from stages.tokenizer.input import TokenizerInput, safe_key
 BATCH_SIZE = 16
 
 
-def load_tokenizer(
-    place: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> LFQTokenizer:
+def load_tokenizer(place: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LFQTokenizer:
     """Of a model folder, a run, a checkpoint or "demo". ValueError where a weight is no number."""
     folder = model_folder(place)
     tokenizer = LFQTokenizer.from_pretrained(folder)

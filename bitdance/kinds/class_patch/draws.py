@@ -23,9 +23,7 @@ class ClassDraws:
     dropped_B: Tensor | None = None
 
     @classmethod
-    def draw(
-        cls, B: int, config: ClassPatchConfig, training: bool, generator: torch.Generator | None = None
-    ) -> "ClassDraws":
+    def draw(cls, B: int, config: ClassPatchConfig, training: bool, generator: torch.Generator | None = None) -> "ClassDraws":
         """For B pictures, in the published order: flips and dropped classes (in training only), times, noise."""
         flipped = dropped = None
         if training:

@@ -1,9 +1,9 @@
 """The folder of a class-conditional model, in and out. Every file is checked from its header before anything big is loaded.
 
-    bitdance.json                                    {"kind": "class_patch", "defaults": {"guidance_scale", …}}
-    class_patch.json, class_patch.safetensors        network and head
-    ae_config.json, ae.safetensors                   picture tokenizer, as in every model folder
-    classes.json                                     the classes' names, optional
+bitdance.json                                    {"kind": "class_patch", "defaults": {"guidance_scale", …}}
+class_patch.json, class_patch.safetensors        network and head
+ae_config.json, ae.safetensors                   picture tokenizer, as in every model folder
+classes.json                                     the classes' names, optional
 """
 
 from dataclasses import dataclass, field

@@ -73,9 +73,7 @@ def generate_bits(
     return plan.unorder(tokens_BNC)
 
 
-def _own(
-    generators: Sequence[torch.Generator], alive: Sequence[int], count: int, apart: int, P: int, C: int
-) -> list[Tensor]:
+def _own(generators: Sequence[torch.Generator], alive: Sequence[int], count: int, apart: int, P: int, C: int) -> list[Tensor]:
     """`count` standard normal draws of (apart·B,P,C): every picture's from its own generator, conditional rows first."""
     found = []
     for _ in range(count):

