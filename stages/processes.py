@@ -58,8 +58,8 @@ def start() -> None:
 
 
 def _part() -> None:
-    """Leave the group while Python still runs. Gloo's threads would otherwise meet an interpreter that is gone, and abort a process
-    whose work is done: 16 times in 50 processes, measured 2026-11-26 with two processes that gather once and end."""
+    """Leave the group while Python still runs. Gloo's threads would otherwise meet an interpreter that is gone, and abort a
+    process whose work is done: 16 of 50, measured 2026-11-26 with pairs of processes that gather once and end."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

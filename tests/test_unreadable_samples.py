@@ -89,10 +89,10 @@ def named(errors: str) -> Counter[str]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_starts_steps_and_names_each_broken_sample_once(
-    place: Path,
+    place: Path,  # noqa: F811
     shards: Path,
     workers: int,
-    capfd: pytest.CaptureFixture[str],  # noqa: F811
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     run = recipe(place, shards, batch_size=9, steps=6, workers=workers)
     skipped: Counter[str] = Counter()
@@ -114,9 +114,9 @@ def test_what_a_slot_holds_depends_on_the_data_alone(place: Path, shards: Path) 
 
 
 def test_checkpoints_grids_and_held_out_losses_leave_broken_samples_out(
-    place: Path,
+    place: Path,  # noqa: F811
     shards: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     run = recipe(place, shards)
     assert {text for text in run._texts() if text != "x"} == {f"dot {n}" for n in range(GOOD)}
