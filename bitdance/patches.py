@@ -4,7 +4,6 @@ B batch, C bits per token, h w token grid, p patch side, N = h·w tokens.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -57,17 +56,10 @@ class PatchPlan:
 
     def coordinates(self, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """(row_N, col_N), int64, of every token in prediction order."""
-        row_N, col_N = _coordinates(self)
-        return row_N.to(device=device, copy=True), col_N.to(device=device, copy=True)
+        grid_2hw = torch.stack(torch.meshgrid(torch.arange(self.h), torch.arange(self.w), indexing="ij"))
+        row_N, col_N = self.order(grid_2hw[None])[0].to(device).unbind(-1)
+        return row_N.contiguous(), col_N.contiguous()
 
     def _check(self, holds: bool, x: Tensor, expected: str) -> None:
         if not holds:
             raise ValueError(f"{self} expects a tensor of shape {expected}, got {tuple(x.shape)}")
-
-
-@lru_cache(maxsize=256)
-def _coordinates(plan: PatchPlan) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False):  # the cached pair must also serve a later training step
-        grid_2hw = torch.stack(torch.meshgrid(torch.arange(plan.h), torch.arange(plan.w), indexing="ij"))
-        order_N2 = plan.order(grid_2hw[None])[0]
-    return order_N2[:, 0].contiguous(), order_N2[:, 1].contiguous()

@@ -12,6 +12,7 @@ import dataclasses
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -85,7 +86,7 @@ class DataConfig(Checked):
     keep: tuple[str, ...] = ()
     enlarge: Annotated[float, Range(1, 1000, whole=False)] = 1.0  # a picture may be enlarged by this to reach a resolution
     row_tokens: StepsOrNone = 0  # documents share rows of at most this many tokens; 0: one document per row
-    mirror: bool = False  # random left-right flips (tokenizer only)
+    mirror: bool = False  # random left-right flips (recipes 'tokenizer' and 'class_patch')
     # random square crops of this side, one place per batch; 0: whole pictures (tokenizer only)
     crop: Annotated[int, Range(0, 65_536)] = 0
 
@@ -93,6 +94,13 @@ class DataConfig(Checked):
         super().__post_init__()
         if self.mix and not any(self.mix.values()):
             raise ValueError("data.mix: all shares are 0, so no picture is taken; give one resolution a share above 0")
+
+    def refuse(self, recipe: str, *names: str) -> None:
+        """ValueError for settings among `names` that are given, and that the recipe does not use."""
+        if given := [f"data.{name}" for name in names if getattr(self, name)]:
+            raise ValueError(
+                f"{', '.join(given)}: recipe {recipe!r} reads data.train alone, pictures of one size; leave them out"
+            )
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,8 @@ class OptimizerConfig(Checked):
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Share = 1e-15
     weight_decay: Weight = 0.0
+    # parameters that weight decay leaves alone: a part of their names, or "vectors" for all of fewer than two dimensions
+    no_decay: tuple[str, ...] = ()
     warmup_steps: StepsOrNone = 2000
     schedule: Annotated[str, Choice(("constant", "cosine"))] = "constant"
     final_fraction: Share = 0.0
@@ -241,7 +251,12 @@ class GeneratorTraining(Checked):
 
 
 # recipe → the command that trains it
-COMMANDS = {"tokenizer": "bitdance train", "generator": "bitdance train", "distill": "bitdance distill"}
+COMMANDS = {
+    "tokenizer": "bitdance train",
+    "generator": "bitdance train",
+    "class_patch": "bitdance train",
+    "distill": "bitdance distill",
+}
 
 
 @dataclass(frozen=True)
@@ -274,14 +289,31 @@ class TrainingConfig:
 Schema = TypeVar("Schema", bound=TrainingConfig)
 
 
+# The schema of a recipe that has a section of its own, by the recipe's name; it lies with the recipe.
+SCHEMAS = {"class_patch": "stages.class_patch.config.ClassTrainingConfig"}
+
+
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainingConfig:
-    """Of `bitdance train`; see `read_config`."""
-    return read_config(path, overrides, TrainingConfig)
+    """The config of `bitdance train`, of whatever recipe; see `read_config`."""
+    module, _, name = SCHEMAS.get(str(read_values(path, overrides).get("recipe")), "").rpartition(".")
+    return read_config(path, overrides, getattr(import_module(module), name) if module else TrainingConfig)
 
 
 def read_config(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Schema:
     """Read a TOML config, its one parent and the dotted overrides (`a.b=value`). ValueError names the file and the key, or the
     command that the config is meant for."""
+    values = read_values(path, overrides)
+    recipe = values.get("recipe")
+    if recipe in COMMANDS and recipe not in schema.RECIPES:
+        raise ValueError(f"{path}: recipe = {recipe!r} is trained by another command: {COMMANDS[recipe]} {path}")
+    try:
+        return build(schema, values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_values(path: Path | str, overrides: Sequence[str]) -> dict[str, Any]:
+    """What the file, its one parent and the overrides say, not yet checked against a schema."""
     values = _read(Path(path))
     if "extends" in values:
         name = values.pop("extends")
@@ -300,13 +332,7 @@ def read_config(path: Path | str, overrides: Sequence[str], schema: type[Schema]
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
         values = _merge(values, nested)
-    recipe = values.get("recipe")
-    if recipe in COMMANDS and recipe not in schema.RECIPES:
-        raise ValueError(f"{path}: recipe = {recipe!r} is trained by another command: {COMMANDS[recipe]} {path}")
-    try:
-        return build(schema, values)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    return values
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -43,6 +43,9 @@ def warn_of_slow_precision(run: RunConfig) -> None:
         )
 
 
+VECTORS = "vectors"  # in optimizer.no_decay: all parameters of fewer than two dimensions
+
+
 class Learner:
     """`parts` are the parameters of `module` by the names that `optimizer.scale` may use. `decay` is that of the average, or 0.
 
@@ -125,14 +128,25 @@ class Learner:
 
 
 def _groups(module: nn.Module, parts: Mapping[str, list[nn.Parameter]], optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """One group of the optimiser per part that has something to train."""
+    """One group of the optimiser per part that has something to train, and one for what of it weight decay spares. A word of
+    `optimizer.no_decay` that names no parameter is an error."""
+    names = [name for name, _ in module.named_parameters()]
+    if idle := [word for word in optimizer.no_decay if word != VECTORS and not any(word in name for name in names)]:
+        raise ValueError(f"optimizer.no_decay names {idle}, which no parameter of this model has in its name; see its parts")
     if unknown := sorted(set(optimizer.scale) - set(parts)):
         raise ValueError(f"optimizer.scale names {unknown}; parts of this model are {', '.join(parts)}")
-    groups: list[dict[str, Any]] = [
-        {"params": trained, "scale": optimizer.scale.get(name, 1.0)}
-        for name, parameters in parts.items()
-        if (trained := [p for p in parameters if p.requires_grad])
-    ]
+    spared = {
+        id(p)
+        for name, p in module.named_parameters()
+        if any(word in name or (word == VECTORS and p.ndim < 2) for word in optimizer.no_decay)
+    }
+    groups: list[dict[str, Any]] = []
+    for name, parameters in parts.items():
+        trained = [p for p in parameters if p.requires_grad]
+        for own in ([p for p in trained if id(p) not in spared], [p for p in trained if id(p) in spared]):
+            if own:
+                decay = {"weight_decay": 0.0} if id(own[0]) in spared else {}
+                groups.append({"params": own, "scale": optimizer.scale.get(name, 1.0), **decay})
     if not groups:
         raise ValueError(f"nothing trains: all parts ({', '.join(parts)}) are frozen")
     listed = [id(p) for group in groups for p in group["params"]]

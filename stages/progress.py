@@ -16,6 +16,7 @@ from stages.config import TrainingConfig
 NEXT = {
     "tokenizer": "bitdance tokenizer eval PICTURES --model {run}, bitdance export {run} OUT",
     "generator": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL",
+    "class_patch": "bitdance export {run} MODEL, bitdance generate --class all --model MODEL",
     "distill": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL",
 }
 ADAPTER_NEXT = "bitdance export {run} ADAPTER --adapter, bitdance generate PROMPT --lora ADAPTER"

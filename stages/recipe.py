@@ -70,10 +70,16 @@ Losses = tuple[Tensor, dict[str, Tensor], Tensor | None]  # loss, scalars, what 
 
 def build_recipe(config: TrainingConfig) -> Recipe:
     """The recipe that `config.recipe` names."""
+    from stages.class_patch.config import ClassTrainingConfig
+
     if config.recipe == "tokenizer":
         from stages.tokenizer.recipe import TokenizerRecipe
 
         return TokenizerRecipe(config)
+    if isinstance(config, ClassTrainingConfig):
+        from stages.class_patch.recipe import ClassPatchRecipe
+
+        return ClassPatchRecipe(config)
     from stages.generator.recipe import GeneratorRecipe
 
     return GeneratorRecipe(config)

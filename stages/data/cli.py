@@ -2,6 +2,7 @@
 
 bitdance data pack icons shards/train --styles 3d,flat --concepts 200
 bitdance data pack folder shards/mine my-pictures --size 64
+bitdance data pack classes shards/pets my-pets --size 256       # my-pets/cat/*.jpg, my-pets/dog/*.jpg
 bitdance data pack tiles shards/photos my-photographs --size 64 --hold-out 0.2
 bitdance data pack cifar10 shards/cifar/train --split train
 bitdance data inspect shards/train --json
@@ -30,10 +31,11 @@ def add_data_parser(subparsers: Any) -> argparse.ArgumentParser:
 def _add_actions(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="data_action", required=True, metavar="{pack,index,inspect}")
     sources = actions.add_parser("pack", help="write shards").add_subparsers(
-        dest="data_source", required=True, metavar="{icons,folder,tiles,cifar10}"
+        dest="data_source", required=True, metavar="{icons,folder,classes,tiles,cifar10}"
     )
     _add_icons(sources.add_parser("icons", help="icons of four open sets, with captions and background colours"))
     _add_folder(sources.add_parser("folder", help="a folder of pictures with .txt, JSONL or CSV captions"))
+    _add_folder(sources.add_parser("classes", help="folders of pictures whose names are their classes, or a table of classes"))
     _add_tiles(sources.add_parser("tiles", help="square tiles of large photographs, for a tokenizer"))
     _add_cifar(sources.add_parser("cifar10", help="the 60,000 labelled photographs of CIFAR-10, 32×32 pixels"))
     index = actions.add_parser("index", help="one file that lists all samples, so that large or remote shards open at once")
@@ -69,7 +71,7 @@ def _add_icons(parser: argparse.ArgumentParser) -> None:
 def _add_folder(parser: argparse.ArgumentParser) -> None:
     _add_pack(parser)
     parser.add_argument("folder", metavar="FOLDER", help="the folder with the pictures")
-    parser.add_argument("--table", help="a .jsonl or .csv inside FOLDER with the columns file and caption or captions")
+    parser.add_argument("--table", help="a .jsonl or .csv inside FOLDER with the columns file and caption(s), or file and class")
     parser.add_argument("--size", type=int, default=64, help="side in pixels (default: 64)")
     parser.add_argument("--fit", choices=("crop", "pad", "none"), default="crop", help="how to make it square (default: crop)")
     parser.add_argument("--min-side", type=int, default=16, help="skip pictures with a shorter side (default: 16)")
@@ -110,11 +112,11 @@ def _pack(args: argparse.Namespace) -> int:
     from stages.data.pack import PackOptions, pack
 
     options = PackOptions(args.samples_per_shard, args.max_bad, args.overwrite, progress=True)
-    source = {"icons": _icons, "folder": _folder, "tiles": _tiles, "cifar10": _cifar}[args.data_source](args)
+    source = {"icons": _icons, "folder": _folder, "classes": _folder, "tiles": _tiles, "cifar10": _cifar}[args.data_source](args)
     report = pack(source, args.out, options)
     said = f"{args.out}: {report['samples']} samples in {len(report['shards'])} shards; skipped: {counts(report['skipped'])}"
     print_page([said])
-    if args.data_source == "folder":
+    if args.data_source in ("folder", "classes"):
         print(source.sizes())
     if notes := {what: count for what, count in getattr(source, "notes", {}).items() if count}:
         print(f"not looked at, or changed: {counts(notes)}", file=sys.stderr)
@@ -163,7 +165,7 @@ def _words(text: str) -> tuple[str, ...]:
 def _folder(args: argparse.Namespace) -> Any:
     from stages.data.folder import FolderOptions, FolderSource
 
-    return FolderSource(args.folder, FolderOptions(args.size, args.fit, args.min_side, args.table))
+    return FolderSource(args.folder, FolderOptions(args.size, args.fit, args.min_side, args.table, args.data_source == "classes"))
 
 
 def _tiles(args: argparse.Namespace) -> Any:

@@ -30,12 +30,14 @@ FITS = ("crop", "pad", "none")
 
 @dataclass(frozen=True)
 class FolderOptions:
-    """`fit`: crop the middle square, pad with white to a square, or keep size and file as they are (none)."""
+    """`fit`: crop the middle square, pad with white to a square, or keep size and file as they are (none). `classes`: a picture's
+    class is what the table says in its column `class`, without a table the folder that it lies in; it needs no caption."""
 
     size: int = 64
     fit: str = "crop"
     min_side: int = 16
     table: str | None = None
+    classes: bool = False
 
     def __post_init__(self) -> None:
         if self.fit not in FITS:
@@ -93,6 +95,8 @@ class FolderSource:
         path = within(self.folder, name)
         if not isinstance(known, Captioned):
             known = Captioned(text_captions(self.folder, known) if known else [])
+        if self.options.classes:
+            known = _labelled(known, name, bool(self.options.table))
         if known.broken:
             raise known.broken
         if not known.captions:
@@ -131,6 +135,16 @@ class FolderSource:
             f"{told} became {size}×{size}: {oblong} {how}, {enlarged} enlarged; "
             "--size N changes the side, --fit pad|none how it is reached"
         )
+
+
+def _labelled(known: Captioned, name: str, by_table: bool) -> Captioned:
+    """The same with the class as an attribute and, where there is no caption, as the caption. BrokenCaption without a class."""
+    label = known.attributes.get("class") if by_table else name.rpartition("/")[0].partition("/")[0]
+    if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
+        where = "the table has no class for it" if by_table else "it lies in no folder that names its class"
+        raise BrokenCaption("no class", f"{shown_name(name)}: {where}")
+    captions = known.captions or [str(label)]
+    return Captioned(captions, {**known.attributes, "class": label})
 
 
 def text_captions(folder: Path, name: str) -> list[str]:

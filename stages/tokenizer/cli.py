@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--max-bad", type=float, default=0.01, help="tolerated fraction of unusable pictures (default: 0.01)")
     encode.add_argument("--overwrite", action="store_true", help="replace a pack that lies at OUT")
 
+    encode.add_argument("--mirror", action="store_true", help="write the bits of each picture's mirror image too")
+
     decode = commands.add_parser("decode", help="shards of packed bits → one PNG per sample, in its true size")
     decode.add_argument("inputs", nargs="+", metavar="INPUT", help="shards of bits: files, patterns, or folders of *.tar")
     decode.add_argument("out", type=Path, metavar="OUT", help="folder for KEY.png; pictures that exist there are replaced")
@@ -94,7 +96,7 @@ def _encode(arguments: argparse.Namespace) -> int:
     options = PackOptions(arguments.samples_per_shard, arguments.max_bad, arguments.overwrite, progress=True)
     source = TokenizerInput(arguments.inputs)
     tokenizer = load_tokenizer(arguments.model, *_place(arguments))
-    report = encode_input(tokenizer, source, arguments.out, options, _batch_size(arguments))
+    report = encode_input(tokenizer, source, arguments.out, options, _batch_size(arguments), arguments.mirror)
     _say_left_out(source)
     print_page([f"{report['samples']} samples → {arguments.out}; skipped: {counts(report['skipped'])}"])
     return 0

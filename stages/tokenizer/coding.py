@@ -3,11 +3,12 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -66,15 +67,17 @@ def decode_pictures(tokenizer: LFQTokenizer, bits_BChw: Tensor, seed: int = 0) -
 
 @dataclass
 class EncodedInput:
-    """A `PictureSource` whose members are `.bits` instead of the pictures; captions and attributes stay."""
+    """A `PictureSource` whose members are `.bits` instead of the pictures; captions and attributes stay. `mirror`: each picture
+    and its mirror image, under the key KEY-mirrored."""
 
     tokenizer: LFQTokenizer
     source: TokenizerInput
     batch_size: int = BATCH_SIZE
+    mirror: bool = False
     expected: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.expected = len(self.source)
+        self.expected = len(self.source) * (1 + self.mirror)
         self._digest = hashlib.sha256()
 
     def __iter__(self) -> Iterator[CaptionedPicture | Skipped]:
@@ -85,6 +88,7 @@ class EncodedInput:
             return [pack_bits(bits_Chw) for bits_Chw in encode_pictures(self.tokenizer, padded_images(pictures, s))]
 
         samples = self.source.samples(lambda sample: unfit_picture(sample, s))
+        samples = _with_mirrored(samples) if self.mirror else samples
         for item in by_size(samples, lambda sample: picture_grid(sample, s), run, self.batch_size, s * s):
             if isinstance(item, Skipped):
                 yield item
@@ -99,6 +103,13 @@ class EncodedInput:
         encoder = {"sha256": weights_hash(self.tokenizer.encoder), "dtype": str(next(self.tokenizer.parameters()).dtype)}
         config = self.tokenizer.config.to_published()
         return {"name": "encoded", "sha256": self._digest.hexdigest(), "tokenizer": config, "encoder": encoder}
+
+
+def _with_mirrored(samples: Iterator[Sample | Skipped]) -> Iterator[Sample | Skipped]:
+    for sample in samples:
+        yield sample
+        if isinstance(sample, Sample) and sample.picture is not None:
+            yield replace(sample, key=f"{sample.key}-mirrored", picture=ImageOps.mirror(sample.picture))
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -129,13 +140,15 @@ def encode_input(
     out: Path,
     options: PackOptions,
     batch_size: int = BATCH_SIZE,
+    mirror: bool = False,
 ) -> dict[str, Any]:
-    """Write the bits of every picture to the new folder of shards `out`; returns what its `pack.json` holds.
+    """Write the bits of every picture (`mirror`: and of its mirror image) to the new folder of shards `out`; returns what its
+    `pack.json` holds.
 
     What cannot be read, holds bits already, or is smaller than two tokens is skipped and counted by reason, up to
     `options.max_bad`. ValueError where the encoder gives a NaN; then nothing is written.
     """
-    return pack(EncodedInput(tokenizer, source, batch_size), out, options)
+    return pack(EncodedInput(tokenizer, source, batch_size, mirror), out, options)
 
 
 def decode_input(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lfq_tokenizer import LFQTokenizer, LookupFreeQuantizer
 from lfq_tokenizer.growth import grow_generative
 from stages.checkpoint import model_folder
-from stages.config import DataConfig, OptimizerConfig, TokenizerTraining, TrainingConfig
+from stages.config import OptimizerConfig, TokenizerTraining, TrainingConfig
 from stages.data.order import EpochOrder
 from stages.data.shards import Sample, ShardDataset, ShardIndex
 from stages.data.skipping import Skips
@@ -100,7 +100,7 @@ class TokenizerRecipe:
     def __init__(self, config: TrainingConfig) -> None:
         training = config.tokenizer
         self.config = config
-        check_data(config.data)
+        config.data.refuse("tokenizer", "sources", "mix", "row_tokens")
         self.data = ShardDataset(ShardIndex.open(config.data.train, config.data.keep))
         self.heldout = ShardDataset(ShardIndex.open(config.data.heldout)) if config.data.heldout else None
         self.length, self.hash = len(self.data), self.data.index.hash
@@ -161,13 +161,6 @@ class TokenizerRecipe:
         stride = max(1, len(data) // count)
         images = as_images([_picture(data.take(i)) for i in range(0, len(data), stride)][:count])
         return images.to(next(module.parameters()).device)
-
-
-def check_data(data: DataConfig) -> None:
-    """ValueError for settings that only a generator's data has."""
-    used = {"sources": data.sources, "mix": data.mix, "row_tokens": data.row_tokens}
-    if wrong := [f"data.{name}" for name, value in used.items() if value]:
-        raise ValueError(f"{', '.join(wrong)}: recipe 'tokenizer' reads data.train alone, pictures of one size; leave them out")
 
 
 def _picture(sample: Sample) -> Image.Image:

@@ -3,6 +3,7 @@
 B pictures, N tokens, C bits per token, K = B·M·diff_batch_mul rows (blocks, all of them once per repeat), P tokens per block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,3 +34,25 @@ class ClassDraws:
                 dropped = torch.rand(B, generator=generator, device=device) < config.class_dropout_prob
         time_K, noise_KPC = draw_noise(config.head, B * config.num_blocks, generator)
         return cls(time_K, noise_KPC, flipped, dropped)
+
+    @classmethod
+    def joined(cls, draws: Sequence["ClassDraws"], config: ClassPatchConfig) -> "ClassDraws":
+        """Those of several batches as those of one; either all of them flip and drop, or none does."""
+
+        def rows(parts: list[Tensor]) -> Tensor:
+            """Every repeat of the blocks holds those of all batches."""
+            return torch.cat([part.unflatten(0, (config.diff_batch_mul, -1)) for part in parts], dim=1).flatten(0, 1)
+
+        flipped = [one.flipped_BNC for one in draws if one.flipped_BNC is not None]
+        dropped = [one.dropped_B for one in draws if one.dropped_B is not None]
+        return cls(
+            rows([one.time_K for one in draws]),
+            rows([one.noise_KPC for one in draws]),
+            torch.cat(flipped) if flipped else None,
+            torch.cat(dropped) if dropped else None,
+        )
+
+    def to(self, device: torch.device | str) -> "ClassDraws":
+        """The same on a device."""
+        flipped, dropped = (x if x is None else x.to(device) for x in (self.flipped_BNC, self.dropped_B))
+        return ClassDraws(self.time_K.to(device), self.noise_KPC.to(device), flipped, dropped)

@@ -7,6 +7,7 @@ block. Source: BitDance paper (arXiv 2602.14041), ImageNet models; the published
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bitdance.head import BinaryDiffusionHead
 from bitdance.kinds.class_patch.config import ClassPatchConfig
@@ -31,6 +32,7 @@ class ClassPatchModel(nn.Module):
         self.norm = nn.RMSNorm(c.dim, eps=NORM_EPS)
         self.pos_for_diff = nn.Embedding(c.num_tokens, c.dim)
         self.head = BinaryDiffusionHead(c.head)
+        self.checkpoint_layers = False  # in training, keep a layer's input alone and compute the rest again in the backward pass
         self._turns_LG2: Tensor | None = None
         self.initialise(generator)
 
@@ -111,7 +113,10 @@ class ClassPatchModel(nn.Module):
         mask = self.block_mask(L) if start == 0 else None
         x_BLD = self.emb_norm(x_BLD)
         for i, layer in enumerate(self.layers):
-            x_BLD = layer(x_BLD, turns_LG2, mask, None if memory is None else memory[i])
+            if self.checkpoint_layers and self.training and torch.is_grad_enabled():
+                x_BLD = checkpoint(layer, x_BLD, turns_LG2, mask, use_reentrant=False)
+            else:
+                x_BLD = layer(x_BLD, turns_LG2, mask, None if memory is None else memory[i])
         return self.norm(x_BLD)
 
     def _turns(self, device: torch.device) -> Tensor:

@@ -1,0 +1,91 @@
+"""The section [class_patch] of a training config, and the config that has it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from bitdance.flow import SCHEDULES
+from bitdance.kinds.class_patch.config import MODES, ClassPatchConfig
+from bitdance.kinds.class_patch.settings import SCHEDULES as CFG_SCHEDULES
+from bitdance.values import RANGES, Range
+from lfq_tokenizer import limits
+from stages.config import TrainingConfig
+from stages.schema import Checked, Choice, Share, StepsOrNone, Table
+
+_WIDTH, _LAYERS = Range(1, limits.WIDTH), Range(1, limits.LAYERS)
+# What the config says of the network; bits per token, classes and grid follow from the tokenizer, the data and the size.
+MODEL = Table(
+    {
+        **dict.fromkeys(("dim", "n_head", "diff_dim", "cls_token_num", "diff_batch_mul"), _WIDTH),
+        **dict.fromkeys(("n_layer", "diff_layers", "diff_adanln_layers"), _LAYERS),
+        "parallel_num": Range(1, 65_536),
+        "parallel_mode": Choice(MODES),
+        **dict.fromkeys(("class_dropout_prob", "perturb_rate"), Range(0, 1, whole=False)),
+        "P_mean": Range(-100, 100, whole=False),
+        "P_std": Range(0, 100, whole=False, open_low=True),
+        "time_schedule": Choice(tuple(SCHEDULES)),
+        "time_shift": Range(0, 1000, whole=False, open_low=True),
+    }
+)
+DEFAULTS = Table(
+    {name: RANGES[name] for name in ("num_inference_steps", "guidance_scale")} | {"cfg_schedule": Choice(CFG_SCHEDULES)}
+)
+
+
+@dataclass(frozen=True)
+class ClassPatchTraining(Checked):
+    """Velocity loss of the head on pictures of labelled classes, on top of a frozen tokenizer.
+
+    A picture is brought to `size` × `size` pixels by a crop. With `crop_share` below 1 it is random: a square of at least that
+    share of the shorter side. Random crops become rarer from epoch `crop_decay[0]` on, and from `crop_decay[1]` on there is
+    the middle square alone. Shards of bits are taken as they are.
+    """
+
+    SECTION = "class_patch"
+
+    tokenizer: str = ""  # a run of recipe 'tokenizer', a checkpoint of one, or a folder with ae_config.json and ae.safetensors
+    init: str = ""  # a model to go on from: a run, a checkpoint or a model folder; its shape must be what the config says
+    classes: str = ""  # a classes.json that numbers the labels; empty: the labels of the samples, sorted
+    class_count: StepsOrNone = 0  # how many classes there must be; 0: as many as the data have
+    size: Annotated[int, Range(1, 65_536)] = 256
+    crop_share: Annotated[float, Range(0, 1, whole=False, open_low=True)] = 1.0
+    crop_decay: tuple[StepsOrNone, ...] = ()
+    model: Annotated[Mapping[str, Any], MODEL] = field(default_factory=dict)
+    checkpoint_activations: bool = False  # recompute a layer's inside in the backward pass instead of keeping it
+    defaults: Annotated[Mapping[str, Any], DEFAULTS] = field(default_factory=dict)  # of sampling; written to bitdance.json
+    sample_classes: tuple[str, ...] = ()  # of the grids; empty: the first eight
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop_decay and not (len(self.crop_decay) == 2 and self.crop_decay[0] < self.crop_decay[1]):
+            raise ValueError(
+                f"class_patch.crop_decay = {list(self.crop_decay)}; two epochs are allowed, the first before the second"
+            )
+
+    def shape(self, bits: int, grid: int, classes: int) -> ClassPatchConfig:
+        """The network's config for a tokenizer of so many bits per token, a grid of `grid` × `grid` tokens and so many classes.
+        ValueError names what is missing or does not fit."""
+        derived = {"latent_dim": bits, "grid": grid, "num_classes": classes}
+        required = [f.name for f in dataclasses.fields(ClassPatchConfig) if f.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in self.model]:
+            raise ValueError(f"class_patch.model lacks {', '.join(missing)}; configs/imagenet/ has the published shapes")
+        try:
+            return ClassPatchConfig(**self.model, **derived)
+        except ValueError as error:
+            raise ValueError(f"class_patch.model: {error}") from None
+
+
+@dataclass(frozen=True)
+class ClassTrainingConfig(TrainingConfig):
+    """A training config of recipe 'class_patch'."""
+
+    RECIPES: ClassVar[tuple[str, ...]] = ("class_patch",)
+
+    class_patch: ClassPatchTraining = field(default_factory=ClassPatchTraining)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.class_patch.tokenizer:
+            raise ValueError("class_patch.tokenizer is empty; name a run of recipe 'tokenizer' or a folder with ae_config.json")
+        self.data.refuse(self.recipe, "sources", "mix", "row_tokens", "crop")
