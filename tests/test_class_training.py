@@ -22,7 +22,7 @@ from stages.data.crops import square_crop
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
 from stages.engine import train
-from stages.loader import micro_steps, step_generator
+from stages.loader import step_generator
 from stages.tokenizer.coding import encode_input
 from stages.tokenizer.input import TokenizerInput
 

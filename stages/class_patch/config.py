@@ -11,7 +11,7 @@ from bitdance.kinds.class_patch.settings import SCHEDULES as CFG_SCHEDULES
 from bitdance.values import RANGES, Range
 from lfq_tokenizer import limits
 from stages.config import TrainingConfig
-from stages.schema import Checked, Choice, Share, StepsOrNone, Table
+from stages.schema import Checked, Choice, StepsOrNone, Table
 
 _WIDTH, _LAYERS = Range(1, limits.WIDTH), Range(1, limits.LAYERS)
 # What the config says of the network; bits per token, classes and grid follow from the tokenizer, the data and the size.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from bitdance.kinds.class_patch.config import ClassPatchConfig
 from bitdance.kinds.class_patch.folder import CLASSES, ClassModel, load, save
@@ -62,8 +62,8 @@ class ClassPatchRecipe:
             raise ValueError(f"class_patch.size = {training.size}; a multiple of the tokenizer's downsampling {s} is allowed")
         if training.class_count and training.class_count != len(self._labels):
             raise ValueError(
-                f"class_patch.class_count = {training.class_count}, but there are {len(self._labels)} classes; correct it, or name "
-                f"a {CLASSES} in class_patch.classes"
+                f"class_patch.class_count = {training.class_count}, but there are {len(self._labels)} classes; correct it, or "
+                f"name a {CLASSES} in class_patch.classes"
             )
         return training.shape(self.tokenizer.config.z_channels, training.size // s, len(self._labels))
 
