@@ -14,6 +14,7 @@ from distill.config import DistillConfig
 from distill.config import load_config as load_distill_config
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.entropy import check_groups
+from stages.class_patch.config import ClassTrainingConfig
 from stages.config import TrainingConfig, as_dict, load_config
 from stages.schema import DECLARED
 
@@ -49,6 +50,8 @@ def test_every_config_that_ships_fits_the_code_that_reads_it(path: Path) -> None
     config = load_distill_config(path) if distils else load_config(path)
     if config.recipe == "tokenizer":
         check_groups(config.tokenizer.model.z_channels, config.tokenizer.groups)
+    elif isinstance(config, ClassTrainingConfig):
+        assert config.class_patch.shape(16, config.class_patch.size // 4, config.class_patch.class_count).num_classes >= 10
     elif config.generator.head or not config.generator.init:  # else the head is that of the model that goes on
         hidden = int(config.generator.backbone.get("hidden_size", 1))
         HeadConfig.from_dict({"ch_target": 1, "ch_cond": hidden, **config.generator.head})

@@ -66,7 +66,7 @@ class ClassPatchTraining(Checked):
     def shape(self, bits: int, grid: int, classes: int) -> ClassPatchConfig:
         """The network's config for a tokenizer of so many bits per token, a grid of `grid` × `grid` tokens and so many classes.
         ValueError names what is missing or does not fit."""
-        derived = {"latent_dim": bits, "grid": grid, "num_classes": classes}
+        derived: dict[str, Any] = {"latent_dim": bits, "grid": grid, "num_classes": classes}
         required = [f.name for f in dataclasses.fields(ClassPatchConfig) if f.default is dataclasses.MISSING]
         if missing := [name for name in required if name not in self.model]:
             raise ValueError(f"class_patch.model lacks {', '.join(missing)}; configs/imagenet/ has the published shapes")

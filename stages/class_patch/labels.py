@@ -66,7 +66,7 @@ def from_samples(data: ShardDataset) -> Labels:
         return Labels(ClassNames.numbers(len(numbers)))
     found = sorted(counts)
     wordnet = [_WORDNET.fullmatch(label) is not None for label in found]
-    known = imagenet_names() if all(wordnet) else None
-    if known is None or [entry.wordnet_id for entry in known.entries] != found:
-        known = ClassNames(tuple(ClassEntry((label,), label if id_ else None) for label, id_ in zip(found, wordnet)))
-    return Labels(known, {label: number for number, label in enumerate(found)})
+    names = imagenet_names() if all(wordnet) else None
+    if names is None or [entry.wordnet_id for entry in names.entries] != found:
+        names = ClassNames(tuple(ClassEntry((label,), label if is_id else None) for label, is_id in zip(found, wordnet)))
+    return Labels(names, {label: number for number, label in enumerate(found)})

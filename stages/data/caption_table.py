@@ -33,9 +33,9 @@ class Captioned:
 def read_table(path: Path, name: str) -> dict[str, Captioned]:
     """File name → captions and attributes, in the order of the table; several rows of one file are joined.
 
-    The table has the columns `file` and `caption` or `captions` (in JSONL also a list) or `prompt`; further columns, `class` among
-    them, become attributes, `width` and `height` under the names `original_width` and `original_height`. ValueError names table
-    and row.
+    The table has the columns `file` and `caption` or `captions` (in JSONL also a list) or `prompt`; further columns, as
+    `class`, become attributes, `width` and `height` under the names `original_width` and `original_height`. ValueError names
+    table and row.
     """
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
         lines = _lines(stream, path, name)

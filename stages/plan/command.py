@@ -30,7 +30,16 @@ def show(
 ) -> int:
     """Print the plan; for `shape` and `companion` see `make_plan`. ValueError where the config or the numbers given beside it
     cannot be."""
-    plan, text = _tokenizer(config) if config.recipe == "tokenizer" else _generator(config, arguments, shape, companion)
+    from stages.class_patch.config import ClassTrainingConfig
+
+    if isinstance(config, ClassTrainingConfig):
+        from stages.class_patch.plan import show as plan_of_classes
+
+        plan, text = plan_of_classes(config, arguments)
+    elif config.recipe == "tokenizer":
+        plan, text = _tokenizer(config)
+    else:
+        plan, text = _generator(config, arguments, shape, companion)
     print(json.dumps({**plan, "config": as_dict(config)}, indent=2, default=str) if arguments.json else text)
     return 0
 
@@ -45,10 +54,10 @@ def _generator(
     described = (arguments.processes, arguments.gpu_memory, arguments.peak_tflops, arguments.mfu)
     if not torch.cuda.is_available() and all(value is None for value in described):
         # no GPU, and none described: this machine's processor, if the run has room in its memory
-        plan = make_plan(_with_precision(config, quick_dtype("cpu")), _processor(), caption, shape, companion)
+        plan = make_plan(_with_precision(config, quick_dtype("cpu")), processor(), caption, shape, companion)
         if plan.columns[0].fits:
             return {**plan.to_dict(), "device": "cpu"}, report.text(plan, here=True)
-    plan = make_plan(_with_precision(config, "bfloat16"), _gpus(arguments), caption, shape, companion)
+    plan = make_plan(_with_precision(config, "bfloat16"), gpus(arguments), caption, shape, companion)
     return {**plan.to_dict(), "device": "gpu"}, report.text(plan)
 
 
@@ -57,7 +66,8 @@ def _with_precision(config: TrainingConfig, quick: str) -> TrainingConfig:
     return replace(config, run=replace(config.run, precision=quick)) if config.run.precision == AUTO else config
 
 
-def _gpus(arguments: argparse.Namespace) -> "Machine":
+def gpus(arguments: argparse.Namespace) -> "Machine":
+    """What the options describe. ValueError for what is no number."""
     from stages.plan.plan import Machine
 
     numbers = (arguments.processes or "1").split(",")
@@ -71,7 +81,7 @@ def _gpus(arguments: argparse.Namespace) -> "Machine":
     return Machine(processes, **known)
 
 
-def _processor() -> "Machine":
+def processor() -> "Machine":
     """One process on this machine: its memory, and the peak of its processor as measured now."""
     from stages.plan.plan import Machine
     from stages.watch import peak_flops

@@ -93,14 +93,16 @@ class Subject:
         return {
             "whole model, to judge and save": float(width * total) if config.deepspeed.zero_stage == 3 else 0.0,
             "keys and values of a sample grid": float(memory.cache_bytes(self.shape, 2 * grid, tokens, width)),
-            "decoding of a sample grid": memory.tokenizer_peak(self.shape, 1, H, W, decode=True),
+            "decoding of a sample grid": memory.tokenizer_peak(self.shape.tokenizer, 1, H, W, decode=True),
         }
 
     def encoding(self, resolutions: tuple[int, ...]) -> float:
         """Pictures of one size are encoded together."""
         if not self.pixels:
             return 0.0
-        return max(memory.tokenizer_peak(self.shape, resolutions.count(r), r, r, decode=False) for r in set(resolutions))
+        return max(
+            memory.tokenizer_peak(self.shape.tokenizer, resolutions.count(r), r, r, decode=False) for r in set(resolutions)
+        )
 
 
 def divide(samples: int, processes: int, wanted: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from bitdance.draws import ImageDraws
 from bitdance.model import BitDanceModel
 from bitdance.sequence import TrainingBatch
-from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.config import DeepSpeedConfig, GeneratorTraining
 from stages.plan.shape import Shape
 
@@ -140,7 +140,7 @@ def _micro_step(
             model.hidden = _without_mask.__get__(model)  # type: ignore[method-assign]
         for parameter in model.parameters():
             if parameter.requires_grad:  # gradients are states
-                parameter.register_post_accumulate_grad_hook(_drop)
+                parameter.register_post_accumulate_grad_hook(drop)
         lower = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()
         with _no_table(), Live([*model.parameters(), *model.buffers()]) as live:
             with lower:
@@ -178,7 +178,8 @@ def _without_mask(
     return self.backbone(self.inputs(batch, generator, flip_max), position_BL=batch.position_BL)
 
 
-def _drop(parameter: Tensor) -> None:
+def drop(parameter: Tensor) -> None:
+    """A hook for parameters whose gradients are counted elsewhere."""
     parameter.grad = None
 
 
@@ -202,14 +203,14 @@ def _tensors(batch: TrainingBatch) -> list[Tensor]:
     return [part for part in vars(batch).values() if isinstance(part, Tensor)] + list(vars(batch.draws).values())
 
 
-def tokenizer_peak(shape: Shape, pictures: int, height: int, width: int, decode: bool) -> float:
+def tokenizer_peak(config: TokenizerConfig, pictures: int, height: int, width: int, decode: bool) -> float:
     """Bytes at the peak of encoding (or decoding) so many pictures at once in float32, inputs included, weights not."""
     with FakeTensorMode(), torch.no_grad():
-        tokenizer = LFQTokenizer(shape.tokenizer)
-        s, bits = tokenizer.downsampling, shape.tokenizer.z_channels
+        tokenizer = LFQTokenizer(config)
+        s, bits = tokenizer.downsampling, config.z_channels
         shown = torch.empty(pictures, bits, height // s, width // s) if decode else torch.empty(pictures, 3, height, width)
         half: Any = tokenizer.decoder if decode else tokenizer.encoder
-        more = (torch.empty_like(shown),) if decode and shape.tokenizer.gan_decoder else ()
+        more = (torch.empty_like(shown),) if decode and config.gan_decoder else ()
         with Live(tokenizer.parameters()) as live:
             half(shown, *more)
     return live.most + shown.nbytes * (1 + len(more))
