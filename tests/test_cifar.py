@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from stages.data import cifar
-from stages.data.archives import Archive
+from stages.data.archives import Archive, read_members
 from stages.data.pack import PackOptions, pack
 from stages.data.shards import ShardDataset, ShardIndex
 
@@ -46,9 +46,9 @@ def test_rows_of_a_sheet_become_labelled_pictures(cache: Path, tmp_path: Path) -
     assert report["samples"] == 10
     data = ShardDataset(ShardIndex.open(str(tmp_path / "train")))
     third = data[2]
-    sheet = tarfile.open(cache / cifar.ARCHIVE.file_name).extractfile("package/data_batch_2.png")
-    assert sheet is not None and third.picture is not None
-    row = np.asarray(Image.open(sheet))[0]
+    (sheet,) = read_members(cache / cifar.ARCHIVE.file_name, "package/data_batch_2.png".__eq__).values()
+    row = np.asarray(Image.open(io.BytesIO(sheet)))[0]
+    assert third.picture is not None
     assert third.picture.size == (32, 32) and np.array_equal(np.asarray(third.picture), row.reshape(32, 32, 3))
     assert third.attributes["class"] == cifar.CLASSES[(3 * 2 + 5) % 10] and third.captions == [third.attributes["class"]]
 
