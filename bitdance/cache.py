@@ -3,6 +3,7 @@
 R rows, H key heads, L new positions, S positions so far, E width of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,12 @@ class StaticCache(Cache):
 
     def __init__(self, layers: int, capacity: int) -> None:
         super().__init__(layers=[_Layer(capacity) for _ in range(layers)])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys[list(rows)], layer.values[list(rows)]
 
 
 class _Layer(CacheLayerMixin):

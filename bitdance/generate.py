@@ -1,30 +1,27 @@
-"""The one autoregressive loop: prompts → bits, one block of P tokens per step.
+"""Prompts → bits, by the autoregressive loop (`bitdance.loop`).
 
-Letters: B pictures, R rows of the backbone (B conditional, then with guidance B unconditional), P tokens per block, M
-blocks, C bits per token, D hidden size, L sequence. Source: BitDance paper (arXiv 2602.14041), next-patch diffusion;
-published checkpoints for token order, positions and the order of random draws.
+B pictures, R rows of the backbone (B conditional, then with guidance B unconditional), P tokens per block, C bits per token,
+D hidden size, L sequence. Source: BitDance paper (arXiv 2602.14041), next-patch diffusion; published checkpoints for
+token order and positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from bitdance.block_sampler import BlockSampler
+from bitdance.loop import OnBlock, predict
 from bitdance.mask import dense_mask
 from bitdance.model import BitDanceModel
 from bitdance.offload import Phase
 from bitdance.patches import PatchPlan
 from bitdance.positions import sincos_2d
 from bitdance.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
-from bitdance.sampler import Noise, draws
+from bitdance.sampler import Noise
 from bitdance.sampling import Sampling
-from lfq_tokenizer.binary import binarize_unchecked, check_lost
-
-OnBlock = Callable[[int, int, Tensor], None]
 
 
-@torch.no_grad()
 def generate_bits(
     model: BitDanceModel,
     prompts: Sequence[str],
@@ -36,50 +33,60 @@ def generate_bits(
     noise: Noise | None = None,
     block_sampler: BlockSampler | None = None,
     enter: Callable[[Phase], None] = lambda phase: None,
+    cancelled: Collection[int] = (),
 ) -> Tensor:
-    """One picture per prompt → bits (B,C,h,w) in {-1,+1}, float32, on the model's device.
+    """One picture per prompt → bits (B,C,h,w) in {-1,+1}, float32, on the model's device; see `bitdance.loop.predict`.
 
-    Picture i draws from `generators[i]` alone: per block the initial noise (1,P,C), then one draw (1,P,C) per
-    stochastic step, so it does not depend on its neighbours. `noise` replaces these draws by given ones of shape
-    (B,P,C). `on_block(done, M, bits_BChw)` is called after each block, unfinished positions being 0; what it raises ends
-    the run. The backbone is called M times. `block_sampler`, kept from call to call, is what is compiled only once.
-    `enter(phase)` comes before the prompt and before the loop and may move weights (`bitdance.offload`).
+    `noise` replaces the draws of the generators by given ones of shape (B,P,C). `block_sampler`, kept from call to call, is what
+    is compiled only once. `enter(phase)` comes before the prompt and before the loop and may move weights (`bitdance.offload`).
     ValueError for an unnamed grid or a count of generators that is not the count of prompts.
     """
     if len(generators) != len(prompts) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(generators)} generators; give one generator per prompt")
-    plan, backbone = PatchPlan(h, w, model.patch_side), model.backbone
-    B, P, M, C = len(prompts), plan.block_size, plan.num_blocks, model.head.config.ch_target
-    sample = block_sampler or BlockSampler(model.head)
-    prefix = vision_prefix_ids(model.special, h, w, P)
-    texts = [conditional_ids(model.text_tokenizer, prompt) for prompt in prompts]
-    if sampling.guided:
-        texts += [unconditional_ids(model.text_tokenizer)] * B
-    enter("prompt")
-    rows = _Rows([[*text, *prefix] for text in texts], P, backbone.device)
+    plan, sample = PatchPlan(h, w, model.patch_side), block_sampler or BlockSampler(model.head)
+    predictor = _Predictor(model, prompts, plan, sampling.guided, enter)
+    blocks = [(sampling, steps) for steps in sampling.block_steps(plan.num_blocks)]
+    given = None if noise is None else (lambda rows: noise())
+    return predict(predictor, sample, plan, blocks, generators, on_block, given, cancelled)
 
-    # Prefix and block 0 in one call: text, <|vision_start|>, <|res_h|> causal; <|res_w|> and queries see each other.
-    cache = backbone.new_cache(rows.length + (M - 1) * P)
-    hidden_RPD = backbone(backbone.embed(rows.ids_RL), rows.position_RL, rows.prefix_mask(), cache)[:, -P:]
-    row_N, col_N = plan.coordinates(hidden_RPD.device)
-    place_MPD = sincos_2d(row_N, col_N, hidden_RPD.shape[-1], side=max(h, w)).to(hidden_RPD).unflatten(0, (M, P))
-    tokens_BNC = torch.zeros(B, h * w, C, device=hidden_RPD.device)
-    lost = tokens_BNC.new_zeros((), dtype=torch.long)
-    noise = noise or _own_noise(generators, P, C)
-    enter("loop")
-    for m, steps in enumerate(sampling.block_steps(M)):
-        noise_SBPC = _to(torch.stack([noise() for _ in range(draws(sampling.sampler, steps))]), hidden_RPD.device)
-        bits_BPC, nans = binarize_unchecked(sample(hidden_RPD + place_MPD[m], noise_SBPC, sampling, steps))
-        lost = lost + nans  # read at the end: until then nothing waits for the device
-        tokens_BNC[:, m * P : (m + 1) * P] = bits_BPC
-        if m < M - 1:  # the last block predicts nothing
-            inputs_BPD = model.projector(bits_BPC).to(hidden_RPD) + place_MPD[m]
-            inputs_RPD = inputs_BPD.repeat(2, 1, 1) if sampling.guided else inputs_BPD
-            hidden_RPD = backbone(inputs_RPD, rows.block_position(m), cache=cache, causal=False, padding=rows.padding)
-        if on_block is not None:
-            on_block(m + 1, M, plan.unorder(tokens_BNC))
-    check_lost(lost, tokens_BNC.numel())
-    return plan.unorder(tokens_BNC)
+
+class _Predictor:
+    """See `bitdance.loop.Predictor`. Prompts of unequal length are padded on the left."""
+
+    def __init__(
+        self, model: BitDanceModel, prompts: Sequence[str], plan: PatchPlan, guided: bool, enter: Callable[[Phase], None]
+    ) -> None:
+        prefix = vision_prefix_ids(model.special, plan.h, plan.w, plan.block_size)
+        texts = [conditional_ids(model.text_tokenizer, prompt) for prompt in prompts]
+        if guided:
+            texts += [unconditional_ids(model.text_tokenizer)] * len(prompts)
+        self.model, self.plan, self.enter = model, plan, enter
+        self.ids = [[*text, *prefix] for text in texts]
+
+    def begin(self) -> Tensor:
+        """Prefix and block 0 in one call: text, <|vision_start|>, <|res_h|> causal; <|res_w|> and queries see each other."""
+        self.enter("prompt")
+        backbone, plan = self.model.backbone, self.plan
+        self.rows = rows = _Rows(self.ids, plan.block_size, backbone.device)
+        self.cache = backbone.new_cache(rows.length + (plan.num_blocks - 1) * plan.block_size)
+        hidden_RLD = backbone(backbone.embed(rows.ids_RL), rows.position_RL, rows.prefix_mask(), self.cache)
+        row_N, col_N = plan.coordinates(hidden_RLD.device)
+        place_ND = sincos_2d(row_N, col_N, hidden_RLD.shape[-1], side=max(plan.h, plan.w)).to(hidden_RLD)
+        self.place_MPD = place_ND.unflatten(0, (plan.num_blocks, plan.block_size))
+        self.enter("loop")
+        return hidden_RLD[:, -plan.block_size :] + self.place_MPD[0]
+
+    def extend(self, bits_KPC: Tensor, m: int) -> Tensor:
+        place_PD, rows = self.place_MPD[m], self.rows
+        inputs_KPD = self.model.projector(bits_KPC).to(place_PD) + place_PD
+        inputs_RPD = inputs_KPD.repeat(len(rows.padding) // len(bits_KPC), 1, 1)
+        position_RP, cache = rows.block_position(m), self.cache
+        hidden_RPD = self.model.backbone(inputs_RPD, position_RP, cache=cache, causal=False, padding=rows.padding)
+        return hidden_RPD + self.place_MPD[m + 1]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.rows.keep(rows)
+        self.cache.keep(rows)
 
 
 def padded_length(tokens: int) -> int:
@@ -104,25 +111,12 @@ class _Rows:
         block_RL = torch.where(self.place_L >= self.length - self.P, 0, -1).expand_as(doc_RL)
         return dense_mask(doc_RL, block_RL)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
+        self.padding = [self.padding[row] for row in rows]
+        self.padding_R1 = self.padding_R1[list(rows)]
+
     def block_position(self, m: int) -> Tensor:
         """(R,P): where the tokens of picture block m stand in their own row."""
         start = self.length + m * self.P
         return torch.arange(start, start + self.P, device=self.place_L.device) - self.padding_R1
-
-
-def _own_noise(generators: Sequence[torch.Generator], P: int, C: int) -> Noise:
-    """The next standard normal draw (B,P,C), float32, each picture from its own generator; on its device if they share one."""
-    together = len({g.device for g in generators}) == 1
-
-    def draw() -> Tensor:
-        draws = [torch.randn((1, P, C), generator=g, device=g.device) for g in generators]
-        return torch.cat(draws if together else [d.cpu() for d in draws])
-
-    return draw
-
-
-def _to(noise: Tensor, device: torch.device) -> Tensor:
-    """All draws of a block in one transfer, for which nothing waits."""
-    if device.type == "cuda" and not noise.is_cuda:
-        return noise.pin_memory().to(device, non_blocking=True)
-    return noise.to(device)

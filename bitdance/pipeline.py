@@ -66,6 +66,7 @@ class BitDancePipeline(PictureCoding):
         self._block_sampler = BlockSampler(model.head, compile)
         use_onednn(model.backbone, model.projector, model.head)
         self._progress: dict[str, Any] = {}
+        self._cancelled: set[int] = set()
         self.offload: PhaseOffload | None = None
         self._without_lora: dict[str, Tensor] | None = None  # weights that a loaded adapter has changed
 
@@ -187,6 +188,10 @@ class BitDancePipeline(PictureCoding):
         """Options of the tqdm bar over blocks, for instance disable=True. By default it shows on a terminal only."""
         self._progress = options
 
+    def cancel(self, i: int) -> None:
+        """From a callback: no more work on picture `i` of the batch; the others go on, and their bits stay what they would be."""
+        self._cancelled.add(i)
+
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -216,8 +221,8 @@ class BitDancePipeline(PictureCoding):
                               n > 1 it draws n seeds (`torch.randint(0, 2**63 - 1, (n,))`), one per picture.
         output_type           "pil", "np" (B,H,W,3), "pt" (B,3,H,W), or "bits" (no decoding)
         callback_on_step_end  called as (pipe, block, t, {"bits": …, "tokens": the same}) after each block; t is
-                              the finished share in (0, 1], unfinished bits are 0. What it returns is not read. An
-                              exception ends the run.
+                              the finished share in (0, 1], unfinished bits are 0. What it returns is not read.
+                              `pipe.cancel(i)` in it ends picture i, an exception the run.
         sampler               solver; default "euler_maruyama" (published), see `bitdance.sampler`
         preset                steps, sampler, interval and last steps at once ("published", …: `bitdance.sampling`); what
                               is said beside it wins
@@ -250,6 +255,7 @@ class BitDancePipeline(PictureCoding):
         check_form(output_type, OUTPUT_TYPES, callback_on_step_end)
         generators, seeds = generators_for(len(prompts), seed, generator)
 
+        self._cancelled.clear()
         s = self._tokenizer.downsampling
         with self._bar(height * width // (s * self.model.patch_side) ** 2) as bar:
 
@@ -260,7 +266,15 @@ class BitDancePipeline(PictureCoding):
 
             size = height // s, width // s
             bits_BChw = generate_bits(
-                self.model, prompts, *size, sampling, generators, on_block, block_sampler=self._block_sampler, enter=self._enter
+                self.model,
+                prompts,
+                *size,
+                sampling,
+                generators,
+                on_block,
+                block_sampler=self._block_sampler,
+                enter=self._enter,
+                cancelled=self._cancelled,
             )
         images = None if output_type == "bits" else self.decode(bits_BChw, generators, output_type)
         return BitDanceOutput(images, bits_BChw, seeds)

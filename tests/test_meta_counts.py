@@ -124,7 +124,7 @@ def prepared(config: TrainingConfig, shape: Shape, workload: Workload, layers: i
         model = shape.model(config.generator, torch.bfloat16, layers)
     model.tokenizer = None
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(memory._drop)
+        parameter.register_post_accumulate_grad_hook(memory.drop)
     batch = workload.batch(workload.fullest(config.run.batch_size), model.special, shape.head.ch_target, KERNEL_ROWS)
     batch.draws = ImageDraws.draw(len(batch.image_bits_NC), shape.head, 0.1, torch.Generator().manual_seed(0))
     return model, batch.to("meta")

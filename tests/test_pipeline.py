@@ -240,3 +240,21 @@ def test_a_model_without_picture_tokenizer_is_refused(pipe):
     model = pipe.model
     with pytest.raises(ValueError, match="decoder"):
         BitDancePipeline(BitDanceModel(None, model.text_tokenizer, model.projector, model.backbone, model.head))
+
+
+def test_a_cancelled_picture_ends_alone(pipe: BitDancePipeline) -> None:
+    prompts, seeds, settings = (
+        ["a red cube", "a much longer prompt of a green sphere", "a fox"],
+        [1, 2, 3],
+        {"num_inference_steps": 2},
+    )
+    whole = pipe(prompts, 16, 16, seed=seeds, output_type="bits", **settings).bits
+
+    def stop(pipe: BitDancePipeline, block: int, t: float, values: dict[str, torch.Tensor]) -> None:
+        if block == 0:
+            pipe.cancel(1)
+
+    out = pipe(prompts, 16, 16, seed=seeds, output_type="bits", callback_on_step_end=stop, **settings).bits
+    assert torch.equal(out[0], whole[0]) and torch.equal(out[2], whole[2])
+    assert bool((out[1] == 0).any()) and torch.equal(out[1][out[1] != 0], whole[1][out[1] != 0])
+    assert torch.equal(pipe(prompts, 16, 16, seed=seeds, output_type="bits", **settings).bits, whole)  # the next run is whole

@@ -1,10 +1,9 @@
-"""The autoregressive loop of a class-conditional model: classes → bits, one block of P tokens per step.
+"""Classes → bits, by the autoregressive loop (`bitdance.loop`).
 
-B pictures, R rows (B conditional, then with guidance B of the null class), K rows that are sampled, P tokens per block, M
-blocks, C bits per token, D hidden size, S draws. Source: published class-conditional code for the order of random draws.
+B pictures, R rows (B conditional, then with guidance B of the null class), P tokens per block, C bits per token, D hidden size.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -12,14 +11,9 @@ from torch import Tensor
 from bitdance.block_sampler import BlockSampler
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import ClassSettings
-from bitdance.sampler import draws
-from lfq_tokenizer.binary import binarize_unchecked, check_lost
-
-OnBlock = Callable[[int, int, Tensor], None]
-Noise = Callable[[int], Tensor]
+from bitdance.loop import Noise, OnBlock, predict
 
 
-@torch.no_grad()
 def generate_bits(
     model: ClassPatchModel,
     classes: Sequence[int],
@@ -30,53 +24,35 @@ def generate_bits(
     block_sampler: BlockSampler | None = None,
     cancelled: Collection[int] = (),
 ) -> Tensor:
-    """One picture per class → bits (B,C,h,w) in {-1,+1}, float32, on the model's device.
+    """One picture per class → bits (B,C,h,w) in {-1,+1}, float32, on the model's device; see `bitdance.loop.predict`.
 
-    A block without guidance in a guided run (the first of the linear schedule) is sampled for the null class too, on its own:
-    each branch then goes on from its own bits, as in the published code. Otherwise both read the same.
-    Picture i draws from `generators[i]` alone, per block the initial noise and one draw per stochastic step, of (1,P,C), or
-    (2,P,C) where the null class is sampled too; so it does not depend on its neighbours. `noise(rows)` replaces these draws by
-    given ones of (rows,P,C), conditional rows first. `on_block(done, M, bits_BChw)` is called after each block, unfinished
-    positions being 0; what it raises ends the run, and pictures whose number it adds to `cancelled` are not worked on any more.
+    A block without guidance in a guided run (the first of the linear schedule) is sampled for the null class too.
     """
     if len(generators) != len(classes) or not classes:
         raise ValueError(f"{len(classes)} classes and {len(generators)} generators; give one generator per class")
-    c, device = model.config, model.pos_for_diff.weight.device
-    B, P, M, C = len(classes), c.parallel_num, c.num_blocks, c.latent_dim
-    sample, plan, memory = block_sampler or BlockSampler(model.head, compile=False), c.plan, model.new_memory()
-    branches = [list(classes), [model.null_class] * B] if settings.guided else [list(classes)]
-    hidden_RPD = model.prefix(torch.tensor(branches, device=device).flatten(), memory)
-    tokens_BNC = torch.zeros(B, c.num_tokens, C, device=device)
-    lost, alive = tokens_BNC.new_zeros((), dtype=torch.long), list(range(B))
-    for m, (sampling, steps) in enumerate(settings.blocks(M)):
-        apart = len(branches) if not sampling.guided else 1  # branches that are sampled on their own
-        count = draws(sampling.sampler, steps)
-        drawn = [noise(apart * len(alive)) for _ in range(count)] if noise else _own(generators, alive, count, apart, P, C)
-        noise_SKPC = torch.stack(drawn).to(device)
-        bits_KPC, nans = binarize_unchecked(sample(hidden_RPD + model.place(m), noise_SKPC, sampling, steps))
-        lost = lost + nans  # read at the end: until then nothing waits for the device
-        rows_there = slice(None) if len(alive) == B else alive  # a list of rows would be sent to the device
-        tokens_BNC[rows_there, m * P : (m + 1) * P] = bits_KPC[: len(alive)].float()
-        if on_block is not None:
-            on_block(m + 1, M, plan.unorder(tokens_BNC))
-        going = [i for i, picture in enumerate(alive) if picture not in cancelled]
-        if m == M - 1 or not going:  # the last block predicts nothing
-            break
-        inputs_RPC = bits_KPC.repeat(len(hidden_RPD) // len(bits_KPC), 1, 1)
-        if len(going) < len(alive):
-            rows = [branch * len(alive) + i for branch in range(len(branches)) for i in going]
-            alive, inputs_RPC = [alive[i] for i in going], inputs_RPC[rows]
-            for layer in memory:
-                layer.keep(rows)
-        hidden_RPD = model.extend(inputs_RPC, m, memory)
-    check_lost(lost, tokens_BNC.numel())
-    return plan.unorder(tokens_BNC)
+    sample = block_sampler or BlockSampler(model.head, compile=False)
+    predictor = _Predictor(model, classes, settings.guided)
+    return predict(
+        predictor, sample, model.config.plan, settings.blocks(model.config.num_blocks), generators, on_block, noise, cancelled
+    )
 
 
-def _own(generators: Sequence[torch.Generator], alive: Sequence[int], count: int, apart: int, P: int, C: int) -> list[Tensor]:
-    """`count` standard normal draws of (apart·B,P,C): every picture's from its own generator, conditional rows first."""
-    found = []
-    for _ in range(count):
-        rows_BAPC = [torch.randn((apart, P, C), generator=(g := generators[i]), device=g.device).cpu() for i in alive]
-        found.append(torch.stack(rows_BAPC, dim=1).flatten(0, 1))
-    return found
+class _Predictor:
+    """See `bitdance.loop.Predictor`."""
+
+    def __init__(self, model: ClassPatchModel, classes: Sequence[int], guided: bool) -> None:
+        self.model, self.memory = model, model.new_memory()
+        rows = [*classes, *[model.null_class] * len(classes)] if guided else list(classes)
+        self.class_R = torch.tensor(rows, device=model.pos_for_diff.weight.device)
+
+    def begin(self) -> Tensor:
+        return self.model.prefix(self.class_R, self.memory) + self.model.place(0)
+
+    def extend(self, bits_KPC: Tensor, m: int) -> Tensor:
+        bits_RPC = bits_KPC.repeat(len(self.class_R) // len(bits_KPC), 1, 1)
+        return self.model.extend(bits_RPC, m, self.memory) + self.model.place(m + 1)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self.class_R = self.class_R[list(rows)]
+        for layer in self.memory:
+            layer.keep(rows)
