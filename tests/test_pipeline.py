@@ -248,13 +248,13 @@ def test_a_cancelled_picture_ends_alone(pipe: BitDancePipeline) -> None:
         [1, 2, 3],
         {"num_inference_steps": 2},
     )
-    whole = pipe(prompts, 16, 16, seed=seeds, output_type="bits", **settings).bits
+    whole = pipe(prompts, 64, 64, seed=seeds, output_type="bits", **settings).bits
 
     def stop(pipe: BitDancePipeline, block: int, t: float, values: dict[str, torch.Tensor]) -> None:
         if block == 0:
             pipe.cancel(1)
 
-    out = pipe(prompts, 16, 16, seed=seeds, output_type="bits", callback_on_step_end=stop, **settings).bits
+    out = pipe(prompts, 64, 64, seed=seeds, output_type="bits", callback_on_step_end=stop, **settings).bits
     assert torch.equal(out[0], whole[0]) and torch.equal(out[2], whole[2])
     assert bool((out[1] == 0).any()) and torch.equal(out[1][out[1] != 0], whole[1][out[1] != 0])
-    assert torch.equal(pipe(prompts, 16, 16, seed=seeds, output_type="bits", **settings).bits, whole)  # the next run is whole
+    assert torch.equal(pipe(prompts, 64, 64, seed=seeds, output_type="bits", **settings).bits, whole)  # the next run is whole
