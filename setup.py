@@ -45,6 +45,7 @@ setup(
         "bitdance.verify",
         "bitdance_diffusers",
         "stages",
+        "stages.class_patch",
         "stages.data",
         "stages.generator",
         "stages.measure",
