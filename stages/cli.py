@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from bitdance.cli import Parser, print_page, report
@@ -19,6 +20,13 @@ EXTRAS = {  # what brings the packages that an installation may lack
     "compare": ("vector_quantize_pytorch", "matplotlib"),
     "quantize": ("torchao", "bitsandbytes"),
     "diffusers": ("diffusers",),
+}
+
+
+MEASURES = {
+    "prompts": "how well a text model follows its prompts",
+    "solvers": "what fewer sampler steps cost",
+    "classes": "how well a class-conditional model makes its classes, beside real pictures",
 }
 
 
@@ -169,7 +177,14 @@ def _export(argv: list[str]) -> int:
 
 
 def measure(argv: Sequence[str] | None = None) -> int:
-    """`bitdance measure prompts`: how well a model follows its prompts."""
-    from stages.measure.prompts import main
+    """`bitdance measure prompts|solvers|classes`: how well a model does."""
+    return guarded("bitdance measure", _measure, argv)
 
-    return guarded("bitdance measure", main, argv)
+
+def _measure(argv: list[str]) -> int:
+    parser = Parser(prog="bitdance measure", description="Figures of a trained model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in MEASURES.items():
+        commands.add_parser(name, help=what, add_help=False)
+    command = parser.parse_known_args(argv)[0].command
+    return int(import_module(f"stages.measure.{command}").main(argv[argv.index(command) + 1 :]))

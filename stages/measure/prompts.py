@@ -10,7 +10,6 @@ against the very rendering that the caption asks for; what the tokenizer alone l
 size of the shards.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bitdance.cli import Parser
 from bitdance.picture import grid, write_png
 from bitdance.pipeline import BitDancePipeline
 from stages.checkpoint import model_folder
@@ -166,9 +166,7 @@ def follow(
 
 def main(argv: list[str]) -> int:
     """`bitdance measure prompts …`."""
-    parser = argparse.ArgumentParser(prog="bitdance measure", description="Figures of a trained model.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    prompts = commands.add_parser("prompts", help="how well a model follows its prompts")
+    prompts = Parser(prog="bitdance measure prompts", description="How well a model follows its prompts.")
     prompts.add_argument("--model", default="demo")
     prompts.add_argument("--train", nargs="+", required=True, help="shards of pictures the model was taught")
     prompts.add_argument("--heldout", nargs="+", required=True, help="shards of picture × background pairs it never saw")
@@ -179,12 +177,7 @@ def main(argv: list[str]) -> int:
     prompts.add_argument("--preset", help="default: the model's own")
     prompts.add_argument("--grid", type=Path, help="write 32 taught and 32 held-out pictures")
     prompts.add_argument("--json", action="store_true")
-    commands.add_parser("solvers", help="what fewer sampler steps cost", add_help=False)
-    if argv[:1] == ["solvers"]:
-        from stages.measure.solvers import main as measure_solvers
-
-        return measure_solvers(argv[1:])
-    a = parser.parse_args(argv)
+    a = prompts.parse_args(argv)
     settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "preset": a.preset}
     figures, pictures = measure(a.model, a.train, a.heldout, a.count, a.seed, **settings)
     if a.grid:

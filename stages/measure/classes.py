@@ -1,0 +1,312 @@
+"""How well a class-conditional model makes its classes, beside what real pictures and the tokenizer alone reach.
+
+    bitdance measure classes --model MODEL --train SHARDS --test SHARDS --guidance 1 2 3 [--plot OUT.png] [--json]
+
+All figures are told from 1280 features of EfficientNet-Lite0 (`stages/measure/frechet.py`):
+
+- *distance*: the EfficientNet-Lite0 Fréchet distance to the test pictures. It is not FID. Beside that of the generated pictures
+  stand the *floor*, that of as many training pictures, and that of the tokenizer's *reconstructions* of test pictures;
+- *class right*: the share of pictures that a linear probe assigns to the class asked for. The probe is a logistic regression,
+  learned from features of training pictures; its accuracy on test pictures stands beside.
+
+Pictures are generated in equal numbers per class, picture k of all with seed `--seed` + k, the same for every guidance. What
+takes long (pictures, features) is kept in `--cache` and not made again.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bitdance import load_pipeline
+from bitdance.cli import Parser
+from bitdance.kinds.class_patch.facts import fingerprint
+from bitdance.picture import grid, to_uint8, write_png
+from bitdance.precision import quick_dtype
+from lfq_tokenizer.files import whole_file
+from lfq_tokenizer.text import printable
+from stages.checkpoint import model_folder
+from stages.class_patch.labels import label_of
+from stages.data.order import EpochOrder
+from stages.data.shards import ShardDataset, ShardIndex
+from stages.measure.frechet import FrechetFeatures, lite0_features
+from stages.tokenizer.coding import decode_pictures, encode_pictures
+
+BATCH, GENERATED = 100, 250  # pictures that run through features and tokenizer, and through the model, at once
+DECAY = 1e-3  # of the probe's weights, which look at standardised features
+SHOWN = 4  # pictures of each class in a grid
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """uint8 pictures (N,H,W,3) and the number of each one's class (N,)."""
+
+    levels_NHW3: np.ndarray
+    class_N: Tensor
+
+
+def real_pictures(data: ShardDataset, numbers: Callable[[Any], int], count: int, seed: int) -> Pictures:
+    """`count` samples of a data set in an order that the seed decides (0: all, as they come). ValueError for a sample without a
+    picture or a class, and for more samples than there are."""
+    if count > len(data):
+        raise ValueError(f"{count} pictures are asked for, the shards hold {len(data)}; ask for fewer")
+    order = EpochOrder(len(data), seed)
+    samples = (data.take(order.at(place) if count else place) for place in range(count or len(data)))
+    levels, classes = [], []
+    for sample in samples:
+        if sample.picture is None:
+            raise ValueError(f"sample {sample.key} holds bits and no picture; give shards of pictures")
+        levels.append(np.asarray(sample.picture.convert("RGB")))
+        classes.append(numbers(label_of(sample.attributes)))
+    return Pictures(np.stack(levels), torch.tensor(classes))
+
+
+class Features:
+    """Features of pictures, kept in a folder under the hash of the pixels."""
+
+    def __init__(self, network: FrechetFeatures, cache: Path, dtype: str) -> None:
+        self.network, self.cache, self.dtype = network, cache, dtype
+        self._module = network.network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self, levels_NHW3: np.ndarray) -> Tensor:
+        """(N,H,W,3) → (N,F) float32."""
+        digest = hashlib.sha256(np.ascontiguousarray(levels_NHW3).tobytes()).hexdigest()[:24]
+        path = self.cache / f"{self.network.name}-{self.dtype}-{len(levels_NHW3)}-{digest}.npy"
+        if path.is_file():
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        parts = []
+        for part in torch.from_numpy(levels_NHW3).split(BATCH):
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                parts.append(self._module(part.permute(0, 3, 1, 2)).float())
+        found = torch.cat(parts)
+        with whole_file(path) as working:
+            np.save(working, found.numpy())
+        return found
+
+
+class Probe:
+    """Logistic regression on standardised features (N,F), fitted by L-BFGS to its minimum: no random number is drawn."""
+
+    def __init__(self, features_NF: Tensor, class_N: Tensor, classes: int) -> None:
+        self.mean, self.deviation = features_NF.mean(0), features_NF.std(0).clamp(min=1e-6)
+        x = self._standard(features_NF)
+        self.weight, self.bias = torch.zeros(classes, x.shape[1], requires_grad=True), torch.zeros(classes, requires_grad=True)
+        optimizer = torch.optim.LBFGS([self.weight, self.bias], max_iter=200, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = cross_entropy(x @ self.weight.T + self.bias, class_N) + DECAY / 2 * self.weight.square().sum()
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+
+    @torch.no_grad()
+    def right(self, features_NF: Tensor, class_N: Tensor) -> Tensor:
+        """Which pictures are assigned to their class, bool (N,)."""
+        return (self._standard(features_NF) @ self.weight.T + self.bias).argmax(1) == class_N
+
+    def _standard(self, features_NF: Tensor) -> Tensor:
+        return (features_NF - self.mean) / self.deviation
+
+
+def distance(one_NF: Tensor, other_MF: Tensor) -> float:
+    """Fréchet distance of two sets of features, by torchmetrics."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    identity = torch.nn.Identity()
+    identity.num_features = one_NF.shape[1]
+    metric = FrechetInceptionDistance(feature=identity, sync_on_compute=False)
+    metric.update(one_NF, real=True)
+    metric.update(other_MF, real=False)
+    return max(0.0, float(metric.compute()))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Figures of one set of pictures. `right`: share of the class asked for, by class and of all."""
+
+    name: str
+    count: int
+    distance: float | None
+    right: float
+    by_class: dict[str, float]
+    guidance: float | None = None
+    pictures_per_s: float | None = None
+
+
+class Generated:
+    """Balanced pictures of a class model, kept in a folder batch by batch under the model's fingerprint and the settings."""
+
+    def __init__(self, pipe: Any, cache: Path, model: str, settings: dict[str, Any], seed: int) -> None:
+        self.pipe, self.settings, self.seed = pipe, settings, seed
+        self.folder = cache / f"generated-{model}"
+        pipe.set_progress_bar_config(disable=True)
+
+    def make(self, count: int, guidance: float) -> tuple[Pictures, float | None]:
+        """`count` pictures, and how many were made in a second (None: they were there)."""
+        settings = {**self.settings, "guidance_scale": guidance}
+        class_N = torch.arange(count) % len(self.pipe.names)
+        said = hashlib.sha256(json.dumps([settings, self.seed], sort_keys=True).encode()).hexdigest()[:12]
+        (self.folder / said).mkdir(parents=True, exist_ok=True)
+        levels, made, begun = [], 0, time.monotonic()
+        for start in range(0, count, GENERATED):
+            numbers = class_N[start : start + GENERATED].tolist()
+            path = self.folder / said / f"{start:06d}-{len(numbers)}.npy"
+            if not path.is_file():
+                seeds = [self.seed + start + i for i in range(len(numbers))]
+                out = self.pipe(class_label=numbers, seed=seeds, output_type="pt", **settings)
+                with whole_file(path) as working:
+                    np.save(working, to_uint8(2 * out.images - 1).cpu().numpy())
+                made += len(numbers)
+            levels.append(np.load(path, allow_pickle=False))
+        seconds = time.monotonic() - begun
+        return Pictures(np.concatenate(levels), class_N), made / seconds if made == count else None
+
+
+def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """All figures as JSON values; see the module."""
+    folder = model_folder(arguments.model)
+    pipe = load_pipeline(folder, "cpu", arguments.dtype)
+    if pipe.kind != "class_patch":
+        raise ValueError(f"--model {arguments.model}: a {pipe.kind} model; measure classes looks at models of classes")
+    names, tokenizer = pipe.names, pipe.model.tokenizer
+    cache = Path(arguments.cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    dtype = quick_dtype("cpu")
+    features = Features(lite0_features(), cache, dtype)
+    train, test = (ShardDataset(ShardIndex.open(places)) for places in (arguments.train, arguments.test))
+    say("real pictures")
+    known = real_pictures(train, names.number, min(arguments.probe, len(train)), arguments.seed)
+    judged = real_pictures(test, names.number, 0, arguments.seed)
+    known_NF, judged_NF = features(known.levels_NHW3), features(judged.levels_NHW3)
+    probe = Probe(known_NF, known.class_N, len(names))
+
+    def row(name: str, pictures: Pictures, found_NF: Tensor, far: bool = True, **more: Any) -> Row:
+        right = probe.right(found_NF, pictures.class_N).float()
+        by_class = {names.name(c): float(right[pictures.class_N == c].mean()) for c in range(len(names))}
+        return Row(name, len(right), distance(found_NF, judged_NF) if far else None, float(right.mean()), by_class, **more)
+
+    count = min(arguments.pictures, len(known.class_N), len(judged.class_N))
+    rows = [row("test pictures", judged, judged_NF, far=False)]
+    rows.append(row("training pictures (floor)", Pictures(known.levels_NHW3[:count], known.class_N[:count]), known_NF[:count]))
+    say("reconstructions")
+    some = Pictures(
+        judged.levels_NHW3[:: len(judged.class_N) // count][:count], judged.class_N[:: len(judged.class_N) // count][:count]
+    )
+    back = Pictures(_reconstructed(tokenizer, some.levels_NHW3), some.class_N)
+    rows.append(row("reconstructions of test pictures", back, features(back.levels_NHW3)))
+    settings = {} if arguments.steps is None else {"num_inference_steps": arguments.steps}
+    if arguments.cfg_schedule is not None:
+        settings["cfg_schedule"] = arguments.cfg_schedule
+    generated = Generated(pipe, cache, fingerprint(folder), settings, arguments.seed)
+    for guidance in arguments.guidance:
+        say(f"guidance {guidance:g}")
+        pictures, speed = generated.make(arguments.pictures, guidance)
+        found = row(
+            f"generated, guidance {guidance:g}", pictures, features(pictures.levels_NHW3), guidance=guidance, pictures_per_s=speed
+        )
+        rows.append(found)
+        if arguments.grid is not None:
+            first = [c + len(names) * k for c in range(len(names)) for k in range(SHOWN)]
+            path = Path(arguments.grid)
+            path = path.with_name(f"{path.stem}-{guidance:g}{path.suffix}") if len(arguments.guidance) > 1 else path
+            write_png(grid(list(map(Image.fromarray, pictures.levels_NHW3[first])), columns=SHOWN * 5), path)
+    return {
+        "model": str(arguments.model),
+        "fingerprint": fingerprint(folder),
+        "features": f"EfficientNet-Lite0, 1280, {dtype}",
+        "probe": {"pictures": len(known.class_N), "accuracy": rows[0].right},
+        "seed": arguments.seed,
+        "steps": generated.pipe.model.defaults.get("num_inference_steps") if arguments.steps is None else arguments.steps,
+        "date": date.today().isoformat(),
+        "rows": [asdict(found) for found in rows],
+    }
+
+
+@torch.no_grad()
+def _reconstructed(tokenizer: Any, levels_NHW3: np.ndarray) -> np.ndarray:
+    parts = []
+    for part in torch.from_numpy(levels_NHW3).split(BATCH):
+        bits_BChw = encode_pictures(tokenizer, part.permute(0, 3, 1, 2).float() / 127.5 - 1)
+        parts.append(to_uint8(decode_pictures(tokenizer, bits_BChw)).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows for people, as Markdown."""
+    lines = ["| pictures | count | distance | class right | pictures/s |", "|---|---:|---:|---:|---:|"]
+    for row in found["rows"]:
+        far = "–" if row["distance"] is None else f"{row['distance']:.2f}"
+        speed = "–" if row["pictures_per_s"] is None else f"{row['pictures_per_s']:.1f}"
+        lines.append(f"| {row['name']} | {row['count']:,} | {far} | {row['right']:.1%} | {speed} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Distance and class right against guidance. ModuleNotFoundError where matplotlib is missing."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = sorted((row for row in found["rows"] if row["guidance"] is not None), key=lambda row: row["guidance"])
+    guidance = [row["guidance"] for row in rows]
+    figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    left.plot(guidance, [row["distance"] for row in rows], "o-", color="tab:blue")
+    left.set_xlabel("guidance")
+    left.set_ylabel("EfficientNet-Lite0 Fréchet distance (not FID)", color="tab:blue")
+    right = left.twinx()
+    right.plot(guidance, [row["right"] for row in rows], "s--", color="tab:orange")
+    right.set_ylabel("share of the class asked for (linear probe)", color="tab:orange")
+    right.set_ylim(0, 1)
+    left.set_title(f"{rows[0]['count']:,} pictures for each guidance, {found['steps']} steps, seed {found['seed']}", fontsize=9)
+    with whole_file(path) as working:
+        figure.savefig(working, dpi=120, format="png")
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`bitdance measure classes`; 0. ValueError and FileNotFoundError are the user's to mend."""
+    parser = Parser(prog="bitdance measure classes", description="Class-conditional models beside real pictures.")
+    parser.add_argument("--model", required=True, help="a model folder of kind class_patch")
+    parser.add_argument(
+        "--train", nargs="+", required=True, metavar="SHARDS", help="real pictures with classes, for the probe and the floor"
+    )
+    parser.add_argument("--test", nargs="+", required=True, metavar="SHARDS", help="real pictures with classes, to compare with")
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="one or several: a sweep (default: 1)")
+    parser.add_argument("--cfg-schedule", choices=["linear", "constant"], help="default: the model's")
+    parser.add_argument("--steps", type=int, help="solver steps per block (default: the model's)")
+    parser.add_argument("--pictures", type=int, default=5000, help="of each set (default: 5000)")
+    parser.add_argument("--probe", type=int, default=10_000, help="training pictures that the probe learns from (default: 10000)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
+    parser.add_argument("--dtype", default="float32", help="of the model: float32 (default), bfloat16, or auto")
+    parser.add_argument(
+        "--cache", default="runs/measure-classes", help="folder for pictures and features (default: runs/measure-classes)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw distance and class right against guidance")
+    parser.add_argument("--grid", type=Path, metavar="FILE.png", help="some pictures of every class")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = parser.parse_args(argv)
+    if arguments.pictures < 2 or min(arguments.guidance) < 0:
+        raise ValueError(
+            f"--pictures {arguments.pictures}, --guidance {arguments.guidance}: at least 2 pictures and no negative guidance"
+        )
+    found = measure(arguments, lambda text: print(printable(text), file=sys.stderr, flush=True))
+    if arguments.plot is not None:
+        plot(found, arguments.plot)
+    print(json.dumps(found, indent=1) if arguments.json else table(found))
+    return 0
