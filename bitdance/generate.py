@@ -10,15 +10,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bitdance.block_sampler import BlockSampler
-from bitdance.mask import dense_mask
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.sampler import Noise, draws
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
-from bitdance.offload import Phase
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
-from bitdance.sampler import Noise, draws
-from bitdance.sampling import Sampling
+from bitdance.networks.offload import Phase
+from bitdance.sequence.mask import dense_mask
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
 from lfq_tokenizer.binary import binarize_unchecked, check_lost
 
 OnBlock = Callable[[int, int, Tensor], None]
@@ -43,7 +43,7 @@ def generate_bits(
     stochastic step, so it does not depend on its neighbours. `noise` replaces these draws by given ones of shape
     (B,P,C). `on_block(done, M, bits_BChw)` is called after each block, unfinished positions being 0; what it raises ends
     the run. The backbone is called M times. `block_sampler`, kept from call to call, is what is compiled only once.
-    `enter(phase)` comes before the prompt and before the loop and may move weights (`bitdance.offload`).
+    `enter(phase)` comes before the prompt and before the loop and may move weights (`bitdance.networks.offload`).
     ValueError for an unnamed grid or a count of generators that is not the count of prompts.
     """
     if len(generators) != len(prompts) or not prompts:

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bitdance.sizes import EXTRAS_FILE, read_extras
+from bitdance.folder.parts import EXTRAS_FILE, read_extras
 from bitdance.values import shown
 from lfq_tokenizer.files import check_links
 

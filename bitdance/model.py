@@ -4,8 +4,10 @@ B rows, L sequence, F = B·L flat positions, N image tokens, G generated ones, R
 block, T predicted text tokens, C bits per token, D hidden size.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import cross_entropy
 
-from bitdance.backbone import Backbone
-from bitdance.flips import flip_bits
-from bitdance.head import BinaryDiffusionHead, draw_noise
-from bitdance.mask import dense_mask, flex_mask_mod
-from bitdance.positions import sincos_2d
-from bitdance.projector import Projector
-from bitdance.prompt import SpecialTokens
-from bitdance.sequence import TrainingBatch
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, draw_noise
+from bitdance.networks.backbone import Backbone
+from bitdance.networks.projector import Projector
+from bitdance.sequence.batch import TrainingBatch
+from bitdance.sequence.mask import dense_mask, flex_mask_mod
+from bitdance.sequence.perturbation import flip_bits
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import SpecialTokens
 
 if TYPE_CHECKING:
     from lfq_tokenizer import LFQTokenizer
@@ -61,8 +63,15 @@ class BitDanceModel(nn.Module):
         projector: Projector,
         backbone: Backbone,
         head: BinaryDiffusionHead,
+        extras: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """`extras` is the content of `bitdance.json`, kept to be written again; `folder` is where the weights come from, None
+        where they come from nowhere. `quantized` names the parts in 8 or 4 bits, with their kind."""
         super().__init__()
+        self.extras: dict[str, Any] = dict(extras or {})
+        self.folder = folder
+        self.quantized: dict[str, str] = {}
         self.tokenizer = tokenizer
         self.text_tokenizer = text_tokenizer
         self.projector = projector
@@ -94,7 +103,7 @@ class BitDanceModel(nn.Module):
             raise ValueError(
                 f"the head predicts {config.parallel_num} tokens per step, which needs {config.parallel_num - 1} "
                 f"query tokens; the text tokenizer has {len(self.special.query_ids)} "
-                "(bitdance.prompt.add_image_tokens adds more)"
+                "(bitdance.sequence.prompt.add_image_tokens adds more)"
             )
 
     @property

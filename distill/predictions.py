@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from bitdance.model import Attention
-from bitdance.patches import PatchPlan
-from bitdance.sequence import ImagePiece
+from bitdance.sequence.batch import ImagePiece
+from bitdance.sequence.patches import PatchPlan
 from distill.desk import Desk
 from distill.targets import Targets, cached_draws, settings
 from distill.teacher import Teacher

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.draws import ImageDraws
-from bitdance.head import HeadConfig
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch
+from bitdance.sequence.noise import ImageDraws
 from lfq_tokenizer.json_file import parse_json
 from stages.data.shards import Sample
 from stages.generator.documents import Drawn

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bitdance.checkpoint import load_model
-from bitdance.fingerprint import fingerprint
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.fingerprint import fingerprint
 from bitdance.model import Attention, BitDanceModel
-from bitdance.sequence import TrainingBatch
+from bitdance.sequence.batch import TrainingBatch
 from distill.config import DistillTraining
 from distill.view import TeacherView
 from lfq_tokenizer.entropy import without_autocast

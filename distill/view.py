@@ -13,10 +13,10 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from bitdance.draws import ImageDraws
 from bitdance.model import BitDanceModel
-from bitdance.prompt import SpecialTokens, unconditional_ids
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.noise import ImageDraws
+from bitdance.sequence.prompt import SpecialTokens, unconditional_ids
 from stages.generator.documents import Drawn
 
 

@@ -1,4 +1,4 @@
-"""Training checkpoint or model folder → a model folder in a layout of `bitdance.formats`.
+"""Training checkpoint or model folder → a model folder in a layout of `bitdance.folder`.
 
 Tensors are streamed from file to file; only the merging of an adapter holds a whole model.
 """
@@ -12,11 +12,12 @@ from typing import Literal
 
 import torch
 
-from bitdance.checkpoint import resolve, save_model
-from bitdance.formats import Source, convert
-from bitdance.formats.conversion import DTYPES
-from bitdance.formats.source import AUTOENCODER
-from bitdance.formats.stored import pieces
+from bitdance.folder.checkpoint import save_model
+from bitdance.folder.config import resolve
+from bitdance.folder.conversion import DTYPES, convert
+from bitdance.folder.parts import TOKENIZER
+from bitdance.folder.source import Source
+from bitdance.folder.stored import pieces
 from lfq_tokenizer.files import check_room, clear_leftovers, fsync, temporary_beside, whole_folder
 from lfq_tokenizer.json_file import read_json
 from stages import checkpoint
@@ -121,7 +122,7 @@ def export_adapter(path: Path, out: Path) -> None:
 
 
 def _take_decoder(source: Source, other: Source, place: Path) -> None:
-    own, theirs = source.parts[AUTOENCODER], other.parts[AUTOENCODER]
+    own, theirs = source.parts[TOKENIZER], other.parts[TOKENIZER]
     shapes = [{name: held.shape for name, held in tensors.items()} for tensors in (own, theirs)]
     encoder = [name for name in own if name.startswith("encoder.")]
     if shapes[0] != shapes[1] or not all(
@@ -133,4 +134,4 @@ def _take_decoder(source: Source, other: Source, place: Path) -> None:
             f"--decoder {place}: its encoder is not the one that the model was trained with, so its decoder reads other bits; "
             "train the decoder with tokenizer.freeze_encoder"
         )
-    source.parts[AUTOENCODER] = {**own, **{name: held for name, held in theirs.items() if name.startswith("decoder.")}}
+    source.parts[TOKENIZER] = {**own, **{name: held for name, held in theirs.items() if name.startswith("decoder.")}}

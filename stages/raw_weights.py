@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitdance.formats.source import AUTOENCODER, HEAD, PROJECTOR, TEXT, Source
-from bitdance.formats.stored import Held, Stored, open_stored, read_metadata
+from bitdance.folder import parts
+from bitdance.folder.source import Source
+from bitdance.folder.stored import Held, Stored, open_stored, read_metadata
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
 from stages.resume_state import read_places
 
 KINDS = ("weight", "frozen", "buffer")
 # What the modules of the recipes call the parts. The tokenizer of a generator's run does not train: it stays as model/ has it.
-GENERATOR = {TEXT: "model.backbone.lm.", HEAD: "model.head.", PROJECTOR: "model.projector."}
-TOKENIZER = {AUTOENCODER: "tokenizer."}
+GENERATOR = {parts.BACKBONE: "model.backbone.lm.", parts.HEAD: "model.head.", parts.PROJECTOR: "model.projector."}
+TOKENIZER = {parts.TOKENIZER: "tokenizer."}
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class Joined:
         return self.stretches[0][1].dtype
 
     def read(self, start: int, stop: int) -> Tensor:
-        parts, wanted = [], start
+        pieces, wanted = [], start
         for first, held in self.stretches:
             last = min(first + held.shape[0], stop)
             if first <= wanted < last:
-                parts.append(held.read(wanted - first, last - first))
+                pieces.append(held.read(wanted - first, last - first))
                 wanted = last
-        return torch.cat(parts)
+        return torch.cat(pieces)
 
 
 def take_raw_weights(source: Source, checkpoint: Path) -> None:

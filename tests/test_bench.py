@@ -16,19 +16,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance import BitDancePipeline
 from bitdance.bench.measure import pipeline, take_turns, yardstick
-from bitdance.bench.peak import Peak, measure_peak
+from bitdance.bench.models import bare_model, random_model
 from bitdance.bench.phases import PHASES
 from bitdance.bench.plain import generate_plain
-from bitdance.bench.shapes import SHAPES, Shape, bare_model, random_model
-from bitdance.bench.work import Order, Work, evaluations, work
-from bitdance.block_sampler import BlockSampler
-from bitdance.checkpoint import DEMO, load_model
 from bitdance.cli import main
+from bitdance.costs.peak import Peak, measure_peak
+from bitdance.costs.shapes import SHAPES
+from bitdance.costs.work import Generation, Work, evaluations, work
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.config import ModelConfig
+from bitdance.folder.parts import DEMO
 from bitdance.generate import generate_bits
-from bitdance.head import HeadConfig
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
-from bitdance.prompt import conditional_ids, unconditional_ids
-from bitdance.sampling import Sampling
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 
 pytestmark = pytest.mark.slow
@@ -44,7 +47,7 @@ QWEN3 = {
     "head_dim": 16,
     "intermediate_size": 96,
 }
-TINY = Shape("tiny", QWEN3, HeadConfig(8, 64, 128, 2, 1, 4), TokenizerConfig(32, (2, 1, 1, 1), 1, 8), SIZE)
+TINY = ModelConfig("tiny", QWEN3, HeadConfig(8, 64, 128, 2, 1, 4), TokenizerConfig(32, (2, 1, 1, 1), 1, 8), SIZE)
 PLAIN_MLP = dataclasses.replace(TINY, head=dataclasses.replace(TINY.head, use_swiglu=False, time_shift=2.0))
 SAMPLINGS = [
     Sampling(3, 7.5),
@@ -59,9 +62,9 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def order_of(model: BitDanceModel, sampling: Sampling, batch: int, **changes: Any) -> Order:
+def order_of(model: BitDanceModel, sampling: Sampling, batch: int, **changes: Any) -> Generation:
     text = len(conditional_ids(model.text_tokenizer, PROMPT)), len(unconditional_ids(model.text_tokenizer))
-    return Order(*SIZE, batch, sampling, text, **{"itemsize": 4, **changes})
+    return Generation(*SIZE, batch, sampling, text, **{"itemsize": 4, **changes})
 
 
 @pytest.fixture
@@ -117,7 +120,7 @@ def test_random_weights_are_drawn_on_the_gpu_and_phases_are_timed_there() -> Non
 
 @pytest.mark.parametrize("shape", [TINY, PLAIN_MLP], ids=["swiglu", "mlp"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_operations_are_those_that_torch_counts(shape: Shape, sampling: Sampling) -> None:
+def test_operations_are_those_that_torch_counts(shape: ModelConfig, sampling: Sampling) -> None:
     model = random_model(shape, "cpu", torch.float32)
     sample, arguments = BlockSampler(model.head), (model, [PROMPT] * 2, 8, 4, sampling)
     generate_bits(*arguments, seeded(1, 2), block_sampler=sample)  # embeds the times
@@ -134,7 +137,7 @@ def test_operations_are_those_that_torch_counts(shape: Shape, sampling: Sampling
 
 @pytest.mark.parametrize("folder", [DEMO, GOLDEN / "t2i_ckpt"], ids=["demo", "golden"])
 def test_a_folder_has_the_shape_of_its_model(folder: Path) -> None:
-    shape, model = Shape.of_folder(folder), load_model(folder, "cpu", generation_only=True)
+    shape, model = ModelConfig.of_folder(folder), load_model(folder, "cpu", generation_only=True)
     for ours, theirs in zip(bare_model(shape).children(), model.children(), strict=True):
         assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
     attention = model.backbone.lm.base_model.layers[0].self_attn
@@ -311,6 +314,6 @@ def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.C
 def test_a_model_that_does_not_fit_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bitdance.cli.memory.free_main_memory", lambda root=Path("/"): 10**10)
+    monkeypatch.setattr("bitdance.costs.memory.free_main_memory", lambda root=Path("/"): 10**10)
     assert main(["bench", "--shape", "14b-64x", "--device", "cpu", "--dtype", "bfloat16"]) == 2
     assert "takes 32.1 GB of weights in bfloat16, and cpu has 10.0 GB free" in capsys.readouterr().err

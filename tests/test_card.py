@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from bitdance.card import UNKNOWN, card_text, facts_of, write_card
-from bitdance.checkpoint import DEMO
-from bitdance.formats import Source, convert
+from bitdance.folder.card import UNKNOWN, card_text, facts_of, write_card
+from bitdance.folder.conversion import convert
+from bitdance.folder.parts import DEMO
+from bitdance.folder.source import Source
 
 MODEL = Path(__file__).parent / "golden" / "t2i_ckpt"
 

@@ -20,8 +20,9 @@ from diffusers.utils import logging
 from golden_cases import GOLDEN
 
 from bitdance import BitDancePipeline
-from bitdance.checkpoint import DEMO
-from bitdance.formats import Source, convert
+from bitdance.folder.conversion import convert
+from bitdance.folder.parts import DEMO
+from bitdance.folder.source import Source
 from bitdance_diffusers import BitDanceDiffusionPipeline
 
 pytestmark = pytest.mark.slow

@@ -13,9 +13,9 @@ from tiny_model import BITS, QWEN3, tiny_model, tiny_text_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitdance.checkpoint import load_model, save_model
-from bitdance.draws import ImageDraws
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.folder.checkpoint import load_model, save_model
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.noise import ImageDraws
 from distill.cli import main
 from distill.config import DistillConfig, load_config
 from distill.growth import grow

@@ -8,7 +8,7 @@ import torch
 from test_distill_view import drawn, view_of
 from tiny_model import tiny_model
 
-from bitdance.sequence import ImagePiece
+from bitdance.sequence.batch import ImagePiece
 from distill.growth import grow
 from distill.targets import MAGIC, Targets, cached_draws, joined, settings, with_cached_draws
 from distill.teacher import Teacher

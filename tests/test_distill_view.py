@@ -8,12 +8,12 @@ import torch
 from tiny_model import BITS, random_bits, tiny_model
 from torch import Tensor
 
-from bitdance.draws import ImageDraws
 from bitdance.model import BitDanceModel
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.prompt import conditional_ids, unconditional_ids
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.noise import ImageDraws
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from distill.growth import grow
 from distill.teacher import Teacher
 from distill.view import TeacherView, teacher_view

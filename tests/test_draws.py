@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_model import BITS, random_bits, tiny_model
 
-from bitdance.draws import ImageDraws
-from bitdance.prompt import conditional_ids
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.noise import ImageDraws
+from bitdance.sequence.prompt import conditional_ids
 
 MODEL = tiny_model(diff_batch_mul=2)
 SIZES = [(4, 4), (2, 6), (8, 4), (2, 2), (4, 4), (6, 6)]

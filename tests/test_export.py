@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from test_debug_run import place  # noqa: F401 (a fixture)
 from torch import Tensor
 
-import bitdance.formats.conversion
+import bitdance.folder.conversion
 import stages.cli
-from bitdance.checkpoint import DEMO, load_model, save_model
-from bitdance.formats import Source, convert
-from bitdance.formats.stored import open_stored, pieces
+from bitdance.folder.checkpoint import load_model, save_model
+from bitdance.folder.conversion import convert
+from bitdance.folder.parts import DEMO
+from bitdance.folder.source import Source
+from bitdance.folder.stored import open_stored, pieces
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import write_safetensors
 from stages import checkpoint
@@ -149,7 +151,7 @@ def checkpoint_of(run: Path, world: int, zero: int) -> tuple[Path, dict[str, Ten
     return checkpoint.save(run, 7, write, keep=1), raw
 
 
-PREFIXES = {"text_encoder": "model.backbone.lm.", "diffusion_head": "model.head.", "projector": "model.projector."}
+PREFIXES = {"backbone": "model.backbone.lm.", "head": "model.head.", "projector": "model.projector."}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +265,7 @@ def test_a_full_destination_stays_and_a_failing_disk_leaves_nothing(tmp_path: Pa
     assert "not empty" in refused(capsys, tmp_path / "full", PUBLISHED, tmp_path / "full")
     usage = shutil.disk_usage(tmp_path)._replace(free=10**5)
     with monkeypatch.context() as patch:
-        patch.setattr(bitdance.formats.conversion.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(bitdance.folder.conversion.shutil, "disk_usage", lambda _: usage)
         assert "free; make room first" in refused(capsys, tmp_path / "out", PUBLISHED, tmp_path / "out")
     written: list[Path] = []
 
@@ -273,7 +275,7 @@ def test_a_full_destination_stays_and_a_failing_disk_leaves_nothing(tmp_path: Pa
         if len(written) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bitdance.formats.conversion, "write_pieces", fail)
+    monkeypatch.setattr(bitdance.folder.conversion, "write_pieces", fail)
     assert "No space left" in refused(capsys, tmp_path / "out", PUBLISHED, tmp_path / "out")
     assert len(written) == 3
 
@@ -296,14 +298,14 @@ SHARDS, SHARD = 8, 64 * 2**20
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from bitdance.formats.conversion import convert
-from bitdance.formats.source import Source
-from bitdance.formats.stored import open_stored, pieces
+from bitdance.folder.conversion import convert
+from bitdance.folder.source import Source
+from bitdance.folder.stored import open_stored, pieces
 def peak():  # not that of getrusage, which begins with the peak of the process that started this one
     return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 folder = Path(sys.argv[1])
 files = sorted(folder.glob("model-*.safetensors"))
-source = Source(folder, {"text_encoder": {name: held for path in files for name, held in open_stored(path).items()}})
+source = Source(folder, {"backbone": {name: held for path in files for name, held in open_stored(path).items()}})
 torch.zeros(2**20).to(torch.bfloat16).isfinite().all()
 before = peak()
 convert(source, Path(sys.argv[2]), "official", torch.bfloat16 if sys.argv[3] == "bf16" else None, shard_bytes=int(sys.argv[4]))

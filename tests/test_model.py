@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny_model import BITS, HIDDEN, random_bits, tiny_backbone, tiny_model, tiny_text_tokenizer
 
-from bitdance.flips import flip_bits
-from bitdance.head import BinaryDiffusionHead, HeadConfig
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.projector import Projector
-from bitdance.prompt import build_text_tokenizer
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.networks.projector import Projector
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.perturbation import flip_bits
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import build_text_tokenizer
 
 
 def seeded(seed: int = 0) -> torch.Generator:

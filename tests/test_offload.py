@@ -5,7 +5,7 @@ import torch
 
 from bitdance import BitDancePipeline
 from bitdance.model import BitDanceModel
-from bitdance.offload import PhaseOffload
+from bitdance.networks.offload import PhaseOffload
 
 pytestmark = pytest.mark.slow
 

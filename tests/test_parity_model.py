@@ -6,16 +6,16 @@ import pytest
 import torch
 from golden_cases import GOLDEN, case, meta
 
-from bitdance.backbone import Backbone
-from bitdance.flips import flip_bits
-from bitdance.head import BinaryDiffusionHead, HeadConfig
-from bitdance.mask import dense_mask
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.projector import Projector
-from bitdance.prompt import conditional_ids, unconditional_ids
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.networks.backbone import Backbone
+from bitdance.networks.projector import Projector
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.mask import dense_mask
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.perturbation import flip_bits
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.weights import load_strict, read_safetensors

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import stages.cli
-from bitdance.draws import ImageDraws
-from bitdance.head import HeadConfig
+from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.noise import ImageDraws
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.text import time_text
 from stages.config import DataConfig, DeepSpeedConfig, GeneratorTraining, RunConfig, TrainingConfig, load_config
@@ -87,7 +87,7 @@ def test_flops_are_those_that_torch_counts(frozen: tuple[str, ...]) -> None:
 
 
 def test_pairs_are_those_of_the_mask() -> None:
-    from bitdance.mask import dense_mask
+    from bitdance.sequence.mask import dense_mask
 
     model = tiny_model(P=4)
     batch = build_batch([[TextPiece([5] * 7), ImagePiece(torch.ones(BITS, 6, 4))]], 2, model.special)

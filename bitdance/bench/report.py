@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitdance.bench.peak import Peak
 from bitdance.bench.phases import PHASES
-from bitdance.bench.work import Work
+from bitdance.costs.peak import Peak
+from bitdance.costs.work import Work
 
 COLUMNS = ("phase", "seconds", "share", "GFLOP", "GB", "GFLOP/s", "of peak", "GB/s", "of copy", "floor s", "reached")
 

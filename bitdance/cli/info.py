@@ -27,7 +27,8 @@ def run(argv: Sequence[str]) -> int:
             raise UsageError(f"--prompts lists what a model knows; {options.what} is a picture")
         return _show(_picture(path), options)
 
-    from bitdance.checkpoint import HEAD_CONFIG, TOKENIZER_CONFIG, read_extras, resolve
+    from bitdance.folder.config import resolve
+    from bitdance.folder.parts import HEAD_CONFIG, TOKENIZER_CONFIG, read_extras
 
     folder = resolve(options.what)
     if options.prompts:
@@ -48,8 +49,8 @@ def _picture(path: Path) -> dict[str, Any]:
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
     """Of a folder that holds a tokenizer and nothing else, as training and converting one leave it."""
-    from bitdance.checkpoint import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS
-    from bitdance.fingerprint import fingerprint
+    from bitdance.folder.fingerprint import fingerprint
+    from bitdance.folder.parts import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS
     from lfq_tokenizer import TokenizerConfig
     from lfq_tokenizer.json_file import read_json
     from lfq_tokenizer.weights import read_shapes

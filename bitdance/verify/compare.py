@@ -8,10 +8,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bitdance.checkpoint import LM_CONFIG
+from bitdance.folder.parts import HEAD_CONFIG, LM_CONFIG, TOKENIZER_CONFIG
+from bitdance.folder.stored import PIECE
 from bitdance.foreign import load_text_tokenizer
-from bitdance.formats.stored import PIECE
-from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
 from bitdance.verify.examine import Place, places_of
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed

@@ -11,21 +11,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bitdance.bench.shapes import SHAPES
-from bitdance.checkpoint import (
-    HEAD_WEIGHTS,
+from bitdance.costs.shapes import SHAPES
+from bitdance.folder.config import check_folder
+from bitdance.folder.fingerprint import fingerprint
+from bitdance.folder.parts import (
+    HEAD,
+    HEAD_CONFIG,
     LM_CONFIG,
     LM_INDEX,
     LM_WEIGHTS,
-    PROJECTOR_WEIGHTS,
-    TOKENIZER_WEIGHTS,
-    check_folder,
+    PROJECTOR,
+    STEMS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    part_files,
+    weight_files,
 )
-from bitdance.cli.model_files import parts
-from bitdance.fingerprint import fingerprint
-from bitdance.formats.stored import PIECE
-from bitdance.head import HeadConfig
-from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
+from bitdance.folder.stored import PIECE
+from bitdance.heads.diffusion.network import HeadConfig
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.files import sha256
 from lfq_tokenizer.json_file import read_json
@@ -138,9 +141,9 @@ def value_range(tensor: Tensor) -> tuple[float, float, int]:
 def places_of(folder: Path) -> dict[tuple[str, str], Place]:
     """(part, name) → where it lies, for every tensor of a folder that `check_folder` accepts."""
     return {
-        (part.name, name): Place(part.name, name, file)
-        for part in parts(folder)
-        for file in part.files
+        (part, name): Place(part, name, file)
+        for part, files in part_files(folder).items()
+        for file in files
         for name in read_shapes(file)
     }
 
@@ -150,7 +153,7 @@ def _structure(folder: Path) -> tuple[list[str], list[str]]:
     problems: list[str] = []
     warnings: list[str] = []
     try:
-        files = {file for part in parts(folder) for file in part.files}
+        files = {file for listed_files in part_files(folder).values() for file in listed_files if file.is_file()}
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         files = set()  # a file is missing or broken, which check_folder says better
     try:
@@ -190,14 +193,10 @@ def _readable(parts_of: Mapping[str, list[Path]], problems: list[str]) -> Iterat
 
 def _files(folder: Path) -> dict[str, list[Path]]:
     """Part → its files, also where the folder is incomplete."""
-    named = {"head": HEAD_WEIGHTS, "projector": PROJECTOR_WEIGHTS, "tokenizer": TOKENIZER_WEIGHTS}
-    backbone = [folder / LM_WEIGHTS]
-    if not backbone[0].is_file() and (folder / LM_INDEX).is_file():
-        try:
-            backbone = [folder / file for file in sorted(set(read_weight_map(folder / LM_INDEX).values()))]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            backbone = []
-    return {"backbone": backbone, **{part: [folder / file] for part, file in named.items()}}
+    try:
+        return part_files(folder)
+    except (ValueError, KeyError, TypeError, AttributeError):  # of the backbone's index, which has been told of
+        return {part: weight_files(folder, STEMS[part]) for part in (HEAD, PROJECTOR, TOKENIZER)}
 
 
 def _tensors(places: list[Place]) -> Iterator[tuple[Place, Tensor]]:

@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitdance.draws import ImageDraws
-from bitdance.head import HeadConfig
-from bitdance.patches import PatchPlan
-from bitdance.prompt import SpecialTokens, conditional_ids, unconditional_ids
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.noise import ImageDraws
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.prompt import SpecialTokens, conditional_ids, unconditional_ids
 from lfq_tokenizer import LFQTokenizer
 from stages.config import GeneratorTraining
 from stages.data.buckets import Buckets, fit

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from bitdance.draws import ImageDraws
-from bitdance.head import HeadConfig
-from bitdance.sequence import TrainingBatch
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.sequence.batch import TrainingBatch
+from bitdance.sequence.noise import ImageDraws
 from lfq_tokenizer import TokenizerConfig
 from stages.config import DataConfig, DeepSpeedConfig, GeneratorTraining, RunConfig, TrainingConfig
 from stages.plan import memory

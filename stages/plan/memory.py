@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bitdance.draws import ImageDraws
 from bitdance.model import BitDanceModel
-from bitdance.sequence import TrainingBatch
+from bitdance.sequence.batch import TrainingBatch
+from bitdance.sequence.noise import ImageDraws
 from lfq_tokenizer import LFQTokenizer
 from stages.config import DeepSpeedConfig, GeneratorTraining
 from stages.plan.shape import Shape

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitdance.flips import draw_flips
-from bitdance.head import draw_noise
+from bitdance.heads.diffusion.network import draw_noise
 from bitdance.kinds.class_patch.config import ClassPatchConfig
+from bitdance.sequence.perturbation import draw_flips
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from bitdance.fingerprint import fingerprint_of
-from bitdance.formats.stored import open_stored
+from bitdance.folder.fingerprint import fingerprint_of
+from bitdance.folder.parts import TOKENIZER_CONFIG
+from bitdance.folder.stored import open_stored
 from bitdance.kinds.class_patch.config import ClassPatchConfig, published_name
 from bitdance.kinds.class_patch.folder import CLASSES, CONFIG, KIND, WEIGHTS, check_folder
-from bitdance.sizes import TOKENIZER_CONFIG
 from bitdance.verify.compare import compared
 from bitdance.verify.examine import TOKENIZERS, Place, examined
 from lfq_tokenizer import TokenizerConfig

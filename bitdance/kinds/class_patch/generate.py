@@ -9,10 +9,10 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from bitdance.block_sampler import BlockSampler
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.sampler import draws
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import ClassSettings
-from bitdance.sampler import draws
 from lfq_tokenizer.binary import binarize_unchecked, check_lost
 
 OnBlock = Callable[[int, int, Tensor], None]
