@@ -21,9 +21,9 @@ from tqdm import tqdm
 from bitdance.cli import UsageError, report
 from bitdance.cli.generate import conclude, parser, read_spec
 from bitdance.cli.stop import Stopped, StopSignals
-from bitdance.runs.batches import BatchRunner, RunSpec
-from bitdance.runs.jobs import Job, batches
-from bitdance.runs.outputs import OutputFolder
+from bitdance.jobs.job import Job, batches
+from bitdance.jobs.outputs import OutputFolder
+from bitdance.jobs.runner import BatchRunner, RunSpec
 
 BATCHES = 4  # a worker gets so many at a time: inside, writing one overlaps with making the next
 

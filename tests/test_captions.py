@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bitdance.runs.prompt_file import read_requests
+from bitdance.jobs.prompt_file import read_requests
 from lfq_tokenizer import limits
 from stages.data.caption_text import BrokenCaption, captions_of_record, captions_of_text, captions_of_value
 from stages.data.folder import FolderOptions, FolderSource

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import bitdance.cli
-import bitdance.runs.outputs
+import bitdance.jobs.outputs
 from bitdance import BitDancePipeline
 from bitdance.cli import main
 from bitdance.costs.memory import free_main_memory
@@ -229,14 +229,14 @@ def test_a_signal_stops_after_saving(
 def test_a_signal_while_writing_loses_nothing_that_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_png = bitdance.runs.outputs.write_png
+    write_png = bitdance.jobs.outputs.write_png
 
     def write(*arguments: Any) -> None:
         if not (tmp_path / "manifest.jsonl").exists():
             os.kill(os.getpid(), signal.SIGTERM)
         write_png(*arguments)
 
-    monkeypatch.setattr(bitdance.runs.outputs, "write_png", write)
+    monkeypatch.setattr(bitdance.jobs.outputs, "write_png", write)
     assert generate(tmp_path, "a", "b", "c", "--batch-size", "2") == 143
     assert [row["file"] for row in manifest(tmp_path)] == sorted(sums(tmp_path))
     assert len(sums(tmp_path)) >= 2  # the first batch was decoded when its first picture was written
@@ -249,7 +249,7 @@ def test_a_full_disk_ends_the_run_with_a_message(
     def write(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bitdance.runs.outputs, "write_png", write)
+    monkeypatch.setattr(bitdance.jobs.outputs, "write_png", write)
     assert generate(tmp_path, "a") == 1
     assert "No space left on device" in capfd.readouterr().err
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from bitdance.runs.jobs import Job, JobDefaults, Jobs, Request, batches, job_hash, parse_shard, requests_from_arguments, slug
-from bitdance.runs.prompt_file import read_requests, safe_name
+from bitdance.jobs.job import Job, JobDefaults, Jobs, Request, batches, job_hash, parse_shard, requests_from_arguments, slug
+from bitdance.jobs.prompt_file import read_requests, safe_name
 
 SETTINGS = JobDefaults(height=64, width=64, steps=2, guidance=1.0)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bitdance.runs.jobs import JobDefaults
-from bitdance.runs.prompt_file import PromptFile
+from bitdance.jobs.job import JobDefaults
+from bitdance.jobs.prompt_file import PromptFile
 from lfq_tokenizer import limits
 
 pytestmark = pytest.mark.slow
@@ -112,8 +112,8 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 
 MANY = """
 import sys, time
-from bitdance.runs.jobs import Jobs, JobDefaults
-from bitdance.runs.prompt_file import PromptFile
+from bitdance.jobs.job import Jobs, JobDefaults
+from bitdance.jobs.prompt_file import PromptFile
 def memory(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before, start = memory(), time.process_time()
 jobs = Jobs(PromptFile.open(sys.argv[1], None), JobDefaults(64, 64, 2, 1.0))

@@ -16,7 +16,7 @@ import pytest
 
 from bitdance import BitDancePipeline
 from bitdance.cli import main
-from bitdance.runs.jobs import JobDefaults, Jobs, requests_from_arguments
+from bitdance.jobs.job import JobDefaults, Jobs, requests_from_arguments
 
 pytestmark = pytest.mark.slow
 

@@ -16,15 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-import bitdance.runs.outputs
+import bitdance.jobs.outputs
 from bitdance import BitDancePipeline
 from bitdance.cli import main
 from bitdance.cli.generate import parser, read_spec
+from bitdance.jobs.job import Job
+from bitdance.jobs.outputs import OutputFolder
+from bitdance.jobs.runner import BatchRunner, BatchWriter, DecodeStream, RunSpec
 from bitdance.model import BitDanceModel
 from bitdance.picture import to_uint8
-from bitdance.runs.batches import BatchRunner, BatchWriter, DecodeStream, RunSpec
-from bitdance.runs.jobs import Job
-from bitdance.runs.outputs import OutputFolder
 from bitdance.sequence.prompt import conditional_ids
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 
@@ -102,7 +102,7 @@ def test_shards_stopped_and_resumed_give_the_files_of_one_run(
 ) -> None:
     arguments = [*PROMPTS, "--seed", "1", "2", "--batch-size", "2"]
     assert generate(tmp_path / "whole", *arguments) == 0
-    write_png = bitdance.runs.outputs.write_png
+    write_png = bitdance.jobs.outputs.write_png
     written: list[Any] = []
 
     def write(*found: Any) -> None:
@@ -112,7 +112,7 @@ def test_shards_stopped_and_resumed_give_the_files_of_one_run(
         written.append(found[1])
         write_png(*found)
 
-    monkeypatch.setattr(bitdance.runs.outputs, "write_png", write)
+    monkeypatch.setattr(bitdance.jobs.outputs, "write_png", write)
     for shard in range(3):
         codes: list[int] = []
         while not codes or codes[-1]:
@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_batch_in_the_loop(tmp_path: Path, pipe: BitDancePi
         failed.set()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bitdance.runs.outputs, "write_png", write)
+    monkeypatch.setattr(bitdance.jobs.outputs, "write_png", write)
     order = ordered(tmp_path, *"abcdef", "--batch-size", "2")
 
     def before(_: Sequence[str]) -> None:

@@ -21,15 +21,15 @@ from bitdance.cli import Parser, UsageError, print_page, report
 from bitdance.cli.options import DTYPE_HELP, DTYPE_NAMES, PRESETS, QUANTIZE, QUANTIZE_HEAD, SAMPLERS
 from bitdance.cli.progress import Progress
 from bitdance.cli.stop import Stopped, StopSignals
-from bitdance.runs.jobs import Job, JobDefaults, Jobs, Request, checked_prompt, parse_shard, requests_from_arguments
-from bitdance.runs.prompt_file import KEYS, PromptFile
+from bitdance.jobs.job import Job, JobDefaults, Jobs, Request, checked_prompt, parse_shard, requests_from_arguments
+from bitdance.jobs.prompt_file import KEYS, PromptFile
 from bitdance.values import check_interval, check_number, from_text, shown
 from lfq_tokenizer.files import DiskFull
 
 if TYPE_CHECKING:
     from bitdance.folder.adapters import Adapter
-    from bitdance.runs.batches import RunSpec
-    from bitdance.runs.outputs import Failures, OutputFolder
+    from bitdance.jobs.outputs import Failures, OutputFolder
+    from bitdance.jobs.runner import RunSpec
 
 BATCH_SIZE = 8
 WINDOW = 4096  # jobs that are sorted into batches together
@@ -54,8 +54,8 @@ def run(argv: Sequence[str]) -> int:
 
 def make(spec: "RunSpec") -> int:
     """Make what is missing. 0 all done, 1 some failed (failures.jsonl), 128 + signal when stopped."""
-    from bitdance.runs.batches import BatchRunner
-    from bitdance.runs.outputs import OutputFolder
+    from bitdance.jobs.outputs import OutputFolder
+    from bitdance.jobs.runner import BatchRunner
 
     output = OutputFolder(spec.output, spec.model, spec.shard)
     output.check_writable()
@@ -163,9 +163,9 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
 
     from bitdance.folder.config import resolve  # torch only now
     from bitdance.generator import module_of
+    from bitdance.jobs.runner import RunSpec
     from bitdance.networks.precision import resolve_dtype, usable_device
     from bitdance.networks.quantize import check_kinds
-    from bitdance.runs.batches import RunSpec
 
     folder = resolve(model)
     rules = module_of(folder).rules(folder)

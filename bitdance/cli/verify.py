@@ -117,7 +117,7 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
 
 def _prompts(options: argparse.Namespace) -> list[str]:
     """Those of the command line, [] where there are none."""
-    from bitdance.runs.prompt_file import PromptFile
+    from bitdance.jobs.prompt_file import PromptFile
     from bitdance.sequence.prompt import check_prompt
 
     if options.prompts:

@@ -12,10 +12,10 @@ from bitdance.folder.fingerprint import fingerprint
 from bitdance.folder.parts import file_sizes, parameters
 from bitdance.folder.sizes import Size, default_size, rule_of_folder, supported_sizes
 from bitdance.heads.diffusion.settings import Sampling, choose
+from bitdance.jobs.job import Request
+from bitdance.jobs.runner import RunSpec
 from bitdance.networks.precision import DTYPES
 from bitdance.pipeline import BitDancePipeline
-from bitdance.runs.batches import RunSpec
-from bitdance.runs.jobs import Request
 from bitdance.verify.compare import compare as compare
 from bitdance.verify.examine import examine as examine
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bitdance.runs.jobs import Request, checked_prompt, cut
+from bitdance.jobs.job import Request, checked_prompt, cut
 from bitdance.values import check_number, shown
 from lfq_tokenizer import limits
 from lfq_tokenizer.files import size_text

@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from bitdance.jobs.job import Job
 from bitdance.picture import grid, read_metadata, write_png
-from bitdance.runs.jobs import Job
 from lfq_tokenizer.files import clear_leftovers, fsync, write_text
 from lfq_tokenizer.lock import FolderLock
 
