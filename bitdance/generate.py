@@ -83,7 +83,8 @@ def generate_bits(
 
 
 def padded_length(tokens: int) -> int:
-    """Of a batch's prefixes, the longest of which has so many: few lengths, since some libraries keep a kernel for each."""
+    """The length of a batch's prefixes, the longest of which has so many tokens: few lengths, since some libraries keep a
+    kernel for each."""
     return -(-tokens // 16) * 16
 
 

@@ -132,7 +132,7 @@ class BitDancePipeline(PictureCoding):
         return {name: getattr(self.model, name) for name in names}
 
     def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
-        """From now on the model lies in main memory, and `device` holds what a phase needs: LLM and head for prompt and loop,
+        """Move the model to main memory, and what a phase needs to `device` for that phase: LLM and head for prompt and loop,
         the decoder at the end (`bitdance.networks.offload`). Costs one copy of the LLM per call. ValueError for an unusable
         device."""
         try:

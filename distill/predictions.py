@@ -57,9 +57,9 @@ class Predictions:
         seed = int(torch.randint(2**53, (), generator=generator))
         document = desk.documents.document(sample, place.resolution, caption, 0.0, generator)
         text, image = document.pieces
-        assert isinstance(image, ImagePiece) and image.draws is not None
-        draws = cached_draws(desk.head, image.bits_Chw[0].numel(), seed, image.draws.flipped_NC)
-        document = dataclasses.replace(document, pieces=[text, dataclasses.replace(image, draws=draws)])
+        assert isinstance(image, ImagePiece) and image.noise is not None
+        draws = cached_draws(desk.head, image.bits_Chw[0].numel(), seed, image.noise.flipped_NC)
+        document = dataclasses.replace(document, pieces=[text, dataclasses.replace(image, noise=draws)])
         return Asked(slot, seed, document, caption, sample.attributes)
 
     @torch.no_grad()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bitdance.folder import parts
-from bitdance.folder.source import Source
-from bitdance.folder.stored import Held, Stored, open_stored, read_metadata
+from bitdance.folder.source import StoredModel
+from bitdance.folder.stored import LazyTensor, StoredTensor, open_stored, read_metadata
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
 from stages.resume_state import read_places
@@ -28,7 +28,7 @@ class Joined:
     """A parameter in stretches (start, numbers), which together cover it."""
 
     shape: tuple[int, ...]
-    stretches: tuple[tuple[int, Stored], ...]
+    stretches: tuple[tuple[int, StoredTensor], ...]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,7 +44,7 @@ class Joined:
         return torch.cat(pieces)
 
 
-def take_raw_weights(source: Source, checkpoint: Path) -> None:
+def take_raw_weights(source: StoredModel, checkpoint: Path) -> None:
     """Let `source`, the model of a checkpoint, hold the weights that its resume state has.
 
     ValueError lists the first ten parameters that are missing, of another size, or of which a process's part is missing.
@@ -53,7 +53,7 @@ def take_raw_weights(source: Source, checkpoint: Path) -> None:
     files = sorted(folder.glob("learner_*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no learner_*.safetensors; --weights raw needs the resume state, --weights ema does not")
-    stretches: dict[str, list[tuple[int, Stored]]] = {}
+    stretches: dict[str, list[tuple[int, StoredTensor]]] = {}
     sizes: dict[str, int] = {}
     for path in files:
         places = read_places(read_metadata(path), path)
@@ -64,7 +64,7 @@ def take_raw_weights(source: Source, checkpoint: Path) -> None:
             stretches.setdefault(saved, []).append((start, part))
     wrong = []
     for of, prefix in (GENERATOR if source.is_pipeline() else TOKENIZER).items():
-        found: dict[str, Held] = {}
+        found: dict[str, LazyTensor] = {}
         for name, held in source.parts[of].items():
             key = next((key for kind in KINDS if (key := f"{kind}/{prefix}{name}") in stretches), "")
             if not key:
@@ -88,7 +88,7 @@ def take_raw_weights(source: Source, checkpoint: Path) -> None:
         )
 
 
-def _covered(stretches: list[tuple[int, Stored]]) -> int:
+def _covered(stretches: list[tuple[int, StoredTensor]]) -> int:
     """How many numbers from the first on are there without a gap."""
     end = 0
     for start, held in sorted(stretches, key=lambda stretch: stretch[0]):

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance import BitDancePipeline
-from bitdance.bench.measure import pipeline, take_turns, yardstick
+from bitdance.bench.measure import baseline, pipeline, take_turns
 from bitdance.bench.models import bare_model, random_model
 from bitdance.bench.phases import PHASES
 from bitdance.bench.plain import generate_plain
@@ -154,11 +154,11 @@ def test_every_call_reads_its_weights_once() -> None:
 
 
 def test_quantised_weights_are_fewer_bytes_and_the_same_operations(capsys: pytest.CaptureFixture[str]) -> None:
-    def floor(*quantised: str) -> Any:
+    def roofline(*quantised: str) -> Any:
         assert main(["bench", "--shape", "14b-64x", "--floor", "790e12,4.3e12", "--json", *quantised]) == 0
         return json.loads(capsys.readouterr().out)["runs"][0]["phases"]
 
-    whole, small = floor(), floor("--quantize", "int4", "--quantize-head", "int8")
+    whole, small = roofline(), roofline("--quantize", "int4", "--quantize-head", "int8")
     assert whole["total"]["flops"] == small["total"]["flops"]
     assert small["llm"]["bytes"] < 0.35 * whole["llm"]["bytes"]  # 4 bits of 16, and cache and activations as before
     assert 0.5 < small["head"]["bytes"] / whole["head"]["bytes"] < 0.65  # modulations and activations as before
@@ -172,8 +172,8 @@ def test_a_guidance_interval_saves_evaluations_of_the_other_branch() -> None:
 
 def test_a_floor_is_the_slower_of_arithmetic_and_memory() -> None:
     peak = Peak(100.0, 10.0)
-    assert Work(500, 10).floor(peak) == 5.0
-    assert Work(100, 40).floor(peak) == 4.0
+    assert Work(500, 10).roofline(peak) == 5.0
+    assert Work(100, 40).roofline(peak) == 4.0
 
 
 def test_peaks_are_measured() -> None:
@@ -196,7 +196,7 @@ def test_the_yardstick_makes_the_bits_that_users_get(P: int, swiglu: bool, time_
     head = dataclasses.replace(TINY.head, parallel_num=P, use_swiglu=swiglu, time_shift=time_shift)
     shape = dataclasses.replace(TINY, head=head)
     ours = pipeline(BitDancePipeline(random_model(shape, "cpu", torch.float32)), Sampling(4, 7.5), 128, 64, 2)
-    plain = yardstick(random_model(shape, "cpu", torch.float32), 4, 7.5, 128, 64, 2)
+    plain = baseline(random_model(shape, "cpu", torch.float32), 4, 7.5, 128, 64, 2)
     take_turns([plain, ours], 1)
     assert ours.bits is not None and plain.bits is not None
     assert torch.equal(ours.bits, plain.bits)
@@ -249,7 +249,7 @@ def test_the_command_says_it_all_as_json(capsys: pytest.CaptureFixture[str], few
         assert head["flops_per_s"] == pytest.approx(head["flops"] / head["seconds"])
         assert head["share_of_peak"] == pytest.approx(head["flops_per_s"] / found["peaks"][run["dtype"]]["flops_per_s"])
         assert total["seconds"] == run["seconds"] and total["share"] == 1
-    assert [stick["batch"] for stick in found["yardsticks"]] == [1, 2]
+    assert [plain_contender["batch"] for plain_contender in found["yardsticks"]] == [1, 2]
 
 
 def test_the_command_shows_tables_and_writes_a_file(
@@ -274,13 +274,13 @@ def test_a_floor_needs_no_model_and_no_machine(
     arguments = ["bench", "--shape", shape, "--floor", "790e12,4.3e12", "--batch", "1", "16"]
     assert main([*arguments, "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
-    floors = [run["phases"]["total"]["floor_seconds"] for run in runs]
-    assert [run["images_per_s"] for run in runs] == [pytest.approx(1 / floors[0]), pytest.approx(16 / floors[1])]
-    assert floors[0] < floors[1] < 16 * floors[0]
+    rooflines = [run["phases"]["total"]["floor_seconds"] for run in runs]
+    assert [run["images_per_s"] for run in runs] == [pytest.approx(1 / rooflines[0]), pytest.approx(16 / rooflines[1])]
+    assert rooflines[0] < rooflines[1] < 16 * rooflines[0]
     if shape == "14b-64x":
         # 64 × 51 evaluations read the head's 3.5 GB, 64 calls the 26.4 GB of the layers
         weights = (64 * 51 * 3.5e9 + 64 * 26.4e9) / 4.3e12
-        assert weights < floors[0] < 1.1 * weights
+        assert weights < rooflines[0] < 1.1 * weights
     assert main(arguments) == 0
     assert "floor s" in capsys.readouterr().out
 

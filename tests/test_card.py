@@ -12,7 +12,7 @@ import yaml
 from bitdance.folder.card import UNKNOWN, card_text, facts_of, write_card
 from bitdance.folder.conversion import convert
 from bitdance.folder.parts import DEMO
-from bitdance.folder.source import Source
+from bitdance.folder.source import StoredModel
 
 MODEL = Path(__file__).parent / "golden" / "t2i_ckpt"
 
@@ -54,7 +54,7 @@ def test_what_a_card_says_cannot_break_its_header() -> None:
 
 @pytest.mark.parametrize("format", ["official", "diffusers"])
 def test_converting_writes_the_card_of_the_format(tmp_path: Path, format: str) -> None:
-    convert(Source.open("demo"), tmp_path / "out", format)
+    convert(StoredModel.open("demo"), tmp_path / "out", format)
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert header(text)["library_name"] == ("diffusers" if format == "diffusers" else "bitdance")
     assert ("DiffusionPipeline.from_pretrained" in text) == (format == "diffusers")

@@ -20,7 +20,7 @@ import stages.cli
 from bitdance.folder.checkpoint import load_model, save_model
 from bitdance.folder.conversion import convert
 from bitdance.folder.parts import DEMO
-from bitdance.folder.source import Source
+from bitdance.folder.source import StoredModel
 from bitdance.folder.stored import open_stored, pieces
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import write_safetensors
@@ -37,7 +37,7 @@ LAYOUTS = ("official", "diffusers")
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor, read whole by the library."""
-    source = Source.open(folder)
+    source = StoredModel.open(folder)
     paths = sorted({held.path for _, _, held in source.tensors()})  # type: ignore[attr-defined]
     files = {path: load_file(str(path)) for path in paths}
     return {f"{part}/{name}": files[held.path][name] for part, name, held in source.tensors()}  # type: ignore[attr-defined]
@@ -72,9 +72,9 @@ def test_the_published_layout_passes_byte_for_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", [PUBLISHED, DEMO], ids=["untied", "tied"])
 def test_there_and_back_no_tensor_changes_in_one_file_or_several(tmp_path: Path, model: Path) -> None:
-    convert(Source.open(model), tmp_path / "a", "diffusers", shard_bytes=100_000)
-    convert(Source.open(tmp_path / "a"), tmp_path / "b", "official", shard_bytes=70_000)
-    convert(Source.open(tmp_path / "b"), tmp_path / "c", "official")
+    convert(StoredModel.open(model), tmp_path / "a", "diffusers", shard_bytes=100_000)
+    convert(StoredModel.open(tmp_path / "a"), tmp_path / "b", "official", shard_bytes=70_000)
+    convert(StoredModel.open(tmp_path / "b"), tmp_path / "c", "official")
     for name, text in (("a", "text_encoder"), ("b", ".")):
         index = read_json(tmp_path / name / text / "model.safetensors.index.json")
         files = sorted((tmp_path / name / text).glob("model-*.safetensors"))
@@ -224,7 +224,7 @@ def test_what_float16_cannot_hold_is_said_as_such(folder: Path, tmp_path: Path, 
 
 
 def test_a_missing_shard_a_foreign_key_and_an_index_that_leaves_the_folder(tmp_path: Path, capsys: Any) -> None:
-    convert(Source.open(PUBLISHED), tmp_path / "whole", shard_bytes=70_000)
+    convert(StoredModel.open(PUBLISHED), tmp_path / "whole", shard_bytes=70_000)
     for change, expected in (("lost", "is missing"), ("outside", "beside it"), ("key", "missing lm_head.weight")):
         broken = shutil.copytree(tmp_path / "whole", tmp_path / change)
         index = read_json(broken / "model.safetensors.index.json")
@@ -245,7 +245,7 @@ def test_a_missing_shard_a_foreign_key_and_an_index_that_leaves_the_folder(tmp_p
     "name", ["projector/diffusion_pytorch_model.safetensors", "diffusion_head/config.json", "model_index.json"]
 )
 def test_a_broken_diffusers_folder_is_named(tmp_path: Path, capsys: Any, name: str) -> None:
-    convert(Source.open(PUBLISHED), tmp_path / "model", "diffusers")
+    convert(StoredModel.open(PUBLISHED), tmp_path / "model", "diffusers")
     (tmp_path / "model" / name).write_bytes((tmp_path / "model" / name).read_bytes()[:40])
     message = refused(capsys, tmp_path / "out", tmp_path / "model", tmp_path / "out")
     assert name.partition("/")[0] in message or "projector.safetensors" in message
@@ -254,7 +254,7 @@ def test_a_broken_diffusers_folder_is_named(tmp_path: Path, capsys: Any, name: s
 
 
 def test_another_pipeline_is_refused(tmp_path: Path, capsys: Any) -> None:
-    convert(Source.open(PUBLISHED), tmp_path / "model", "diffusers")
+    convert(StoredModel.open(PUBLISHED), tmp_path / "model", "diffusers")
     write_json({"_class_name": "FluxPipeline"}, tmp_path / "model" / "model_index.json")
     assert "describes a FluxPipeline" in refused(capsys, tmp_path / "out", tmp_path / "model", tmp_path / "out")
 
@@ -299,13 +299,13 @@ MEASURE = """
 import sys, torch
 from pathlib import Path
 from bitdance.folder.conversion import convert
-from bitdance.folder.source import Source
+from bitdance.folder.source import StoredModel
 from bitdance.folder.stored import open_stored, pieces
 def peak():  # not that of getrusage, which begins with the peak of the process that started this one
     return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 folder = Path(sys.argv[1])
 files = sorted(folder.glob("model-*.safetensors"))
-source = Source(folder, {"backbone": {name: held for path in files for name, held in open_stored(path).items()}})
+source = StoredModel(folder, {"backbone": {name: held for path in files for name, held in open_stored(path).items()}})
 torch.zeros(2**20).to(torch.bfloat16).isfinite().all()
 before = peak()
 convert(source, Path(sys.argv[2]), "official", torch.bfloat16 if sys.argv[3] == "bf16" else None, shard_bytes=int(sys.argv[4]))

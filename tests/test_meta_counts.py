@@ -22,7 +22,7 @@ from bitdance.heads.diffusion.sampler import SAMPLERS
 from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
 from bitdance.sequence.batch import TrainingBatch
-from bitdance.sequence.noise import ImageDraws
+from bitdance.sequence.noise import ImageNoise
 from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from stages.config import TrainingConfig, load_config
 from stages.ema import AveragedAdamW
@@ -127,7 +127,7 @@ def prepared(config: TrainingConfig, shape: Shape, workload: Workload, layers: i
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(memory._drop)
     batch = workload.batch(workload.fullest(config.run.batch_size), model.special, shape.head.ch_target, KERNEL_ROWS)
-    batch.draws = ImageDraws.draw(len(batch.image_bits_NC), shape.head, 0.1, torch.Generator().manual_seed(0))
+    batch.noise = ImageNoise.draw(len(batch.image_bits_NC), shape.head, 0.1, torch.Generator().manual_seed(0))
     return model, batch.to("meta")
 
 

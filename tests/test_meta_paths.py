@@ -260,7 +260,7 @@ def test_a_step_of_distillation_reads_nothing(guided: bool, cached: bool) -> Non
     teacher, student = tiny_model(P=4, diff_batch_mul=REPEATS), grow(tiny_model(P=4, seed=1, diff_batch_mul=REPEATS), 4)
     view, batch = view_of(student, teacher, drawn(student), 260)
     views = [] if cached else [view] * (1 + guided)
-    targets = torch.zeros_like(batch.draws.noise_SMPC) if cached else None
+    targets = torch.zeros_like(batch.noise.noise_SMPC) if cached else None
     training = DistillTraining(teacher="t", objectives=Objectives(1.0, 1.0, 0.5), samples=("s",), fade_steps=10)
     made = DistillObjective(student.to("meta"), GeneratorTraining(), training, 4, Teacher(teacher.to("meta"), 3.0))
     with MetaDevice() as device:

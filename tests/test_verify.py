@@ -12,7 +12,7 @@ import torch
 from bitdance.cli import main
 from bitdance.folder.checkpoint import load_model
 from bitdance.folder.conversion import convert
-from bitdance.folder.source import Source
+from bitdance.folder.source import StoredModel
 from bitdance.generate import generate_bits
 from bitdance.heads.diffusion.settings import Sampling
 from bitdance.sequence.patches import PatchPlan
@@ -241,7 +241,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(argv: list[str], said: str, capsy
 
 
 def test_a_diffusers_folder_equals_the_one_it_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    convert(Source.open(MODEL), tmp_path / "port", "diffusers")
+    convert(StoredModel.open(MODEL), tmp_path / "port", "diffusers")
     facts = verify(capsys, str(tmp_path / "port"), "--against", str(MODEL), "--tolerance", "0")
     assert facts["difference"]["equal"] == len(facts["difference"]["tensors"]) == facts["tensors"]
     assert facts["difference"]["configs"] == {} and facts["model"] == "port"

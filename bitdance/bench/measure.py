@@ -66,7 +66,7 @@ def pipeline(pipe: BitDancePipeline, sampling: Sampling, height: int, width: int
     return Contender(pipe.model, batch, make)
 
 
-def yardstick(
+def baseline(
     model: BitDanceModel, steps: int, guidance: float, height: int, width: int, batch: int, prompt: str = PROMPT
 ) -> Contender:
     """The published procedure as it stands, on a model that no pipeline has touched."""
@@ -94,7 +94,7 @@ def _write(images_B3HW: Tensor, clock: PhaseClock) -> None:
 
 
 def take_turns(contenders: Sequence[Contender], repeats: int, after: Callable[[], object] = lambda: None) -> None:
-    """Each once to warm up, then `repeats` rounds; `after` is called after every run."""
+    """Run each contender once to warm up, then `repeats` rounds; `after` is called after every run."""
     for round_ in range(repeats + 1):
         for contender in contenders:
             contender.run(counted=round_ > 0)

@@ -27,7 +27,7 @@ def text_tokenizer(config: ModelConfig) -> Any:
 
 
 def bare_model(config: ModelConfig) -> BitDanceModel:
-    """Without memory (on the meta device), and without what generation never uses: picture encoder and word scores."""
+    """A model without memory (on the meta device), and without what generation never uses: picture encoder and word scores."""
     words, lm = text_tokenizer(config), build_config(config.backbone)
     with torch.device("meta"):
         tokenizer, backbone = LFQTokenizer(config.tokenizer), Backbone(AutoModel.from_config(lm))

@@ -11,7 +11,7 @@ MEASURED_STEPS = 2  # the peak does not depend on their number
 
 
 def add_options(parser: Parser) -> None:
-    """Those that describe a batch."""
+    """Add the options that describe a batch."""
     group = parser.add_argument_group("what a batch of pictures takes")
     source = group.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="DIR|demo", help="of this model")
@@ -41,7 +41,7 @@ def show(options: argparse.Namespace) -> int:
     from bitdance.costs.shapes import SHAPES
     from bitdance.folder.config import ModelConfig
     from bitdance.networks.precision import resolve_dtype, usable_device
-    from bitdance.networks.quantize import check_kinds
+    from bitdance.networks.quantize import check_quantization
 
     if options.shape is not None and options.shape not in SHAPES:
         raise UsageError(f"shape {options.shape!r}; known are {', '.join(SHAPES)}")
@@ -52,7 +52,7 @@ def show(options: argparse.Namespace) -> int:
     kind = "cuda" if device.startswith("cuda") else "cpu"
     dtype = resolve_dtype(options.dtype, device)
     if options.measure:
-        check_kinds(options.quantize, options.quantize_head, device)
+        check_quantization(options.quantize, options.quantize_head, device)
     quantized = {"quantize": options.quantize, "quantize_head": options.quantize_head}
     guided = options.guidance is None or options.guidance > 1
     spec = BatchSpec(height, width, options.batch_size or 1, dtype, kind, guided, **quantized, offload=options.offload)

@@ -91,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
         False if options.no_compile else None,
     )
     if options.floor:
-        found = study.floor(Peak.parse(options.floor))
+        found = study.roofline(Peak.parse(options.floor))
     else:
         if options.threads:
             torch.set_num_threads(options.threads)

@@ -35,7 +35,7 @@ BATCH_SIZE = 8
 WINDOW = 4096  # jobs that are sorted into batches together
 
 
-class Conditions:
+class ResolvedRequests:
     """Requests with what the model's kind makes of their conditions; like the requests, they can be iterated more than once."""
 
     def __init__(self, requests: Iterable[Request], resolve: Callable[[Request], Iterator[Request]]) -> None:
@@ -165,7 +165,7 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
     from bitdance.generator import module_of
     from bitdance.jobs.runner import RunSpec
     from bitdance.networks.precision import resolve_dtype, usable_device
-    from bitdance.networks.quantize import check_kinds
+    from bitdance.networks.quantize import check_quantization
 
     folder = resolve(model)
     rules = module_of(folder).rules(folder)
@@ -173,7 +173,7 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
         if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')} is not for the kind of model in {model}; leave it out")
     height, width = rules.default_size
-    settings = rules.sampling(_said(options, picture), options.preset, bool(picture))
+    settings = rules.sampling(_overrides(options, picture), options.preset, bool(picture))
     values: dict[str, Any] = {
         "height": height,
         "width": width,
@@ -183,12 +183,12 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
         **flags,
     }
     values.setdefault("seeds", (picture["seed"],) if "seed" in picture else (0,))
-    jobs = Jobs(Conditions(requests, rules.requests), JobDefaults(**values), rules.check_size, shard)
+    jobs = Jobs(ResolvedRequests(requests, rules.requests), JobDefaults(**values), rules.check_size, shard)
 
     device = usable_device(options.device)
     dtype = resolve_dtype(options.dtype or picture.get("dtype"), device)
     quantized = {name: getattr(options, name) or picture.get(name) for name in ("quantize", "quantize_head")}
-    check_kinds(**quantized, device=device)
+    check_quantization(**quantized, device=device)
     if options.offload and device == "cpu":
         raise UsageError("--offload needs a device beside main memory; leave it out on cpu")
     adapter = _adapter(options, picture, folder)
@@ -219,7 +219,7 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
 
 
 def _adapter(options: argparse.Namespace, picture: dict[str, Any], model: Path) -> "Adapter | None":
-    """That of --lora. A picture of --from that was made with one is not made again without."""
+    """The adapter of --lora. A picture of --from that was made with one is not made again without."""
     if options.lora is None:
         if options.lora_scale is not None:
             raise UsageError("--lora-scale is the strength of an adapter; name that with --lora DIR")
@@ -238,20 +238,23 @@ def _adapter(options: argparse.Namespace, picture: dict[str, Any], model: Path) 
     return adapter
 
 
-def _said(options: argparse.Namespace, picture: dict[str, Any]) -> dict[str, Any]:
-    """Settings that were said beside steps and guidance: flags, else the picture of --from (unless a preset is named)."""
-    said: dict[str, Any] = {}
+def _overrides(options: argparse.Namespace, picture: dict[str, Any]) -> dict[str, Any]:
+    """The settings beside steps and guidance that override the model's: flags, else the picture of --from (unless a preset is
+    named)."""
+    overrides: dict[str, Any] = {}
     if picture and options.preset is None:
-        said = {name: picture[name] for name in ("sampler", "guidance_interval", "last_steps", "cfg_schedule") if name in picture}
+        overrides = {
+            name: picture[name] for name in ("sampler", "guidance_interval", "last_steps", "cfg_schedule") if name in picture
+        }
     for name in ("sampler", "cfg_schedule"):
         if getattr(options, name) is not None:
-            said[name] = getattr(options, name)
+            overrides[name] = getattr(options, name)
     if options.guidance_interval is not None:
         pair = [from_text("guidance_interval", text, "--guidance-interval") for text in options.guidance_interval]
-        said["guidance_interval"] = check_interval(pair, "--guidance-interval")
+        overrides["guidance_interval"] = check_interval(pair, "--guidance-interval")
     if options.last_steps is not None:
-        said["last_steps"] = from_text("last_steps", options.last_steps, "--last-steps")
-    return said
+        overrides["last_steps"] = from_text("last_steps", options.last_steps, "--last-steps")
+    return overrides
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:

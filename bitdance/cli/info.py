@@ -48,7 +48,7 @@ def _picture(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
-    """Of a folder that holds a tokenizer and nothing else, as training and converting one leave it."""
+    """The facts about a folder that holds a tokenizer and nothing else, as training and converting one leave it."""
     from bitdance.folder.fingerprint import fingerprint
     from bitdance.folder.parts import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS
     from lfq_tokenizer import TokenizerConfig

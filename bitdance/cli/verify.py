@@ -108,15 +108,15 @@ def _plan(options: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(
             f"both sides would be the same model in {dtype}; add --against OTHER, --dtype, --quantize or --quantize-head"
         )
-    from bitdance.networks.quantize import check_kinds
+    from bitdance.networks.quantize import check_quantization
 
-    check_kinds(options.quantize, options.quantize_head, device)
+    check_quantization(options.quantize, options.quantize_head, device)
     given = _prompts(options)
     return {"device": device, "dtype": dtype, "against_dtype": other, "prompts": given}
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
-    """Those of the command line, [] where there are none."""
+    """The prompts of the command line, [] where there are none."""
     from bitdance.jobs.prompt_file import PromptFile
     from bitdance.sequence.prompt import check_prompt
 

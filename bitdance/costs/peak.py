@@ -22,7 +22,7 @@ class Peak:
 
     @classmethod
     def parse(cls, text: str) -> "Peak":
-        """From "FLOPS,BYTES_PER_S", for instance "790e12,4.3e12". ValueError says what is expected."""
+        """Read a peak from "FLOPS,BYTES_PER_S", for instance "790e12,4.3e12". ValueError says what is expected."""
         try:
             flops, bytes_per_s = map(float, text.split(","))
         except ValueError:
@@ -51,7 +51,7 @@ def measure_peak(device: torch.device | str, dtype: torch.dtype, side: int | Non
 
 
 def _kernels(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """On CPUs that are not its maker's, MKL, which serves float32, may be half as fast as oneDNN."""
+    """The kernels to choose from: on CPUs that are not its maker's, MKL, which serves float32, may be half as fast as oneDNN."""
     found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"torch": F.linear}
     if device.type == "cpu" and torch.backends.mkldnn.is_available() and served_by_onednn(dtype):
         found["oneDNN"] = lambda x, weight: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
@@ -76,7 +76,7 @@ def on_cpu_time(device: torch.device) -> bool:
 
 
 def wait(device: torch.device) -> None:
-    """Until everything that was started on `device` has ended."""
+    """Wait until everything that was started on `device` has ended."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -26,7 +26,7 @@ PHASES = ("prefill", "llm", "head", "projector", "decode")
 
 @dataclass(frozen=True)
 class Work:
-    """Of one phase."""
+    """What one phase costs: floating point operations, bytes read and written, kernels to launch."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -36,11 +36,11 @@ class Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes, self.kernels + other.kernels)
 
     def times(self, count: float) -> "Work":
-        """The same so many times over."""
+        """This work done `count` times."""
         return Work(self.flops * count, self.bytes * count, self.kernels * count)
 
-    def floor(self, peak: Peak) -> float:
-        """Seconds below which a machine of this peak cannot do it."""
+    def roofline(self, peak: Peak) -> float:
+        """Seconds below which a machine of this peak cannot do it (the roofline model, Williams et al. 2009)."""
         return max(self.flops / peak.flops_per_s, self.bytes / peak.bytes_per_s)
 
 
@@ -66,7 +66,7 @@ class Generation:
 
 
 def work(model: ModelConfig, load: Generation) -> dict[str, Work]:
-    """By phase, as `bitdance.generate` goes about it: see `PHASES`."""
+    """The work of each phase, as `bitdance.generate` goes about it: see `PHASES`."""
     M, P = model.blocks(load.height, load.width), model.head.parallel_num
     D, C, B = model.head.ch_cond, model.head.ch_target, load.batch
     prefixes = load.prefixes(P)

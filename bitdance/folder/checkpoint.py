@@ -30,7 +30,7 @@ from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
 from bitdance.networks.backbone import Backbone
 from bitdance.networks.projector import Projector
-from bitdance.networks.quantize import check_kinds, quantize_model
+from bitdance.networks.quantize import check_quantization, quantize_model
 from bitdance.sequence.prompt import SpecialTokens, save_text_tokenizer, vision_prefix_ids
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.files import check_room, whole_folder
@@ -65,7 +65,7 @@ def load_model(
     dtype = dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
     if not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype}; a model computes in float32, bfloat16 or float16")
-    check_kinds(quantize, quantize_head, target)
+    check_quantization(quantize, quantize_head, target)
     config = folder if isinstance(folder, ModelConfig) else check_folder(resolve(folder))
     assert config.folder is not None
     folder, adapter = config.folder, None

@@ -1,4 +1,4 @@
-"""A `Source` → a new model folder: whole or not at all, in the memory of a few pieces of one tensor.
+"""A `StoredModel` → a new model folder: whole or not at all, in the memory of a few pieces of one tensor.
 
 Everything is written to a folder beside the destination, which gets its name by one rename when all of it is on disk.
 """
@@ -17,15 +17,15 @@ from torch import Tensor
 from bitdance.folder import diffusers
 from bitdance.folder.card import card_text, facts_of
 from bitdance.folder.parts import BACKBONE, CARD_FILE, CONVERSION_FILE, DIFFUSERS, EXTRAS_FILE, LM_CONFIG, STEMS
-from bitdance.folder.source import KEY_MAP_VERSION, Source
-from bitdance.folder.stored import Held, pieces, write_pieces
+from bitdance.folder.source import KEY_MAP_VERSION, StoredModel
+from bitdance.folder.stored import LazyTensor, pieces, write_pieces
 from lfq_tokenizer.files import check_room, fsync, whole_folder, write_text
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.text import SHOWN
 
 SHARD_BYTES = 5 * 10**9  # largest file of the backbone; what transformers chose for the published models
 Files = dict[str, list[tuple[str, str]]]  # file → (part, tensor) of what it holds
-DTYPES = {
+EXPORT_DTYPES = {
     **{name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")},
     **{"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32},
 }
@@ -38,7 +38,7 @@ class Format:
     name: str
     stems: dict[str, str]
     place: Callable[[str], str]
-    finish: Callable[[Source, Path], None]
+    finish: Callable[[StoredModel, Path], None]
 
 
 FORMATS = {
@@ -52,7 +52,7 @@ class _NotFinite(Exception):
 
 
 def convert(
-    source: Source,
+    source: StoredModel,
     out: Path,
     format: str = "official",
     dtype: torch.dtype | None = None,
@@ -84,7 +84,7 @@ def convert(
         raise ValueError(_offenders(source, dtype)) from None
 
 
-def _write(source: Source, kind: Format, files: Files, folder: Path, dtype: torch.dtype | None) -> None:
+def _write(source: StoredModel, kind: Format, files: Files, folder: Path, dtype: torch.dtype | None) -> None:
     for path in source.small_files():
         target = folder / kind.place(path.name)
         target.parent.mkdir(exist_ok=True)
@@ -117,7 +117,7 @@ def _write(source: Source, kind: Format, files: Files, folder: Path, dtype: torc
         write_text(card_text(source.bitdance_json(), facts), folder / CARD_FILE)
 
 
-def _files(source: Source, kind: Format, dtype: torch.dtype | None, limit: int) -> Files:
+def _files(source: StoredModel, kind: Format, dtype: torch.dtype | None, limit: int) -> Files:
     """File → (part, tensor) of what it will hold. Only the backbone is cut into several files, as the published one is."""
     files: Files = {}
     for part, tensors in source.parts.items():
@@ -136,15 +136,15 @@ def _files(source: Source, kind: Format, dtype: torch.dtype | None, limit: int) 
     return files
 
 
-def _target(held: Held, dtype: torch.dtype | None) -> torch.dtype:
+def _target(held: LazyTensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype if dtype is not None and held.dtype.is_floating_point else held.dtype
 
 
-def _nbytes(held: Held, dtype: torch.dtype | None) -> int:
+def _nbytes(held: LazyTensor, dtype: torch.dtype | None) -> int:
     return prod(held.shape) * _target(held, dtype).itemsize
 
 
-def _finite(held: Held, dtype: torch.dtype | None) -> Iterator[Tensor]:
+def _finite(held: LazyTensor, dtype: torch.dtype | None) -> Iterator[Tensor]:
     target = _target(held, dtype)
     for piece in pieces(held):
         piece = piece.to(target)
@@ -153,7 +153,7 @@ def _finite(held: Held, dtype: torch.dtype | None) -> Iterator[Tensor]:
         yield piece
 
 
-def _offenders(source: Source, dtype: torch.dtype | None) -> str:
+def _offenders(source: StoredModel, dtype: torch.dtype | None) -> str:
     found, made = [], False
     for part, name, held in source.tensors():
         try:
@@ -170,7 +170,7 @@ def _offenders(source: Source, dtype: torch.dtype | None) -> str:
     return f"{source.folder} holds NaN or infinite numbers in {listed}; export an older checkpoint"
 
 
-def _bytes(source: Source, dtype: torch.dtype | None) -> int:
+def _bytes(source: StoredModel, dtype: torch.dtype | None) -> int:
     return sum(_nbytes(held, dtype) for _, _, held in source.tensors()) + sum(p.stat().st_size for p in source.small_files())
 
 
@@ -181,7 +181,7 @@ def _name_dtype(path: Path, dtype: torch.dtype) -> None:
         write_json({**config, key: name}, path)
 
 
-def _conversion(source: Source, format: str, dtype: torch.dtype | None) -> dict[str, Any]:
+def _conversion(source: StoredModel, format: str, dtype: torch.dtype | None) -> dict[str, Any]:
     """Where a folder comes from. No paths and no times: the same source gives the same file."""
     try:
         package = version("bitdance")

@@ -21,7 +21,7 @@ from lfq_tokenizer.files import links_are_ours, write_text
 from lfq_tokenizer.json_file import read_json, write_json
 
 if TYPE_CHECKING:
-    from bitdance.folder.source import Source
+    from bitdance.folder.source import StoredModel
 
 INDEX = "model_index.json"
 DIFFUSERS_VERSION = "0.36.0"  # the first whose names these are
@@ -55,7 +55,7 @@ def place(name: str) -> str:
     return _CONFIGS.get(name, f"{TOKENIZER}/{name}")
 
 
-def finish(source: "Source", folder: Path) -> None:
+def finish(source: "StoredModel", folder: Path) -> None:
     """Write what only this layout has: component configs, model_index.json, the files that name our classes."""
     for part, name in CLASSES.items():
         config = read_json(folder / part / "config.json") if part != PROJECTOR else _projector(source)
@@ -70,12 +70,12 @@ def finish(source: "Source", folder: Path) -> None:
         write_text(_shim(f"bitdance_diffusers.{module}", name), package / f"{module}.py")
 
 
-def _projector(source: "Source") -> dict[str, Any]:
+def _projector(source: "StoredModel") -> dict[str, Any]:
     hidden, bits = source.parts[parts.PROJECTOR]["fc1.weight"].shape
     return {"in_dim": bits, "out_dim": hidden, "hidden_act": "gelu_pytorch_tanh"}
 
 
-def _index(source: "Source") -> dict[str, Any]:
+def _index(source: "StoredModel") -> dict[str, Any]:
     architectures = read_json(source.folder / LM_CONFIG).get("architectures") or ["Qwen3ForCausalLM"]
     kind = read_json(source.folder / "tokenizer_config.json").get("tokenizer_class", "")
     extras = source.bitdance_json()

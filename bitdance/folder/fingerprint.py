@@ -23,7 +23,7 @@ from bitdance.folder.parts import (
     STEMS,
     TOKENIZER_CONFIG,
 )
-from bitdance.folder.stored import Held, stored_tensors
+from bitdance.folder.stored import LazyTensor, stored_tensors
 from bitdance.foreign import lm_fields
 from bitdance.heads.diffusion.network import HeadConfig
 from lfq_tokenizer import TokenizerConfig
@@ -52,7 +52,7 @@ def fingerprint(folder: Path) -> str:
     return fingerprint_of(parts, dict(_configs(folder)))
 
 
-def fingerprint_of(parts: Mapping[str, Mapping[str, Held]], configs: Mapping[str, Any]) -> str:
+def fingerprint_of(parts: Mapping[str, Mapping[str, LazyTensor]], configs: Mapping[str, Any]) -> str:
     """The fingerprint of the tensors of each part, by name, and of what else decides pictures."""
     digest = hashlib.sha256()
     for part, tensors in parts.items():
@@ -64,7 +64,7 @@ def fingerprint_of(parts: Mapping[str, Mapping[str, Held]], configs: Mapping[str
     return digest.hexdigest()[:16]
 
 
-def _pieces(held: Held) -> Iterator[torch.Tensor]:
+def _pieces(held: LazyTensor) -> Iterator[torch.Tensor]:
     size = prod(held.shape)
     if size <= _WHOLE:
         yield held.read(0, size)

@@ -44,7 +44,8 @@ class SizeRule:
 
 
 def rule_of_folder(folder: Path | str) -> SizeRule:
-    """From `ae_config.json`, `vision_head_config.json`, the tokenizer's added tokens and, if there, `bitdance.json`."""
+    """Read the rule from `ae_config.json`, `vision_head_config.json`, the tokenizer's added tokens and, if there,
+    `bitdance.json`."""
     folder = Path(folder)
     tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
     head = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict)
@@ -55,7 +56,7 @@ def rule_of_folder(folder: Path | str) -> SizeRule:
 
 
 def rule_of_model(model: Any) -> SizeRule:
-    """From a loaded `BitDanceModel`."""
+    """The rule of a loaded `BitDanceModel`."""
     return _rule(model.tokenizer.downsampling, model.patch_side, model.text_tokenizer.get_added_vocab(), model.extras)
 
 
@@ -160,5 +161,5 @@ def _by_area(size: Size) -> tuple[int, int]:
 
 
 def _usable(rule: SizeRule) -> list[int]:
-    """Sides in pixels that the rule allows."""
+    """The sides in pixels that the rule allows."""
     return sorted(side * rule.downsampling for side in rule.sides if side % rule.patch_side == 0)

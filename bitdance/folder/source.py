@@ -10,7 +10,7 @@ import torch
 
 from bitdance.folder.config import check_folder, resolve
 from bitdance.folder.parts import CONVERSION_FILE, DIFFUSERS, EXTRAS_FILE, STEMS, TOKENIZER, is_tokenizer_alone, read_extras
-from bitdance.folder.stored import Held, pieces, stored_tensors
+from bitdance.folder.stored import LazyTensor, pieces, stored_tensors
 
 # Version of the map from tensor names here to those of the published files; 1 is the identity in every part and format.
 KEY_MAP_VERSION = 1
@@ -18,24 +18,24 @@ SMALL_FILES = (".json", ".txt", ".jinja", ".model")
 
 
 @dataclass
-class Source:
+class StoredModel:
     """`folder` has the published layout, its small files are copied. `parts`: part → tensor name → where it lies.
     `extras` is what bitdance.json shall say, None for what it says. `origin` goes into conversion.json."""
 
     folder: Path
-    parts: dict[str, dict[str, Held]]
+    parts: dict[str, dict[str, LazyTensor]]
     extras: dict[str, Any] | None = None
     origin: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, folder: Path | str) -> "Source":
+    def open(cls, folder: Path | str) -> "StoredModel":
         """A model folder in either layout, or one with a tokenizer alone. FileNotFoundError or ValueError name the files and
         the first ten tensors that are missing or of a wrong shape; only headers are read."""
         folder = resolve(folder)
         if not (alone := is_tokenizer_alone(folder)):
             check_folder(folder)
         stems = {TOKENIZER: STEMS[TOKENIZER]} if alone else STEMS
-        parts: dict[str, dict[str, Held]] = {part: dict(stored_tensors(folder, stem)) for part, stem in stems.items()}
+        parts: dict[str, dict[str, LazyTensor]] = {part: dict(stored_tensors(folder, stem)) for part, stem in stems.items()}
         return cls(folder, parts, origin={"kind": "tokenizer" if alone else "model"})
 
     def is_pipeline(self) -> bool:
@@ -65,7 +65,7 @@ class Source:
                 digest.update(piece.view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def tensors(self) -> Iterator[tuple[str, str, Held]]:
+    def tensors(self) -> Iterator[tuple[str, str, LazyTensor]]:
         """(part, name, tensor) in a fixed order."""
         for part in sorted(self.parts, key=DIFFUSERS.__getitem__):
             for name in sorted(self.parts[part]):

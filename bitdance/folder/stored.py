@@ -19,7 +19,7 @@ from lfq_tokenizer.text import listed
 from lfq_tokenizer.weights import read_shapes, read_weight_map
 
 PIECE = 2**22  # numbers that are in memory at a time
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -31,10 +31,10 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
-class Held(Protocol):
+class LazyTensor(Protocol):
     """A tensor that lies somewhere. `read(start, stop)` gives these numbers of its flattened form, on the CPU."""
 
     @property
@@ -47,7 +47,7 @@ class Held(Protocol):
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor of a safetensors file; `offset` is where its bytes begin."""
 
     path: Path
@@ -64,27 +64,27 @@ class Stored:
         return torch.frombuffer(data, dtype=self.dtype) if data else torch.empty(0, dtype=self.dtype)
 
 
-def pieces(held: Held) -> Iterator[Tensor]:
+def pieces(held: LazyTensor) -> Iterator[Tensor]:
     """All numbers of a tensor, `PIECE` at a time."""
     size = prod(held.shape)
     for start in range(0, size, PIECE):
         yield held.read(start, min(start + PIECE, size))
 
 
-def open_stored(path: Path) -> dict[str, Stored]:
+def open_stored(path: Path) -> dict[str, StoredTensor]:
     """Name → tensor of a file, by its header. FileNotFoundError or ValueError name the file."""
     header, data = _header(path)
     header.pop("__metadata__", None)
     found = {}
     for name, entry in header.items():
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; only {', '.join(DTYPES)} are read")
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} has dtype {entry['dtype']}; only {', '.join(SAFETENSORS_DTYPES)} are read")
         begin = data + entry["data_offsets"][0]
-        found[name] = Stored(path, begin, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        found[name] = StoredTensor(path, begin, tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
     return found
 
 
-def stored_tensors(folder: Path, stem: str) -> dict[str, Stored]:
+def stored_tensors(folder: Path, stem: str) -> dict[str, StoredTensor]:
     """Name → tensor of the part whose files begin with `stem`. ValueError where an index names what its files do not hold."""
     files = {path.name: open_stored(path) for path in weight_files(folder, stem)}
     if f"{stem}.safetensors" not in files:

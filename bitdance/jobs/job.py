@@ -248,7 +248,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def batches(jobs: Iterable[Job], size: int, length: Callable[[Job], int] = lambda job: 0) -> list[list[Job]]:
-    """As few groups as `size` allows, in each of them jobs with equal settings and similar `length` (of the prompt).
+    """The jobs in as few groups as `size` allows, in each of them jobs with equal settings and similar `length` (of the prompt).
 
     Settings come in order of first appearance, inside them jobs from short to long, equal lengths as given. Prompts are
     padded to the longest of their batch: neighbours in length waste little. The jobs of a setting are shared out

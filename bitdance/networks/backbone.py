@@ -145,12 +145,12 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the layers, where the work is done; the embedding may lie elsewhere."""
+        """The device of the layers, where the work is done; the embedding may lie elsewhere."""
         return next(self.lm.base_model.layers.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the embedding."""
+        """The dtype of the embedding, which is that of inputs and outputs."""
         return self.lm.get_input_embeddings().weight.dtype
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class Backbone(nn.Module):
             raise ValueError("the backbone was loaded without its text output, for pictures only; load it with output_head=True")
 
     def checkpoint_activations(self) -> None:
-        """In training, keep only each layer's input and compute the rest again in the backward pass."""
+        """Keep, in training, only each layer's input and compute the rest again in the backward pass."""
         enable = getattr(self.lm, "activation_checkpointing_enable", self.lm.gradient_checkpointing_enable)  # its older name
         enable({"use_reentrant": False})
 
@@ -259,7 +259,7 @@ def exact_frequencies(lm: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bar and load report: ours are errors that name the file."""
+    """Run without transformers' progress bar and load report: ours are errors that name the file."""
     bar, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -81,7 +81,7 @@ def _cpu_has_bfloat16() -> bool:
 
 @cache
 def _measured() -> float:
-    """Once, in about 0.1 s of one thread: the quickest of several products each, which other work disturbs least."""
+    """Measure, once and in about 0.1 s of one thread: the quickest of several products each, which other work disturbs least."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     times: dict[torch.dtype, float] = {}

@@ -23,16 +23,16 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from bitdance.model import BitDanceModel
 
-BACKBONE_KINDS = ("int8", "int4")
-HEAD_KINDS = ("int8", "fp8")
+BACKBONE_SCHEMES = ("int8", "int4")
+HEAD_SCHEMES = ("int8", "fp8")
 _LIBRARY = {"int8": "torchao", "fp8": "torchao", "int4": "bitsandbytes"}
 _NF4_GROUP, _NF4_SCALES = 64, 256  # weights that share a scale, scales that share a scale
 _NF4_TABLES = 4 * (16 + 256 + 1)  # bytes per matrix: the codes of weights and scales, and the mean scale
 
 
-def check_kinds(quantize: str | None, quantize_head: str | None, device: torch.device | str) -> None:
+def check_quantization(quantize: str | None, quantize_head: str | None, device: torch.device | str) -> None:
     """ValueError for a kind that there is not, whose library is not installed, or that `device` cannot compute with."""
-    for option, kind, allowed in (("quantize", quantize, BACKBONE_KINDS), ("quantize_head", quantize_head, HEAD_KINDS)):
+    for option, kind, allowed in (("quantize", quantize, BACKBONE_SCHEMES), ("quantize_head", quantize_head, HEAD_SCHEMES)):
         if kind is None:
             continue
         if kind not in allowed:
@@ -48,9 +48,9 @@ def quantize_model(
 ) -> None:
     """Quantise in place, matrix by matrix, on `device`; `dtype` is that of the activations. The rest of the model is not moved.
 
-    `model.quantized` then says what was done. ValueError as in `check_kinds`.
+    `model.quantized` then says what was done. ValueError as in `check_quantization`.
     """
-    check_kinds(backbone, head, device)
+    check_quantization(backbone, head, device)
     for part, kind in (("backbone", backbone), ("head", head)):
         if kind is None:
             continue
@@ -164,9 +164,9 @@ def quietly() -> Iterator[None]:
 
 
 __all__ = [
-    "BACKBONE_KINDS",
-    "HEAD_KINDS",
-    "check_kinds",
+    "BACKBONE_SCHEMES",
+    "HEAD_SCHEMES",
+    "check_quantization",
     "held_bytes",
     "large_linears",
     "quantize_model",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.sequence.noise import ImageDraws
+from bitdance.sequence.noise import ImageNoise
 from bitdance.sequence.patches import PatchPlan
 from bitdance.sequence.prompt import SpecialTokens, vision_prefix_ids
 
@@ -35,12 +35,12 @@ class TextPiece:
 class ImagePiece:
     """±1 bits (C,h,w). `generated`: the model learns to predict it; otherwise it is an input, read causally.
 
-    `draws` are the random numbers of its loss, drawn ahead; in a batch either all generated images have them or none.
+    `noise` are the random numbers of its loss, drawn ahead; in a batch either all generated images have them or none.
     """
 
     bits_Chw: Tensor
     generated: bool = True
-    draws: ImageDraws | None = None
+    noise: ImageNoise | None = None
 
 
 Document = Sequence[TextPiece | ImagePiece]
@@ -66,7 +66,7 @@ class TrainingBatch:
     predict_index_K: Tensor  # where the hidden state of each generated token stands: one block earlier
     label_index_T: Tensor  # where the hidden state of each predicted text token stands: one position earlier
     label_ids_T: Tensor
-    draws: ImageDraws | None = None  # of all generated images, one after the other
+    noise: ImageNoise | None = None  # of all generated images, one after the other
     side: int | None = None  # no image has more rows or columns of tokens; None: not known to the host
     spans: tuple[slice, ...] = ()  # of each image of the documents, in the order given: where its tokens stand among the N
 
@@ -76,7 +76,7 @@ class TrainingBatch:
         return int((self.doc_BL >= 0).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TrainingBatch":
-        """The same batch on `device`."""
+        """This batch on `device`."""
         return self._map(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "TrainingBatch":
@@ -85,7 +85,7 @@ class TrainingBatch:
 
     def _map(self, change: Callable[[Any], Any]) -> "TrainingBatch":
         parts = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: change(part) for name, part in parts.items() if isinstance(part, Tensor | ImageDraws)}
+        moved = {name: change(part) for name, part in parts.items() if isinstance(part, Tensor | ImageNoise)}
         return TrainingBatch(**{**parts, **moved})
 
 
@@ -119,7 +119,7 @@ def build_batch(
     doc_BL, block_BL = np.full(shape, -1, np.int64), np.full(shape, -1, np.int64)
     image, row, col, number, generated, predict, labels = [], [], [], [], [], [], []
     pictures: list[Tensor] = []
-    draws: list[ImageDraws | None] = []
+    noise: list[ImageNoise | None] = []
     spans: list[slice] = [slice(0)] * int(images_before[-1])
     tokens = 0
     for r, members in enumerate(rows):
@@ -142,7 +142,7 @@ def build_batch(
                 spans[images_before[d] + k] = slice(tokens, tokens := tokens + template.image.size)
                 pictures.append(piece.bits_Chw)
                 if piece.generated:
-                    draws.append(piece.draws)
+                    noise.append(piece.noise)
             labels.append(layout.label_target + flat)
             start += layout.ids.size
             blocks += layout.num_blocks
@@ -161,7 +161,7 @@ def build_batch(
         predict_index_K=torch.from_numpy(_joined(predict)),
         label_index_T=torch.from_numpy(label_T - 1),
         label_ids_T=torch.from_numpy(ids_BL.reshape(-1)[label_T]),
-        draws=ImageDraws.joined(draws),
+        noise=ImageNoise.joined(noise),
         side=max((side for picture in pictures for side in picture.shape[1:]), default=0),
         spans=tuple(spans),
     )

@@ -13,27 +13,27 @@ import torch
 from torch import Tensor
 
 from bitdance.heads.diffusion.network import HeadConfig, draw_noise
-from bitdance.sequence.perturbation import draw_flips
+from bitdance.sequence.perturbation import draw_perturbation
 
 
 @dataclass(frozen=True)
-class ImageDraws:
-    """Of one image, or of several one after the other."""
+class ImageNoise:
+    """The random numbers of one image, or of several one after the other: perturbed input bits, times, noise."""
 
     flipped_NC: Tensor  # bool: input bits that the model sees with the wrong sign
     time_SM: Tensor
     noise_SMPC: Tensor
 
     @classmethod
-    def draw(cls, N: int, config: HeadConfig, flip_max: float, generator: torch.Generator) -> "ImageDraws":
+    def draw(cls, N: int, config: HeadConfig, flip_max: float, generator: torch.Generator) -> "ImageNoise":
         """For an image of N tokens, in this order: flips, times, noise. ValueError for flip_max outside [0, 1]."""
-        flipped_NC = draw_flips((N, config.ch_target), flip_max, generator)
+        flipped_NC = draw_perturbation((N, config.ch_target), flip_max, generator)
         time, noise = draw_noise(config, N // config.parallel_num, generator)
         blocks = (config.diff_batch_mul, -1)
         return cls(flipped_NC, time.unflatten(0, blocks), noise.unflatten(0, blocks))
 
     @classmethod
-    def joined(cls, parts: Sequence["ImageDraws | None"]) -> "ImageDraws | None":
+    def joined(cls, parts: Sequence["ImageNoise | None"]) -> "ImageNoise | None":
         """One after the other; None where no part has any. ValueError where only some have."""
         drawn = [part for part in parts if part is not None]
         if not drawn:
@@ -46,11 +46,11 @@ class ImageDraws:
             torch.cat([part.noise_SMPC for part in drawn], dim=1),
         )
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageDraws":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "ImageNoise":
         """The same numbers on `device`."""
         parts = (self.flipped_NC, self.time_SM, self.noise_SMPC)
-        return ImageDraws(*(part.to(device, non_blocking=non_blocking) for part in parts))
+        return ImageNoise(*(part.to(device, non_blocking=non_blocking) for part in parts))
 
-    def pin_memory(self) -> "ImageDraws":
+    def pin_memory(self) -> "ImageNoise":
         """The same numbers in page-locked memory."""
-        return ImageDraws(self.flipped_NC.pin_memory(), self.time_SM.pin_memory(), self.noise_SMPC.pin_memory())
+        return ImageNoise(self.flipped_NC.pin_memory(), self.time_SM.pin_memory(), self.noise_SMPC.pin_memory())

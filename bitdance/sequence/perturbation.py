@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def draw_flips(
+def draw_perturbation(
     shape: Sequence[int],
     p_max: float,
     generator: torch.Generator | None = None,
@@ -27,9 +27,9 @@ def draw_flips(
     return r1 < p_max * r2
 
 
-def flip_bits(bits: Tensor, p_max: float, generator: torch.Generator | None = None) -> Tensor:
-    """±1 `bits` (any shape, floating point) with the signs of `draw_flips` turned."""
+def perturb_bits(bits: Tensor, p_max: float, generator: torch.Generator | None = None) -> Tensor:
+    """±1 `bits` (any shape, floating point) with the signs of `draw_perturbation` turned."""
     if not bits.dtype.is_floating_point:
         raise ValueError(f"bits must be floating point ±1, got {bits.dtype}; convert with .float()")
-    flipped = draw_flips(bits.shape, p_max, generator, bits.dtype, bits.device)
+    flipped = draw_perturbation(bits.shape, p_max, generator, bits.dtype, bits.device)
     return torch.where(flipped.to(bits.device), -bits, bits)

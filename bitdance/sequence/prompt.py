@@ -143,7 +143,7 @@ def vision_prefix_ids(special: SpecialTokens, h: int, w: int, P: int) -> list[in
 
 
 def _token_id(tokenizer: Any, token: str) -> int:
-    """Like `_required`, without copying a vocabulary of 150 000 entries for every prompt."""
+    """Look a token up like `_required`, without copying a vocabulary of 150 000 entries for every prompt."""
     found = tokenizer.convert_tokens_to_ids(token)
     if found is None or tokenizer.convert_ids_to_tokens(found) != token:  # some tokenizers answer with their unknown token
         raise _missing(token)

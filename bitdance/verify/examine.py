@@ -50,7 +50,7 @@ BACKBONE_14B, HEAD_14B, PROJECTOR_14B = 13_212_482_560, 1_758_464_032, 26_388_48
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor lies."""
 
     part: str
@@ -138,10 +138,10 @@ def value_range(tensor: Tensor) -> tuple[float, float, int]:
     return low, high, wrong
 
 
-def places_of(folder: Path) -> dict[tuple[str, str], Place]:
+def places_of(folder: Path) -> dict[tuple[str, str], TensorLocation]:
     """(part, name) → where it lies, for every tensor of a folder that `check_folder` accepts."""
     return {
-        (part, name): Place(part, name, file)
+        (part, name): TensorLocation(part, name, file)
         for part, files in part_files(folder).items()
         for file in files
         for name in read_shapes(file)
@@ -180,12 +180,12 @@ def _index(folder: Path) -> list[str]:
     return [f"{LM_INDEX} names the wrong file for {listed(wrong, ', ')}"] if wrong else []
 
 
-def _readable(parts_of: Mapping[str, list[Path]], problems: list[str]) -> Iterator[Place]:
+def _readable(parts_of: Mapping[str, list[Path]], problems: list[str]) -> Iterator[TensorLocation]:
     """Tensors of the files that are there and whole; a missing or broken one has been told of, or is now."""
     for name, files in parts_of.items():
         for file in files:
             try:
-                yield from (Place(name, tensor, file) for tensor in read_shapes(file))
+                yield from (TensorLocation(name, tensor, file) for tensor in read_shapes(file))
             except (ValueError, OSError) as error:
                 if not any(file.name in problem for problem in problems):
                     problems.append(str(error))
@@ -199,9 +199,9 @@ def _files(folder: Path) -> dict[str, list[Path]]:
         return {part: weight_files(folder, STEMS[part]) for part in (HEAD, PROJECTOR, TOKENIZER)}
 
 
-def _tensors(places: list[Place]) -> Iterator[tuple[Place, Tensor]]:
+def _tensors(places: list[TensorLocation]) -> Iterator[tuple[TensorLocation, Tensor]]:
     """One after the other, mapped from its file."""
-    by_file: dict[Path, list[Place]] = {}
+    by_file: dict[Path, list[TensorLocation]] = {}
     for place in places:
         by_file.setdefault(place.file, []).append(place)
     for file, inside in by_file.items():
@@ -210,7 +210,7 @@ def _tensors(places: list[Place]) -> Iterator[tuple[Place, Tensor]]:
                 yield place, opened.get_tensor(place.name)
 
 
-def _parts(places: list[Place], known: Mapping[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
+def _parts(places: list[TensorLocation], known: Mapping[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
     shapes = {file: read_shapes(file) for file in {place.file for place in places}}
     counts: dict[str, Counter[bool]] = {}  # by whether the tensor is a table of the vocabulary
     for place in places:

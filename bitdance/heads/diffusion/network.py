@@ -97,7 +97,7 @@ class HeadConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "HeadConfig":
-        """From the JSON object of `vision_head_config.json`; an unknown or missing key is an error."""
+        """Read the config from the JSON object of `vision_head_config.json`; an unknown or missing key is an error."""
         if not isinstance(data, Mapping):
             raise ValueError(f"the head config is a {type(data).__name__}; expected an object")
         fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in _NOT_IN_JSON}

@@ -44,7 +44,7 @@ class Sampling:
         return [round(self.steps + (last - self.steps) * m / max(M - 1, 1)) for m in range(M)]
 
     def arguments(self) -> dict[str, Any]:
-        """Those of `BitDancePipeline` for exactly this, whatever the model's defaults."""
+        """The arguments of `BitDancePipeline` for exactly this, whatever the model's defaults."""
         return {
             "preset": "published",
             "num_inference_steps": self.steps,
@@ -65,7 +65,7 @@ class Sampling:
         return words
 
     def changed(self, **values: Any) -> "Sampling":
-        """The same but for the values that are not None."""
+        """These settings with other values, as far as they are not None."""
         return replace(self, **{name: value for name, value in values.items() if value is not None})
 
 
@@ -77,8 +77,9 @@ PRESETS = {
 }
 
 
-def choose(defaults: Mapping[str, Any], preset: str | None = None, **said: Any) -> Sampling:
-    """What holds: what was said (fields of `Sampling`, None: nothing said), else the preset, else the model's defaults.
+def choose(defaults: Mapping[str, Any], preset: str | None = None, **overrides: Any) -> Sampling:
+    """The settings that hold: overrides (fields of `Sampling`, None where there is none), else the preset, else the model's
+    defaults.
 
     `defaults` of a model folder: `guidance_scale`, which fits its training and holds under every preset, and `preset` and
     `num_inference_steps`, which hold where no preset was named. ValueError for an unknown preset.
@@ -92,4 +93,4 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, **said: Any) 
         own = PRESETS[name].changed(guidance=defaults.get("guidance_scale"), steps=steps)
     except ValueError as error:
         raise ValueError(f'"defaults" of bitdance.json: {error}') from None
-    return own.changed(**said)
+    return own.changed(**overrides)

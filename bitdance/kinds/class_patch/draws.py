@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bitdance.heads.diffusion.network import draw_noise
 from bitdance.kinds.class_patch.config import ClassPatchConfig
-from bitdance.sequence.perturbation import draw_flips
+from bitdance.sequence.perturbation import draw_perturbation
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class ClassDraws:
         """For B pictures, in the published order: flips and dropped classes (in training only), times, noise."""
         flipped = dropped = None
         if training:
-            flipped = draw_flips((B, config.num_tokens, config.latent_dim), config.perturb_rate, generator)
+            flipped = draw_perturbation((B, config.num_tokens, config.latent_dim), config.perturb_rate, generator)
             device = generator.device if generator is not None else None
             if config.class_dropout_prob > 0:
                 dropped = torch.rand(B, generator=generator, device=device) < config.class_dropout_prob

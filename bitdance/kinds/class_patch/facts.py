@@ -10,7 +10,7 @@ from bitdance.folder.stored import open_stored
 from bitdance.kinds.class_patch.config import ClassPatchConfig, published_name
 from bitdance.kinds.class_patch.folder import CLASSES, CONFIG, KIND, WEIGHTS, check_folder
 from bitdance.verify.compare import compared
-from bitdance.verify.examine import TOKENIZERS, Place, examined
+from bitdance.verify.examine import TOKENIZERS, TensorLocation, examined
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.json_file import read_config
 from lfq_tokenizer.text import listed
@@ -72,7 +72,7 @@ def examine(folder: Path, own: Path | None = None) -> dict[str, Any]:
 def compare(folder: Path, other: Path) -> dict[str, Any]:
     """Two folders, tensor by tensor; see `bitdance.verify.compare`. Names of classes that differ show among the configs."""
     places = [
-        {(part, name): Place(part, name, one / file) for part, file in FILES.items() for name in read_shapes(one / file)}
+        {(part, name): TensorLocation(part, name, one / file) for part, file in FILES.items() for name in read_shapes(one / file)}
         for one in (folder, other)
     ]
     configs = [name for name in (CONFIG, TOKENIZER_CONFIG, CLASSES) if all((one / name).is_file() for one in (folder, other))]
