@@ -32,7 +32,7 @@ LARGE = BatchSpec(1024, 1024)
 
 def test_the_published_model_needs_what_its_parts_weigh():
     loop = needs(PUBLISHED, LARGE).phases["loop"]
-    for part, parameters in (("LLM", 13_212e6), ("head", 1_758_464_032), ("projector", 26_388_480)):
+    for part, parameters in (("backbone", 13_212e6), ("head", 1_758_464_032), ("projector", 26_388_480)):
         assert loop[part] == pytest.approx(2 * parameters, rel=1e-3), part  # LLM: without embedding and lm_head
     assert loop["cache"] == 2 * 163_840 * (64 + 2 + 64 * 64)
     assert 33 * GB < needs(PUBLISHED, LARGE).peak < 36 * GB
@@ -49,7 +49,7 @@ def test_a_batch_decoded_beside_the_next_needs_room_for_both():
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4.13)])
 def test_a_quantised_llm_needs_its_bits(kind, bits):
-    found = needs(PUBLISHED, replace(LARGE, quantize=kind)).phases["loop"]["LLM"]
+    found = needs(PUBLISHED, replace(LARGE, quantize=kind)).phases["loop"]["backbone"]
     assert found == pytest.approx(13_212e6 * bits / 8, rel=0.003)
 
 
@@ -67,7 +67,7 @@ def test_weights_are_those_that_a_loaded_model_holds(backbone, head, dtype):
         return sum(map(held_bytes, large)) + sum(p.nbytes for p in part.parameters() if id(p) not in names)
 
     embedding = model.backbone.lm.get_input_embeddings().weight.nbytes
-    assert found["embedding"] == embedding and found["LLM"] == held(model.backbone) - embedding
+    assert found["embedding"] == embedding and found["backbone"] == held(model.backbone) - embedding
     assert found["head"] == held(model.head)
     assert found["decoder"] == sum(p.nbytes for p in model.tokenizer.decoder.parameters())
 
@@ -78,7 +78,7 @@ def test_every_remedy_lowers_the_peak():
     assert max(peaks) < needs(PUBLISHED, full).peak and len(peaks) == 12
     assert needs(PUBLISHED, replace(LARGE, guided=False)).peak < needs(PUBLISHED, LARGE).peak
     moved = needs(PUBLISHED, replace(LARGE, offload=True))
-    assert moved.main > 31 * GB and "embedding" not in moved.phases["loop"] and "LLM" not in moved.phases["decode"]
+    assert moved.main > 31 * GB and "embedding" not in moved.phases["loop"] and "backbone" not in moved.phases["decode"]
 
 
 @pytest.mark.parametrize(
@@ -104,9 +104,9 @@ def test_the_error_before_loading_names_the_first_remedy_that_fits(tmp_path, mon
 
 def test_a_model_that_offload_cannot_help_says_so(monkeypatch):
     fits = bitdance.costs.memory._fits
-    assert fits(Needs({"loop": {"LLM": 5}}, main=7), 5, 7)
-    assert not fits(Needs({"loop": {"LLM": 5}}, main=7), 4, 7) and not fits(Needs({"loop": {"LLM": 5}}, main=7), 5, 6)
-    assert fits(Needs({"loop": {"LLM": 5}}, main=7), None, None)
+    assert fits(Needs({"loop": {"backbone": 5}}, main=7), 5, 7)
+    assert not fits(Needs({"loop": {"backbone": 5}}, main=7), 4, 7) and not fits(Needs({"loop": {"backbone": 5}}, main=7), 5, 6)
+    assert fits(Needs({"loop": {"backbone": 5}}, main=7), None, None)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much memory a process took")

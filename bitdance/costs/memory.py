@@ -81,7 +81,7 @@ class _Part:
 def needs(model: ModelConfig, spec: BatchSpec, program: int = 0) -> Needs:
     """What a batch takes. `program`: bytes that the process had taken before it loaded anything."""
     s, itemsize, on_cpu = spec, DTYPES[spec.dtype].itemsize, spec.device == "cpu"
-    llm, embedding, head, projector, decoder = _parts(model, s.quantize, s.quantize_head, itemsize)
+    backbone, embedding, head, projector, decoder = _parts(model, s.quantize, s.quantize_head, itemsize)
     c, lm = model.head, model.backbone
     P, M, D, inner = c.parallel_num, model.blocks(s.height, s.width), c.ch_cond, lm["intermediate_size"]
     R, prefix = s.batch * (2 if s.guided else 1), TEXT + 2 + P
@@ -92,16 +92,16 @@ def needs(model: ModelConfig, spec: BatchSpec, program: int = 0) -> Needs:
 
     cache = R * (TEXT + 2 + M * P) * token
     sampling = R * P * 20 * c.ch_latent * itemsize * (1 if on_cpu else 2)  # CUDA graphs have a pool of their own
-    weights = {"LLM": llm.bytes, "projector": projector.bytes, "head": head.bytes}
+    weights = {"backbone": backbone.bytes, "projector": projector.bytes, "head": head.bytes}
     pictures = 3 * s.batch * s.height * s.width * (itemsize + 8)
     quantisers = sum({CPU_QUANTISERS[kind] for kind in (s.quantize, s.quantize_head) if kind})
     always = {"program": program + (CPU_LIBRARIES + quantisers if on_cpu else CUDA_CONTEXT)}
     if not s.offload:
         always |= {**weights, "embedding": embedding.bytes, "decoder": decoder.bytes}
-    linear = llm.linear + projector.linear + head.linear
+    linear = backbone.linear + projector.linear + head.linear
     if on_cpu and linear <= PACK_LIMIT:
         always["packed copies"] = linear
-    if copy := max(llm.copy, head.copy):
+    if copy := max(backbone.copy, head.copy):
         always["matrix in use"] = copy
     loop = {"cache": cache, "activations": max(layer(P), sampling)}
     prompt = {"cache": R * prefix * token if on_cpu else cache, "activations": layer(prefix) + R * prefix**2}
@@ -133,16 +133,16 @@ def own_bytes(peak: bool = False) -> int | None:
 
 
 def _parts(model: ModelConfig, quantize: str | None, quantize_head: str | None, itemsize: int) -> tuple[_Part, ...]:
-    """LLM without embedding, embedding, head, projector, decoder."""
+    """The costs of backbone without embedding, embedding, head, projector, decoder."""
     c = model.head
     with torch.device("meta"):
         backbone = Backbone(AutoModel.from_config(build_config(model.backbone)))
         head, projector = BinaryDiffusionHead(c), Projector(c.ch_target, c.ch_cond)
         decoder = Decoder(model.tokenizer)
     table = backbone.lm.get_input_embeddings().weight.numel()
-    llm = _part(backbone, quantize, itemsize, table)
+    layers = _part(backbone, quantize, itemsize, table)
     rest = (_part(head, quantize_head, itemsize), _part(projector, None, itemsize), _part(decoder, None, itemsize))
-    return llm, _Part(table * itemsize), *rest
+    return layers, _Part(table * itemsize), *rest
 
 
 def _part(part: nn.Module, kind: str | None, itemsize: int, without: int = 0) -> _Part:

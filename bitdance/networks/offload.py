@@ -1,7 +1,7 @@
 """Parts of the model on the device only in the phases that need them; otherwise they lie in main memory.
 
-    prompt   the LLM's layers; the rows of the embedding are looked up in main memory, and only they move
-    loop     the LLM's layers, projector, head
+    prompt   the backbone's layers; the rows of the embedding are looked up in main memory, and only they move
+    loop     the backbone's layers, projector, head
     decode   the tokenizer's decoder
 
 The original of every tensor stays in main memory, so leaving the device costs nothing and only coming is a copy: once per batch,
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Phase = Literal["prompt", "loop", "decode"]
 NEEDS: dict[Phase, tuple[str, ...]] = {
-    "prompt": ("layers",),
-    "loop": ("layers", "projector", "head"),
+    "prompt": ("backbone",),
+    "loop": ("backbone", "projector", "head"),
     "decode": ("decoder",),
 }
 STAY = ("projector", "head")
@@ -41,7 +41,7 @@ class PhaseOffload:
         embedding.register_forward_pre_hook(lambda module, args: (args[0].to(module.weight.device),))
         embedding.register_forward_hook(lambda module, args, rows: rows.to(self.device))
         self._originals = {
-            "layers": [entry for module in base.modules() if module is not embedding for entry in _entries(module)],
+            "backbone": [entry for module in base.modules() if module is not embedding for entry in _entries(module)],
             **{name: _all(part) for name, part in (("projector", model.projector), ("head", model.head))},
             "decoder": _all(model.tokenizer.decoder),
         }

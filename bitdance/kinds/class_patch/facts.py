@@ -1,11 +1,10 @@
 """What `bitdance info` and `bitdance verify` say of a folder with a class-conditional model."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 from bitdance.folder.fingerprint import fingerprint_of
-from bitdance.folder.parts import TOKENIZER_CONFIG
+from bitdance.folder.parts import TOKENIZER_CONFIG, count_parameters, file_sizes
 from bitdance.folder.stored import open_stored
 from bitdance.kinds.class_patch.config import ClassPatchConfig, published_name
 from bitdance.kinds.class_patch.folder import CLASSES, CONFIG, KIND, WEIGHTS, check_folder
@@ -27,8 +26,7 @@ COUNTS = {"B-1x": 242_373_152, "B-4x": 260_102_432, "B-16x": 260_111_648, "L-1x"
 def info(folder: Path) -> dict[str, Any]:
     """Facts told from configs and headers."""
     found = check_folder(folder)
-    parts = {part: _parameters(folder / file) for part, file in FILES.items()}
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    parts, files = {part: count_parameters(folder / file) for part, file in FILES.items()}, file_sizes(folder)
     return {
         "kind": KIND,
         "published": published_name(found.config),
@@ -86,7 +84,3 @@ def fingerprint(folder: Path) -> str:
     tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
     decides = ("n_head", "parallel_num", "parallel_mode", "time_shift")  # the others show in the shapes
     return fingerprint_of(tensors, {**{name: getattr(config, name) for name in decides}, TOKENIZER: tokenizer.to_published()})
-
-
-def _parameters(path: Path) -> int:
-    return sum(math.prod(shape) for shape in read_shapes(path).values())

@@ -16,10 +16,11 @@ from bitdance.jobs.job import Request
 from bitdance.jobs.runner import RunSpec
 from bitdance.networks.precision import DTYPES
 from bitdance.pipeline import BitDancePipeline
-from bitdance.verify.compare import compare as compare
-from bitdance.verify.examine import examine as examine
+from bitdance.verify.compare import compare
+from bitdance.verify.examine import examine
 
 load_pipeline = BitDancePipeline.from_pretrained
+__all__ = ["compare", "examine", "info", "load_pipeline", "rules", "sizes"]
 
 
 class JobRules:
