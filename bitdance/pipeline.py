@@ -237,13 +237,13 @@ class BitDancePipeline(PictureCoding):
         wished = default_size(rule)
         height, width = wished[0] if height is None else height, wished[1] if width is None else width
         check_size(rule, height, width)
-        numbers = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        said = {name: None if value is None else check_number(name, value) for name, value in numbers.items()}
+        steps = None if num_inference_steps is None else check_number("num_inference_steps", num_inference_steps)
+        guidance = None if guidance_scale is None else check_number("guidance_scale", guidance_scale)
         sampling = choose(
             defaults,
             preset,
-            steps=said["num_inference_steps"],
-            guidance=said["guidance_scale"],
+            steps=steps,
+            guidance=guidance,
             sampler=sampler,
             guidance_interval=guidance_interval,
             last_steps=last_steps,

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -196,12 +197,16 @@ def test_inner_rooms_know_nothing_of_outer_ones(graph: dict[str, set[str]]) -> N
 
 
 def test_shared_rooms_name_no_kind() -> None:
-    """Beside a kind's own folder only the registry names it, and the two files that define the text model; nothing asks of which
-    class a pipeline is."""
+    """Beside a kind's own folder only the registry names it, and the two files that define the text model; nothing asks whether a
+    kind is this or that, nor of which class a pipeline is."""
     kinds = {path.name for path in (ROOT / "bitdance" / "kinds").iterdir() if (path / "__init__.py").is_file()}
     naming, asking = set(), []
     for name, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare) and not name.startswith("bitdance.kinds."):
+                sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+                if any(re.search(r"\bkind\b", side) for side in sides) and any(kind in side for kind in kinds for side in sides):
+                    asking.append(f"{name}:{node.lineno}")
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and kinds & set(node.value.split(".")):
                 naming.add(name)
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance" and "Pipeline" in ast.unparse(node.args[1]):
