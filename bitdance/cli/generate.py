@@ -12,7 +12,7 @@ a file; picture k of a prompt (--images-per-prompt, or "n") has seed + k, as in 
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,17 +33,6 @@ if TYPE_CHECKING:
 
 BATCH_SIZE = 8
 WINDOW = 4096  # jobs that are sorted into batches together
-
-
-class ResolvedRequests:
-    """Requests with what the model's kind makes of their conditions; like the requests, they can be iterated more than once."""
-
-    def __init__(self, requests: Iterable[Request], resolve: Callable[[Request], Iterator[Request]]) -> None:
-        self._requests, self._resolve = requests, resolve
-
-    def __iter__(self) -> Iterator[Request]:
-        for request in self._requests:
-            yield from self._resolve(request)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -183,7 +172,7 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
         **flags,
     }
     values.setdefault("seeds", (picture["seed"],) if "seed" in picture else (0,))
-    jobs = Jobs(ResolvedRequests(requests, rules.requests), JobDefaults(**values), rules.check_size, shard)
+    jobs = Jobs(requests, JobDefaults(**values), rules.check_size, shard, rules.requests)
 
     device = usable_device(options.device)
     dtype = resolve_dtype(options.dtype or picture.get("dtype"), device)

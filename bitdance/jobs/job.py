@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 from bitdance.sequence.prompt import check_prompt
@@ -91,6 +91,12 @@ class Job:
         return {"prompt": self.prompt} if self.label is None else {"class": self.label, "class_name": self.name}
 
     @property
+    def metadata(self) -> dict[str, Any]:
+        """What manifest and picture say of the job."""
+        numbers = ("seed", "height", "width", "steps", "guidance")
+        return {**self.words, **{name: getattr(self, name) for name in numbers}}
+
+    @property
     def settings(self) -> tuple[int, int, int, float]:
         """Jobs with equal settings can share a batch."""
         return self.height, self.width, self.steps, self.guidance
@@ -101,9 +107,10 @@ class Jobs:
     shard (I, N) those with index I, I + N, I + 2N, …
 
     What a request says wins over `defaults`. `requests` can be iterated more than once, and so can the jobs, which are
-    made anew each time. The constructor checks all of it: ValueError names the request for a size that
-    `check_size(height, width)` refuses, for two pictures that would share a file, and for more pictures than the limit.
-    `sizes` are all (height, width, whether guided) that occur.
+    made anew each time. `resolve` says what the model's kind makes of a request: itself, one that knows its class, several. The
+    constructor checks all of it: ValueError names the request for a size that `check_size(height, width)` refuses, for two
+    pictures that would share a file, and for more pictures than the limit. `sizes` are all (height, width, whether guided) that
+    occur.
     """
 
     def __init__(
@@ -112,14 +119,15 @@ class Jobs:
         defaults: JobDefaults,
         check_size: Callable[[int, int], object] = lambda height, width: None,
         shard: tuple[int, int] = (0, 1),
+        resolve: Callable[[Request], Iterable[Request]] = lambda request: (request,),
     ) -> None:
-        self._requests, self._defaults, self._shard = requests, defaults, shard
+        self._requests, self._resolve, self._defaults, self._shard = requests, resolve, defaults, shard
         self.sizes: set[tuple[int, int, bool]] = set()
         taken: dict[int, Any] = {}
         numbered: dict[int, list[Request]] = {}
         seen: set[tuple[int, int]] = set()
         total = 0
-        for request in requests:
+        for request in self._resolved():
             size = self._size(request)
             if size not in seen:
                 try:
@@ -152,7 +160,7 @@ class Jobs:
     def __iter__(self) -> Iterator[Job]:
         part, parts = self._shard
         start = 0
-        for number, request in enumerate(self._requests):
+        for number, request in enumerate(self._resolved()):
             seeds, n = self._seeds(request)
             end = start + len(seeds) * n
             if mine := range(start + (part - start) % parts, end, parts):
@@ -167,6 +175,9 @@ class Jobs:
                         index, file, request.prompt, seed, height, width, steps, self._guidance(request), label, request.name
                     )
             start = end
+
+    def _resolved(self) -> Iterator[Request]:
+        return chain.from_iterable(map(self._resolve, self._requests))
 
     def _size(self, request: Request) -> tuple[int, int]:
         height = self._defaults.height if request.height is None else request.height
@@ -211,7 +222,7 @@ class Jobs:
     def _check_numbered(self, numbered: dict[int, list[Request]]) -> None:
         """An id may look like the stem that a request without an id gets. `numbered`: such ids by the number that they
         begin with."""
-        for number, request in enumerate(self._requests):
+        for number, request in enumerate(self._resolved()):
             for other in numbered.get(number, ()) if request.id is None else ():
                 (mine, n), (theirs, m) = self._seeds(request), self._seeds(other)
                 for seed, first in ((a, b) for a in mine for b in theirs if a < b + m and b < a + n):
@@ -219,7 +230,7 @@ class Jobs:
                         raise self._collision(other.source, str(other.id), max(seed, first))
 
     def _collision(self, source: str, stem: str, seed: int) -> ValueError:
-        wanted, others = stem.casefold(), ((r, i) for i, r in enumerate(self._requests) if r.source != source)
+        wanted, others = stem.casefold(), ((r, i) for i, r in enumerate(self._resolved()) if r.source != source)
         other = next((r.source for r, i in others if _stem(r, i).casefold() == wanted), "another line")
         return ValueError(f"{source}: its file {stem}-{seed}.png is already taken by {other}; give each its own id")
 

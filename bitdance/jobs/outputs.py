@@ -95,15 +95,9 @@ class OutputFolder:
         if not failures:
             self.failures.unlink(missing_ok=True)
             return
+        size = ("seed", "height", "width")
         rows = [
-            {
-                "file": job.file,
-                **job.words,
-                "seed": job.seed,
-                "height": job.height,
-                "width": job.width,
-                "error": error,
-            }
+            {"file": job.file, **job.words, **{name: job.metadata[name] for name in size}, "error": error}
             for job, error in failures
         ]
         write_text("".join(json.dumps(row) + "\n" for row in rows), self.failures)
@@ -120,17 +114,7 @@ class OutputFolder:
         return bool(present)
 
     def _append(self, job: Job, seconds: float | None) -> None:
-        row = {
-            "file": job.file,
-            **job.words,
-            "seed": job.seed,
-            "height": job.height,
-            "width": job.width,
-            "steps": job.steps,
-            "guidance": job.guidance,
-            "model": self.model,
-            "seconds": seconds,
-        }
+        row = {"file": job.file, **job.metadata, "model": self.model, "seconds": seconds}
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
         # One write in append mode: shards may share the file. A torn last line of a killed run is closed first.
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)

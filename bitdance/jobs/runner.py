@@ -164,12 +164,7 @@ class RunSpec:
     def metadata(self, job: Job) -> dict[str, Any]:
         """What the PNG of a job says. No absolute path and no time: the same job gives the same file."""
         return {
-            **job.words,
-            "seed": job.seed,
-            "height": job.height,
-            "width": job.width,
-            "steps": job.steps,
-            "guidance": job.guidance,
+            **job.metadata,
             **self.settings.words,
             "model": "demo" if self.model == "demo" else self.folder.resolve().name,
             "model_fingerprint": self.fingerprint,
