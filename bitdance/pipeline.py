@@ -275,8 +275,17 @@ class BitDancePipeline(PictureCoding):
         """One picture per prompt → bits (B,C,h,w) in {-1,+1}: what a call does once all is checked, for callers that have checked
         it. `on_block(done, M, bits_BChw)` as in `bitdance.generate.generate_bits`."""
         s = self._tokenizer.downsampling
-        own = {"block_sampler": self._block_sampler, "enter": self._enter}
-        return generate_bits(self.model, prompts, height // s, width // s, settings, generators, on_block, **own)
+        return generate_bits(
+            self.model,
+            prompts,
+            height // s,
+            width // s,
+            settings,
+            generators,
+            on_block,
+            block_sampler=self._block_sampler,
+            enter=self._enter,
+        )
 
     def _bar(self, total: int) -> tqdm:
         return tqdm(total=total, **{"desc": "blocks", "disable": not sys.stderr.isatty(), **self._progress})

@@ -26,7 +26,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("networks",),
     ("model",),
     ("folder",),
-    ("picture", "coding", "generate", "pipeline"),
+    ("loop", "picture", "coding", "generate", "pipeline"),
     ("costs",),
     ("verify",),
     ("jobs",),

@@ -116,8 +116,15 @@ class ClassPipeline(PictureCoding):
         """One picture per class → bits (B,C,h,w) in {-1,+1}: what a call does once all is checked, for callers that have
         checked it. Height and width are the model's."""
         self._cancelled.clear()
-        own = {"block_sampler": self._block_sampler, "cancelled": self._cancelled}
-        return generate_bits(self.model.network, classes, settings, generators, on_block, **own)
+        return generate_bits(
+            self.model.network,
+            classes,
+            settings,
+            generators,
+            on_block,
+            block_sampler=self._block_sampler,
+            cancelled=self._cancelled,
+        )
 
     def __call__(
         self,
