@@ -38,8 +38,10 @@ ROOMS: list[tuple[str, ...]] = [
 # Circles that are known and wait to be mended: a circle must lie within one of these. Empty is the aim.
 KNOWN_CIRCLES: list[set[str]] = [
     {"stages.chain", "stages.recipe"}
+    | {f"stages.class_patch.{name}" for name in ("feed", "objective", "recipe")}
     | {f"stages.generator.{name}" for name in ("judging", "objective", "recipe", "start")}
     | {f"stages.tokenizer.{name}" for name in ("any_size", "coding", "recipe")},
+    {"stages.class_patch.plan", "stages.plan.command"},
     {"stages.measure.prompts", "stages.measure.solvers"},
     {"stages.measure.compare", "stages.measure.compare_report"},
     {"stages.cli", "stages.data.cli", "stages.tokenizer.cli"},
