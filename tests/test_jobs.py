@@ -1,5 +1,6 @@
 """Prompts become validated jobs; everything wrong with a prompt file is found before a model is loaded."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import pytest
 
 from bitdance.jobs.job import Job, JobDefaults, Jobs, Request, batches, job_hash, parse_shard, requests_from_arguments, slug
-from bitdance.jobs.prompt_file import read_requests, safe_name
+from bitdance.jobs.prompt_file import PromptFile, safe_name
 
 SETTINGS = JobDefaults(height=64, width=64, steps=2, guidance=1.0)
+
+
+def read_requests(name: str, data: bytes) -> list[Request]:
+    return list(PromptFile(name, io.BytesIO(data)))
 
 
 def plan(*arguments: Any) -> list[Job]:

@@ -9,22 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitdance.folder.parts import CARD_FILE, HEAD_CONFIG, parameters, part_files, read_extras
+from bitdance.folder.parts import HEAD_CONFIG, parameters, part_files
 from bitdance.folder.sizes import default_size, rule_of_folder, supported_sizes
 from bitdance.folder.stored import open_stored
 from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.values import shown
-from lfq_tokenizer.files import write_text
 from lfq_tokenizer.json_file import read_json
 
 UNKNOWN = "unknown: the folder does not say"
-
-
-def write_card(folder: Path, format: str = "official", of: Path | None = None) -> None:
-    """Write README.md into `folder`. `of`: a folder of the same model in the published layout, where `folder` has another."""
-    source = folder if of is None else of
-    text = card_text(read_extras(source), {**facts_of(source), "format": format})
-    write_text(text, folder / CARD_FILE)
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Prompts as people give them: words of a command line, or a file that is read line by line and never held whole."""
 
 import difflib
-import io
 import json
 import re
 import stat
@@ -101,11 +100,6 @@ class PromptFile:
                 if text.strip():  # other blanks than ASCII's, or a byte order mark alone
                     yield number, text
             position += length
-
-
-def read_requests(name: str, data: bytes) -> list[Request]:
-    """The requests of a file's content; see `PromptFile`."""
-    return list(PromptFile(name, io.BytesIO(data)))
 
 
 def _copied(stream: BinaryIO, label: str) -> BinaryIO:
