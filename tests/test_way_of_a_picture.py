@@ -12,7 +12,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 # What a picture is computed with, and how a model folder becomes a model. `settings.py` is neither: it stands for what was asked.
-MATHEMATICS = ("bitdance/sequence/", "bitdance/networks/", "bitdance/heads/", "bitdance/model.py", "bitdance/generate.py")
+LOOP = ("bitdance/model.py", "bitdance/generate.py", "bitdance/loop.py")
+MATHEMATICS = ("bitdance/sequence/", "bitdance/networks/", "bitdance/heads/", *LOOP)
 FOLDER = ("bitdance/folder/", "bitdance/foreign.py", "bitdance/tokenizer_file.py")
 LIBRARY = ("lfq_tokenizer/",)
 ASKED_FOR = "bitdance/heads/diffusion/settings.py"
