@@ -13,45 +13,45 @@ for _talkative in map(logging.getLogger, ("torchao", "torch.utils._pytree")):
 
 # Where each public name lives. `import bitdance` loads none of these files, so that `bitdance --help` stays fast.
 _HOME = {
-    "Backbone": "backbone",
-    "BinaryDiffusionHead": "head",
+    "Backbone": "networks.backbone",
+    "BinaryDiffusionHead": "heads.diffusion.network",
     "BitDanceModel": "model",
     "BitDanceOutput": "pipeline",
     "BitDancePipeline": "pipeline",
-    "HeadConfig": "head",
-    "ImagePiece": "sequence",
-    "PatchPlan": "patches",
-    "Projector": "projector",
-    "SpecialTokens": "prompt",
-    "TextPiece": "sequence",
-    "TrainingBatch": "sequence",
+    "HeadConfig": "heads.diffusion.network",
+    "ImagePiece": "sequence.batch",
+    "PatchPlan": "sequence.patches",
+    "Projector": "networks.projector",
+    "SpecialTokens": "sequence.prompt",
+    "TextPiece": "sequence.batch",
+    "TrainingBatch": "sequence.batch",
     "TrainingLosses": "model",
-    "build_batch": "sequence",
-    "load_model": "checkpoint",
+    "build_batch": "sequence.batch",
+    "load_model": "folder.checkpoint",
     "load_pipeline": "generator",
-    "save_model": "checkpoint",
+    "save_model": "folder.checkpoint",
 }
 
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
-    from bitdance.backbone import Backbone as Backbone
-    from bitdance.checkpoint import load_model as load_model
-    from bitdance.checkpoint import save_model as save_model
+    from bitdance.folder.checkpoint import load_model as load_model
+    from bitdance.folder.checkpoint import save_model as save_model
     from bitdance.generator import load_pipeline as load_pipeline
-    from bitdance.head import BinaryDiffusionHead as BinaryDiffusionHead
-    from bitdance.head import HeadConfig as HeadConfig
+    from bitdance.heads.diffusion.network import BinaryDiffusionHead as BinaryDiffusionHead
+    from bitdance.heads.diffusion.network import HeadConfig as HeadConfig
     from bitdance.model import BitDanceModel as BitDanceModel
     from bitdance.model import TrainingLosses as TrainingLosses
-    from bitdance.patches import PatchPlan as PatchPlan
+    from bitdance.networks.backbone import Backbone as Backbone
+    from bitdance.networks.projector import Projector as Projector
     from bitdance.pipeline import BitDanceOutput as BitDanceOutput
     from bitdance.pipeline import BitDancePipeline as BitDancePipeline
-    from bitdance.projector import Projector as Projector
-    from bitdance.prompt import SpecialTokens as SpecialTokens
-    from bitdance.sequence import ImagePiece as ImagePiece
-    from bitdance.sequence import TextPiece as TextPiece
-    from bitdance.sequence import TrainingBatch as TrainingBatch
-    from bitdance.sequence import build_batch as build_batch
+    from bitdance.sequence.batch import ImagePiece as ImagePiece
+    from bitdance.sequence.batch import TextPiece as TextPiece
+    from bitdance.sequence.batch import TrainingBatch as TrainingBatch
+    from bitdance.sequence.batch import build_batch as build_batch
+    from bitdance.sequence.patches import PatchPlan as PatchPlan
+    from bitdance.sequence.prompt import SpecialTokens as SpecialTokens
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,10 @@
-"""What every pipeline does with pictures, whatever predicts their bits: pictures → tokens, tokens → pictures in the wished form.
+"""What every pipeline shares, whatever predicts the bits: a generator per picture; pictures → tokens, and back in the wished
+form.
 
 B pictures, H W pixels, C bits per token, h w token grid.
 """
 
+import secrets
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -11,10 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitdance.offload import Phase
+from bitdance.networks.offload import Phase
 from bitdance.picture import to_pil, to_unit
-from bitdance.seeds import generators_for
-from bitdance.values import shown
+from bitdance.values import check_number, shown
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.strips import decoding_bytes
 
@@ -125,3 +126,35 @@ def _unit(images: Any) -> Tensor:
     if len(sizes := {picture.size for picture in pictures}) > 1:
         raise ValueError(f"the pictures of a batch have sizes {sorted(sizes)}; encode each size by itself")
     return _unit(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
+
+
+def generators_for(count: int, seed: Any, generator: Any) -> tuple[list[torch.Generator], list[int | None]]:
+    """One generator for each of `count` pictures, and the seeds as far as they are known: one of the two is given, or neither.
+
+    A single seed s serves n pictures as s, s + 1, …, s + n - 1; a single generator serves one picture directly and draws n seeds
+    for more. ValueError for another count than `count`, both at once, and what is neither.
+    """
+    if seed is not None and generator is not None:
+        raise ValueError("both seed and generator were given; give one of them")
+    if isinstance(generator, torch.Generator) and count > 1:
+        drawn = torch.randint(0, 2**63 - 1, (count,), generator=generator, device=generator.device)
+        seed = drawn.tolist()
+    elif generator is not None:
+        generators = [generator] if isinstance(generator, torch.Generator) else generator
+        if not isinstance(generators, (list, tuple)) or not all(isinstance(g, torch.Generator) for g in generators):
+            raise ValueError(f"generator = {shown(generator)}; give a torch.Generator or a list of them")
+        if len(generators) != count:
+            raise ValueError(f"{len(generators)} generators for {count} pictures; give one per picture")
+        if len(set(map(id, generators))) != count:
+            raise ValueError("the same generator occurs twice in the list; every picture needs its own")
+        return list(generators), [None] * count
+    if seed is None:
+        seed = [secrets.randbelow(2**32) for _ in range(count)]
+    elif isinstance(seed, (list, tuple)):
+        if len(seed) != count:
+            raise ValueError(f"{len(seed)} seeds for {count} pictures; give one per picture, or one seed for all")
+    else:
+        first = check_number("seed", seed)
+        seed = [first + i for i in range(count)]
+    seeds = [check_number("seed", value) for value in seed]
+    return [torch.Generator().manual_seed(value) for value in seeds], list(seeds)

@@ -10,16 +10,16 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from bitdance.block_sampler import BlockSampler
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.sampler import Noise
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.loop import OnBlock, predict
-from bitdance.mask import dense_mask
 from bitdance.model import BitDanceModel
-from bitdance.offload import Phase
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
-from bitdance.sampler import Noise
-from bitdance.sampling import Sampling
+from bitdance.networks.offload import Phase
+from bitdance.sequence.mask import dense_mask
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
 
 
 def generate_bits(
@@ -38,8 +38,8 @@ def generate_bits(
     """One picture per prompt → bits (B,C,h,w) in {-1,+1}, float32, on the model's device; see `bitdance.loop.predict`.
 
     `noise` replaces the draws of the generators by given ones of shape (B,P,C). `block_sampler`, kept from call to call, is what
-    is compiled only once. `enter(phase)` comes before the prompt and before the loop and may move weights (`bitdance.offload`).
-    ValueError for an unnamed grid or a count of generators that is not the count of prompts.
+    is compiled only once. `enter(phase)` comes before the prompt and before the loop and may move weights
+    (`bitdance.networks.offload`). ValueError for an unnamed grid or a count of generators that is not the count of prompts.
     """
     if len(generators) != len(prompts) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(generators)} generators; give one generator per prompt")
@@ -90,7 +90,8 @@ class _Predictor:
 
 
 def padded_length(tokens: int) -> int:
-    """Of a batch's prefixes, the longest of which has so many: few lengths, since some libraries keep a kernel for each."""
+    """The length of a batch's prefixes, the longest of which has so many tokens: few lengths, since some libraries keep a
+    kernel for each."""
     return -(-tokens // 16) * 16
 
 

@@ -20,17 +20,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bitdance.sizes import EXTRAS_FILE, read_extras
 from bitdance.values import shown
 from lfq_tokenizer.files import check_links
 
 KINDS = {"next_patch": "bitdance.kinds.next_patch", "class_patch": "bitdance.kinds.class_patch"}
 DEFAULT = "next_patch"
+# family of published files → the module that converts them, with PARTS and convert(file, out, parts) → facts
+FAMILIES = {"imagenet": f"{KINDS['class_patch']}.convert"}
 
 
 def kind_of(folder: Path | str) -> str:
     """The kind of a model folder ("demo" is the bundled one). FileNotFoundError where there is no folder, ValueError where its
     `bitdance.json` names a kind that is not known."""
+    from bitdance.folder.parts import EXTRAS_FILE, read_extras  # torch only now: commands read this file for their --help
+
     if str(folder) == "demo":
         return DEFAULT
     path = Path(folder)

@@ -11,10 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bitdance.block_sampler import BlockSampler
-from bitdance.patches import PatchPlan
-from bitdance.sampler import draws
-from bitdance.sampling import Sampling
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.sampler import draws
+from bitdance.heads.diffusion.settings import Sampling
+from bitdance.sequence.patches import PatchPlan
 from lfq_tokenizer.binary import binarize_unchecked, check_lost
 
 OnBlock = Callable[[int, int, Tensor], None]

@@ -4,8 +4,10 @@ B rows, L sequence, F = B·L flat positions, N image tokens, G generated ones, R
 block, T predicted text tokens, C bits per token, D hidden size.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,14 +15,14 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import cross_entropy
 
-from bitdance.backbone import Backbone
-from bitdance.flips import flip_bits
-from bitdance.head import BinaryDiffusionHead, draw_noise
-from bitdance.mask import dense_mask, flex_mask_mod
-from bitdance.positions import sincos_2d
-from bitdance.projector import Projector
-from bitdance.prompt import SpecialTokens
-from bitdance.sequence import TrainingBatch
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, draw_noise
+from bitdance.networks.backbone import Backbone
+from bitdance.networks.projector import Projector
+from bitdance.sequence.batch import TrainingBatch
+from bitdance.sequence.mask import dense_mask, flex_mask_mod
+from bitdance.sequence.perturbation import perturb_bits
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import SpecialTokens
 
 if TYPE_CHECKING:
     from lfq_tokenizer import LFQTokenizer
@@ -61,8 +63,15 @@ class BitDanceModel(nn.Module):
         projector: Projector,
         backbone: Backbone,
         head: BinaryDiffusionHead,
+        extras: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
     ) -> None:
+        """`extras` is the content of `bitdance.json`, kept to be written again; `folder` is where the weights come from, None
+        where they come from nowhere. `quantized` names the parts in 8 or 4 bits, with their kind."""
         super().__init__()
+        self.extras: dict[str, Any] = dict(extras or {})
+        self.folder = folder
+        self.quantized: dict[str, str] = {}
         self.tokenizer = tokenizer
         self.text_tokenizer = text_tokenizer
         self.projector = projector
@@ -94,7 +103,7 @@ class BitDanceModel(nn.Module):
             raise ValueError(
                 f"the head predicts {config.parallel_num} tokens per step, which needs {config.parallel_num - 1} "
                 f"query tokens; the text tokenizer has {len(self.special.query_ids)} "
-                "(bitdance.prompt.add_image_tokens adds more)"
+                "(bitdance.sequence.prompt.add_image_tokens adds more)"
             )
 
     @property
@@ -121,7 +130,7 @@ class BitDanceModel(nn.Module):
         attention: Attention = "dense",
     ) -> TrainingLosses:
         """Losses of one batch. Draw order from `generator`: flips r1 and r2, then the head's times, then its noise.
-        A batch that brings its draws uses these instead, and `flip_max` and `generator` have no part in it.
+        A batch that brings its noise uses that instead, and `flip_max` and `generator` have no part in it.
 
         Source: BitDance paper, arXiv 2602.14041, training section; numbers of the published training code (case
         `packed`).
@@ -145,8 +154,8 @@ class BitDanceModel(nn.Module):
             place_GD = sincos_2d(row_G, col_G, hidden_FD.shape[-1], hidden_FD.dtype, batch.side)
             cond_GD = hidden_FD[batch.predict_index_K] + place_GD
             bits_RPC = batch.image_bits_NC[generated].unflatten(0, (-1, P))
-            if batch.draws is not None:
-                time_rows, noise = batch.draws.time_SM.flatten(), batch.draws.noise_SMPC.flatten(0, 1)
+            if batch.noise is not None:
+                time_rows, noise = batch.noise.time_SM.flatten(), batch.noise.noise_SMPC.flatten(0, 1)
             else:
                 time_rows, noise = draw_noise(self.head.config, bits_RPC.shape[0], generator, bits_RPC.device)
             time_rows, noise = time_rows.to(hidden_FD.device), noise.to(hidden_FD.device)
@@ -177,10 +186,10 @@ class BitDanceModel(nn.Module):
         bits_NC = batch.image_bits_NC
         if batch.predict_index_K.numel():
             clean_GC = bits_NC[batch.generated_K]
-            if batch.draws is not None:
-                flipped_GC = torch.where(batch.draws.flipped_NC, -clean_GC, clean_GC)
+            if batch.noise is not None:
+                flipped_GC = torch.where(batch.noise.flipped_NC, -clean_GC, clean_GC)
             else:
-                flipped_GC = flip_bits(clean_GC, flip_max, generator)
+                flipped_GC = perturb_bits(clean_GC, flip_max, generator)
             bits_NC = bits_NC.index_copy(0, batch.generated_K, flipped_GC)
         image_ND = self.embed_image(bits_NC, batch.image_row_N, batch.image_col_N, batch.side)
         embeds_FD = embeds_BLD.flatten(0, 1).index_copy(0, batch.image_index_N, image_ND.to(embeds_BLD.dtype))

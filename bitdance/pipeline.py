@@ -16,19 +16,18 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bitdance.adapters import Adapter, restore
-from bitdance.block_sampler import BlockSampler
-from bitdance.checkpoint import load_model, save_model
-from bitdance.coding import PictureCoding, check_form
-from bitdance.generate import generate_bits
-from bitdance.kernels import use_onednn
+from bitdance.coding import PictureCoding, check_form, generators_for
+from bitdance.folder.adapters import Adapter, restore
+from bitdance.folder.checkpoint import load_model, save_model
+from bitdance.folder.sizes import check_size, default_size, size_rule
+from bitdance.generate import OnBlock, generate_bits
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.settings import Sampling, choose
 from bitdance.model import BitDanceModel
-from bitdance.offload import Phase, PhaseOffload
-from bitdance.precision import AUTO, DTYPES, wanted_dtype
-from bitdance.prompt import check_prompt
-from bitdance.sampling import choose
-from bitdance.seeds import generators_for
-from bitdance.sizes import check_size, default_size, size_rule
+from bitdance.networks.kernels import use_onednn
+from bitdance.networks.offload import Phase, PhaseOffload
+from bitdance.networks.precision import AUTO, DTYPES, wanted_dtype
+from bitdance.sequence.prompt import check_prompt
 from bitdance.values import check_number, shown
 
 OUTPUT_TYPES = ("pil", "np", "pt", "bits")
@@ -120,7 +119,7 @@ class BitDancePipeline(PictureCoding):
                 target, device = device, target
             if target is not None:
                 raise ValueError(f"to({', '.join(map(repr, targets))}): give one device and one dtype at most")
-        if getattr(self.model, "quantized", {}) and (device is not None or dtype is not None):
+        if self.model.quantized and (device is not None or dtype is not None):
             raise ValueError("quantised weights keep device and dtype; load the model again with those that you want")
         if self.offload is not None:
             raise ValueError("the model moves by phases (enable_model_cpu_offload); load it again to have it in one place")
@@ -134,8 +133,9 @@ class BitDancePipeline(PictureCoding):
         return {name: getattr(self.model, name) for name in names}
 
     def enable_model_cpu_offload(self, device: torch.device | str = "cuda") -> None:
-        """From now on the model lies in main memory, and `device` holds what a phase needs: LLM and head for prompt and loop,
-        the decoder at the end (`bitdance.offload`). Costs one copy of the LLM per call. ValueError for a device that is none."""
+        """Move the model to main memory, and what a phase needs to `device` for that phase: LLM and head for prompt and loop,
+        the decoder at the end (`bitdance.networks.offload`). Costs one copy of the LLM per call. ValueError for an unusable
+        device."""
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
@@ -143,8 +143,9 @@ class BitDancePipeline(PictureCoding):
         self.offload = PhaseOffload(self.model, device)
 
     def load_lora_weights(self, folder: Path | str, scale: float = 1.0) -> None:
-        """Add the adapter in `folder`, `scale` times, to the weights (`bitdance.adapters`): pictures take no longer, and have the
-        bits of the merged and exported model. What the weights were is kept in main memory for `unload_lora_weights`.
+        """Add the adapter in `folder`, `scale` times, to the weights (see `bitdance.folder.adapters`). Pictures take no longer,
+        and have the bits of the merged and exported model. What the weights were is kept in main memory for
+        `unload_lora_weights`.
 
         FileNotFoundError or ValueError, before a weight is changed, for an adapter that is broken or of another base, and where
         weights are quantised or offloaded (load the model with `lora=` then), or an adapter is loaded already.
@@ -154,8 +155,8 @@ class BitDancePipeline(PictureCoding):
         if self.offload is not None:
             raise ValueError("the model moves by phases; load the adapter with the model: from_pretrained(…, lora=…)")
         adapter = Adapter.read(folder, scale)
-        if (own := getattr(self.model, "folder", None)) is not None:
-            adapter.check_base(own)
+        if self.model.folder is not None:
+            adapter.check_base(self.model.folder)
         self._without_lora = adapter.add_to(self.model)
 
     def unload_lora_weights(self) -> None:
@@ -223,9 +224,8 @@ class BitDancePipeline(PictureCoding):
         callback_on_step_end  called as (pipe, block, t, {"bits": …, "tokens": the same}) after each block; t is
                               the finished share in (0, 1], unfinished bits are 0. What it returns is not read.
                               `pipe.cancel(i)` in it ends picture i, an exception the run.
-        sampler               solver; default "euler_maruyama" (published), see `bitdance.sampler`
-        preset                steps, sampler, interval and last steps at once ("published", …: `bitdance.sampling`); what
-                              is said beside it wins
+        sampler               solver; default "euler_maruyama" (published), see `bitdance.heads.diffusion.sampler`
+        preset                steps, sampler, interval and last steps at once ("published", …); what is said beside it wins
         guidance_interval     times in [0, 1] between which guidance acts (1 is the finished block)
         last_steps            steps of the last block; those between change linearly
         return_dict           for callers of diffusers; the output is an object and a tuple (images, bits, seeds) anyway
@@ -235,19 +235,18 @@ class BitDancePipeline(PictureCoding):
         before any work; ValueError says what is allowed.
         """
         prompts = _prompts(prompt, num_images_per_prompt)
-        extras = getattr(self.model, "extras", None) or {}
-        defaults = extras.get("defaults", {})
+        defaults = self.model.extras.get("defaults", {})
         rule = size_rule(self.model)
         wished = default_size(rule)
         height, width = wished[0] if height is None else height, wished[1] if width is None else width
         check_size(rule, height, width)
-        numbers = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-        said = {name: None if value is None else check_number(name, value) for name, value in numbers.items()}
+        steps = None if num_inference_steps is None else check_number("num_inference_steps", num_inference_steps)
+        guidance = None if guidance_scale is None else check_number("guidance_scale", guidance_scale)
         sampling = choose(
             defaults,
             preset,
-            steps=said["num_inference_steps"],
-            guidance=said["guidance_scale"],
+            steps=steps,
+            guidance=guidance,
             sampler=sampler,
             guidance_interval=guidance_interval,
             last_steps=last_steps,
@@ -255,7 +254,6 @@ class BitDancePipeline(PictureCoding):
         check_form(output_type, OUTPUT_TYPES, callback_on_step_end)
         generators, seeds = generators_for(len(prompts), seed, generator)
 
-        self._cancelled.clear()
         s = self._tokenizer.downsampling
         with self._bar(height * width // (s * self.model.patch_side) ** 2) as bar:
 
@@ -264,20 +262,35 @@ class BitDancePipeline(PictureCoding):
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, done - 1, done / total, {"bits": bits_BChw, "tokens": bits_BChw})
 
-            size = height // s, width // s
-            bits_BChw = generate_bits(
-                self.model,
-                prompts,
-                *size,
-                sampling,
-                generators,
-                on_block,
-                block_sampler=self._block_sampler,
-                enter=self._enter,
-                cancelled=self._cancelled,
-            )
+            bits_BChw = self.generate(prompts, height, width, sampling, generators, on_block)
         images = None if output_type == "bits" else self.decode(bits_BChw, generators, output_type)
         return BitDanceOutput(images, bits_BChw, seeds)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        height: int,
+        width: int,
+        settings: Sampling,
+        generators: Sequence[torch.Generator],
+        on_block: OnBlock | None = None,
+    ) -> Tensor:
+        """One picture per prompt → bits (B,C,h,w) in {-1,+1}: what a call does once all is checked, for callers that have checked
+        it. `on_block(done, M, bits_BChw)` as in `bitdance.generate.generate_bits`."""
+        self._cancelled.clear()
+        s = self._tokenizer.downsampling
+        return generate_bits(
+            self.model,
+            prompts,
+            height // s,
+            width // s,
+            settings,
+            generators,
+            on_block,
+            block_sampler=self._block_sampler,
+            enter=self._enter,
+            cancelled=self._cancelled,
+        )
 
     def _bar(self, total: int) -> tqdm:
         return tqdm(total=total, **{"desc": "blocks", "disable": not sys.stderr.isatty(), **self._progress})

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitdance.backbone import Backbone
+from bitdance.networks.backbone import Backbone
 
 
 class HookedBackbone(Backbone):

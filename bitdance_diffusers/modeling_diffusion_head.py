@@ -5,9 +5,9 @@ from diffusers import ModelMixin  # noqa: F401 (by this name, in this module, di
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from bitdance.block_sampler import BlockSampler
-from bitdance.head import BinaryDiffusionHead, HeadConfig
-from bitdance.sampling import Sampling
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance_diffusers.component import Component
 
 __all__ = ["BitDanceDiffusionHead"]
@@ -51,6 +51,6 @@ class BitDanceDiffusionHead(Component):
         self._sample = BlockSampler(head, compile=False)
 
     def forward(self, cond_RPD: Tensor, noise_SBPC: Tensor, sampling: Sampling, steps: int) -> Tensor:
-        """All solver steps of one block → predicted bits (B,P,C), float32; see `bitdance.block_sampler`."""
+        """All solver steps of one block → predicted bits (B,P,C), float32; see `bitdance.heads.diffusion.block_sampler`."""
         self.inner.place = cond_RPD.device
         return self._sample(cond_RPD, noise_SBPC, sampling, steps)

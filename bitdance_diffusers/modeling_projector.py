@@ -4,7 +4,7 @@ from diffusers import ModelMixin  # noqa: F401 (by this name, in this module, di
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from bitdance.projector import Projector
+from bitdance.networks.projector import Projector
 from bitdance_diffusers.component import Component
 
 __all__ = ["BitDanceProjector"]

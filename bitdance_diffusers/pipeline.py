@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bitdance.backbone import exact_frequencies
 from bitdance.model import BitDanceModel
+from bitdance.networks.backbone import exact_frequencies
 from bitdance.pipeline import BitDancePipeline
 from bitdance_diffusers.backbone import HookedBackbone
 from bitdance_diffusers.modeling_autoencoder import BitDanceAutoencoder

@@ -212,10 +212,10 @@ def driver() -> str | None:
 def predicted_bytes() -> float | None:
     """What doctor computes for a picture of the published shape in bfloat16, without the program itself."""
     sys.path.insert(0, str(ROOT))
-    from bitdance.bench.shapes import SHAPES
-    from bitdance.cli.needs import Setting, needs
+    from bitdance.costs.memory import BatchSpec, needs
+    from bitdance.costs.shapes import SHAPES
 
-    found = needs(SHAPES["14b-64x"], Setting(1024, 1024, device="cuda"))
+    found = needs(SHAPES["14b-64x"], BatchSpec(1024, 1024, device="cuda"))
     return float(found.peak - found.phases[found.phase].get("program", 0))
 
 

@@ -29,7 +29,7 @@ def _distill(argv: list[str]) -> int:
 
         return show(config, arguments)
     if arguments.write_samples or arguments.write_targets:
-        from bitdance.jobs import parse_shard
+        from bitdance.jobs.job import parse_shard
         from distill.writing import Order, write
 
         kind = "samples" if arguments.write_samples else "targets"

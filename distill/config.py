@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar
 
 import torch
 
+from bitdance.networks.precision import AUTO, resolve_dtype
 from bitdance.pipeline import DTYPES
-from bitdance.precision import AUTO, resolve_dtype
 from bitdance.values import RANGES
 from stages.config import TrainingConfig, read_config
 from stages.schema import Checked, Choice, StepsOrNone, Weight

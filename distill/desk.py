@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from bitdance.checkpoint import load_model
-from bitdance.fingerprint import fingerprint
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.fingerprint import fingerprint
+from bitdance.folder.sizes import rule_of_model
 from bitdance.model import BitDanceModel
-from bitdance.prompt import SpecialTokens
-from bitdance.sizes import rule_of_model
+from bitdance.sequence.prompt import SpecialTokens
 from distill.config import DistillConfig
 from distill.growth import check_sides, grown_text_tokenizer
 from distill.teacher import own_device

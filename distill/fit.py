@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 
-from bitdance.checkpoint import LM_CONFIG
+from bitdance.folder.parts import HEAD_CONFIG, LM_CONFIG
 from bitdance.foreign import load_text_tokenizer
-from bitdance.head import HeadConfig
+from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.sizes import HEAD_CONFIG
 from distill.growth import check_sides
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_config

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitdance.folder.sizes import rule_of_model
 from bitdance.model import BitDanceModel
-from bitdance.prompt import SpecialTokens, add_image_tokens
-from bitdance.sizes import rule_of_model
+from bitdance.sequence.prompt import SpecialTokens, add_image_tokens
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ Both predict x; the loss is on velocity, v̂ = (x̂ − x_t) / max(1 − t, 0.05
 **data**: E|v̂ − v|² over real pictures. Its minimiser is x̂ = E[x | S], which is what sampling needs. The target x is a single
 draw, so its variance Var(x | S) goes into every gradient.
 
-**teacher**: E|v̂ − v̂_T|², v̂_T from m_s = E[x | T_s]. Its minimiser is E[m_s | S]. If T_s held all of S, the tower property would
-make that E[x | S], the same minimiser as `data`, and the variance of the target would fall from Var(x | S) to Var(m_s | S). The
-teacher does know more in one respect: it sees the earlier sub-patches of the patch as they are, where the student sees them in
-noise. But it does not hold all of S. It misses
+**teacher**: E|v̂ − v̂_T|², v̂_T from m_s = E[x | T_s]. Its minimiser is E[m_s | S]. If T_s held all of S, the tower property
+would make that E[x | S], the same minimiser as `data`, and the variance of the target would fall from Var(x | S) to Var(m_s |
+S). The teacher does know more in one respect: it sees the earlier sub-patches of the patch as they are, where the student sees
+them in noise. But it does not hold all of S. It misses
     (a) x_t of the sub-patches after s in the same patch;
     (b) for sub-patches that are not in the last row of the patch: the lower rows of the patches to the left, which come
         later in the teacher's raster. Pictures of one patch a row have none.
@@ -48,7 +48,7 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from bitdance.flow import velocity_from_x
+from bitdance.heads.diffusion.flow import velocity_from_x
 from bitdance.model import BitDanceModel, TrainingLosses
 from distill.config import DistillTraining
 from distill.documents import DistillBatch

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
+from bitdance.folder.parts import HEAD_CONFIG
 from bitdance.foreign import load_text_tokenizer
-from bitdance.head import HeadConfig
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.networks.precision import AUTO
 from bitdance.pipeline import DTYPES
-from bitdance.precision import AUTO
-from bitdance.prompt import SpecialTokens, add_image_tokens
-from bitdance.sizes import HEAD_CONFIG
+from bitdance.sequence.prompt import SpecialTokens, add_image_tokens
 from distill.config import DistillConfig, DistillTraining
 from distill.growth import check_sides
 from lfq_tokenizer.json_file import read_config

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from bitdance.model import Attention
-from bitdance.patches import PatchPlan
-from bitdance.sequence import ImagePiece
+from bitdance.sequence.batch import ImagePiece
+from bitdance.sequence.patches import PatchPlan
 from distill.desk import Desk
 from distill.targets import Targets, cached_draws, settings
 from distill.teacher import Teacher
@@ -57,9 +57,9 @@ class Predictions:
         seed = int(torch.randint(2**53, (), generator=generator))
         document = desk.documents.document(sample, place.resolution, caption, 0.0, generator)
         text, image = document.pieces
-        assert isinstance(image, ImagePiece) and image.draws is not None
-        draws = cached_draws(desk.head, image.bits_Chw[0].numel(), seed, image.draws.flipped_NC)
-        document = dataclasses.replace(document, pieces=[text, dataclasses.replace(image, draws=draws)])
+        assert isinstance(image, ImagePiece) and image.noise is not None
+        draws = cached_draws(desk.head, image.bits_Chw[0].numel(), seed, image.noise.flipped_NC)
+        document = dataclasses.replace(document, pieces=[text, dataclasses.replace(image, noise=draws)])
         return Asked(slot, seed, document, caption, sample.attributes)
 
     @torch.no_grad()

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from bitdance.checkpoint import load_model
-from bitdance.head import HeadConfig
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.parts import HEAD_CONFIG
+from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.sizes import HEAD_CONFIG
 from distill.config import DistillConfig
 from distill.documents import DistillBatch
 from distill.fit import check_teacher

@@ -20,9 +20,9 @@ from typing import Any
 
 from PIL import Image
 
+from bitdance.folder.sizes import rule_of_model
 from bitdance.picture import grid, write_png
 from bitdance.pipeline import BitDancePipeline
-from bitdance.sizes import rule_of_model
 from lfq_tokenizer.files import write_text
 from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining

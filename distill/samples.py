@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bitdance.generate import generate_bits
-from bitdance.sampling import choose
+from bitdance.heads.diffusion.settings import choose
 from distill.desk import Desk
 from stages.data.bits import pack_bits
 from stages.data.sample import CaptionedPicture, Skipped

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from bitdance.bench.measure import pipeline, take_turns
+from bitdance.heads.diffusion.settings import choose
 from bitdance.pipeline import BitDancePipeline
-from bitdance.sampling import choose
 from distill.report import models_of, open_pipe
 from lfq_tokenizer.files import write_text
 

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitdance.draws import ImageDraws
-from bitdance.head import HeadConfig
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch
+from bitdance.sequence.noise import ImageNoise
 from lfq_tokenizer.json_file import parse_json
 from stages.data.shards import Sample
 from stages.generator.documents import Drawn
@@ -86,9 +86,9 @@ def settings(head: HeadConfig, guidance: float) -> dict[str, Any]:
     return {name: known[name] for name in DRAWS} | {"guidance": guidance}
 
 
-def cached_draws(head: HeadConfig, tokens: int, seed: int, flipped_NC: Tensor) -> ImageDraws:
+def cached_draws(head: HeadConfig, tokens: int, seed: int, flipped_NC: Tensor) -> ImageNoise:
     """Times and noise of a seed; the flips, which the teacher does not see, are the student's own."""
-    drawn = ImageDraws.draw(tokens, head, 0.0, torch.Generator().manual_seed(seed))
+    drawn = ImageNoise.draw(tokens, head, 0.0, torch.Generator().manual_seed(seed))
     return dataclasses.replace(drawn, flipped_NC=flipped_NC)
 
 
@@ -114,10 +114,10 @@ def with_cached_draws(document: Drawn, head: HeadConfig, guidance: float) -> tup
     for piece in document.pieces:
         if isinstance(piece, ImagePiece):
             tokens = piece.bits_Chw[0].numel()
-            assert piece.draws is not None
+            assert piece.noise is not None
             if targets.x_hat_SMPC[0].numel() != tokens * head.ch_target:
                 raise ValueError(f"sample {document.name} has targets for another size; write the targets again")
-            piece = dataclasses.replace(piece, draws=cached_draws(head, tokens, targets.seed, piece.draws.flipped_NC))
+            piece = dataclasses.replace(piece, noise=cached_draws(head, tokens, targets.seed, piece.noise.flipped_NC))
         pieces.append(piece)
     return dataclasses.replace(document, pieces=pieces), targets.x_hat_SMPC
 

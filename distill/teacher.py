@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bitdance.checkpoint import load_model
-from bitdance.fingerprint import fingerprint
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.fingerprint import fingerprint
 from bitdance.model import Attention, BitDanceModel
-from bitdance.sequence import TrainingBatch
+from bitdance.sequence.batch import TrainingBatch
 from distill.config import DistillTraining
 from distill.view import TeacherView
 from lfq_tokenizer.entropy import without_autocast
@@ -46,7 +46,7 @@ class Teacher:
 
         At one x_t guided velocity and guided prediction are the same thing, v = (x̂ − x_t) / (1 − t): x̂_u + g·(x̂_c − x̂_u).
         """
-        assert student.draws is not None
+        assert student.noise is not None
         home = student.image_bits_NC.device
         device = self._device or home
         self._place(device)
@@ -57,7 +57,7 @@ class Teacher:
             # the student's autocast is none of the teacher's business
             with without_autocast(device):
                 rows_KTC = self.model(view.seen(student).to(device), attention=attention).predicted_rows
-            predicted.append(view.as_student(rows_KTC.float().to(home), student.draws))
+            predicted.append(view.as_student(rows_KTC.float().to(home), student.noise))
         if len(predicted) == 1:
             return predicted[0]
         prompted, unprompted = predicted

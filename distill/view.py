@@ -13,10 +13,10 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from bitdance.draws import ImageDraws
 from bitdance.model import BitDanceModel
-from bitdance.prompt import SpecialTokens, unconditional_ids
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.noise import ImageNoise
+from bitdance.sequence.prompt import SpecialTokens, unconditional_ids
 from stages.generator.documents import Drawn
 
 
@@ -37,18 +37,18 @@ class TeacherView:
 
     def seen(self, student: TrainingBatch) -> TrainingBatch:
         """The teacher's batch with the student's bits, all of them true, and its times and noise. It predicts no text."""
-        draws = student.draws
+        draws = student.noise
         assert draws is not None, "training documents bring their draws"
         P = draws.noise_SMPC.shape[2]
         bits_NC = student.image_bits_NC[self.order_N]
         time_SN = draws.time_SM.repeat_interleave(P, dim=1)[:, self.order_N]
         noise_SNC = draws.noise_SMPC.flatten(1, 2)[:, self.order_N]
         clean_NC = torch.zeros_like(bits_NC, dtype=torch.bool)
-        own = ImageDraws(clean_NC, time_SN[:, :: self.T].contiguous(), noise_SNC.unflatten(1, (-1, self.T)))
+        own = ImageNoise(clean_NC, time_SN[:, :: self.T].contiguous(), noise_SNC.unflatten(1, (-1, self.T)))
         no_text = {"label_ids_T": self.batch.label_ids_T[:0], "label_index_T": self.batch.label_index_T[:0]}
-        return replace(self.batch, image_bits_NC=bits_NC, draws=own, **no_text)
+        return replace(self.batch, image_bits_NC=bits_NC, noise=own, **no_text)
 
-    def as_student(self, rows_KTC: Tensor, draws: ImageDraws) -> Tensor:
+    def as_student(self, rows_KTC: Tensor, draws: ImageNoise) -> Tensor:
         """Rows of the teacher's blocks, (S·N/T, T, C), as rows of the student's, (S·N/P, P, C)."""
         S, P = draws.time_SM.shape[0], draws.noise_SMPC.shape[2]
         own_SNC = rows_KTC.unflatten(0, (S, -1)).flatten(1, 2)

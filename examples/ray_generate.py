@@ -19,12 +19,11 @@ import numpy as np
 from tqdm import tqdm
 
 from bitdance.cli import UsageError, report
-from bitdance.cli.generate import Order, parser, read_order
-from bitdance.cli.loading import load
-from bitdance.cli.making import Maker, conclude, write_grid
-from bitdance.cli.outputs import OutputFolder
+from bitdance.cli.generate import conclude, parser, read_spec
 from bitdance.cli.stop import Stopped, StopSignals
-from bitdance.jobs import Job, batches
+from bitdance.jobs.job import Job, batches
+from bitdance.jobs.outputs import OutputFolder
+from bitdance.jobs.runner import BatchRunner, RunSpec
 
 BATCHES = 4  # a worker gets so many at a time: inside, writing one overlaps with making the next
 
@@ -32,18 +31,18 @@ BATCHES = 4  # a worker gets so many at a time: inside, writing one overlaps wit
 class Painter:
     """A worker of Ray Data: it keeps the model, and makes the pictures of one block after the other."""
 
-    def __init__(self, order: Order) -> None:
-        self.order, self.pipe = order, load(order)
-        self.output = OutputFolder(order.output, order.model)
-        self.jobs = {job.index: job for job in order.jobs}
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec, self.pipe = spec, spec.rules.load(spec)
+        self.output = OutputFolder(spec.output, spec.model)
+        self.jobs = {job.index: job for job in spec.jobs}
 
     def __call__(self, rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Indices of jobs ("data") → the same and "error", which is empty where the picture is in the folder now."""
         jobs = [self.jobs[index] for index in rows["data"].tolist()]
-        maker = Maker(self.order, self.output)
+        runner = BatchRunner(self.spec, self.output)
         # Ray hands a block out again when its worker was lost: some of it may be finished.
-        maker.make(self.pipe, self.output.missing(jobs, self.order.hash))
-        errors = {job.index: error for job, error in maker.failures}
+        runner.make(self.pipe, self.output.missing(jobs, self.spec.hash))
+        errors = {job.index: error for job, error in runner.failures}
         return {"data": rows["data"], "error": np.array([errors.get(job.index, "") for job in jobs])}
 
 
@@ -53,18 +52,18 @@ def blocks(jobs: Sequence[Job], batch_size: int, workers: int) -> list[list[Job]
     return batches(jobs, size, lambda job: len(job.prompt.encode()))  # the worker orders them by tokens
 
 
-def paint(order: Order, todo: Sequence[Job], options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
+def paint(spec: RunSpec, todo: Sequence[Job], options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
     """Yield {"data": index of a job, "error"} in the order in which blocks are finished."""
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one, over pictures
-    parts = blocks(todo, order.batch_size, options.workers)
+    parts = blocks(todo, spec.batch_size, options.workers)
     workers = ray.data.ActorPoolStrategy(size=min(options.workers, len(parts)), max_tasks_in_flight_per_actor=2)
     return iter(
         ray.data.from_numpy([np.array([job.index for job in part]) for part in parts])
         .map_batches(
             Painter,
-            fn_constructor_args=(order,),
+            fn_constructor_args=(spec,),
             batch_size=None,  # as they are: a block at a time
             compute=workers,
             num_gpus=options.gpus_per_worker or None,
@@ -74,7 +73,7 @@ def paint(order: Order, todo: Sequence[Job], options: argparse.Namespace) -> Ite
     )
 
 
-def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Order]:
+def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, RunSpec]:
     """The options, and what they ask for; ValueError or FileNotFoundError name what is wrong."""
     flags = parser("ray_generate.py")
     flags.add_argument("--workers", type=int, default=1, help="processes, each with the model (default: 1)")
@@ -88,29 +87,29 @@ def read(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Order]:
     options.device = "cpu"
     if options.gpus_per_worker and options.dtype is None:
         options.dtype = "bfloat16"
-    order = read_order(options)
+    spec = read_spec(options)
     device = "cuda" if options.gpus_per_worker else "cpu"
-    here = {"output": order.output.absolute(), "folder": order.folder.absolute()}
-    return options, replace(order, jobs=list(order.jobs), device=device, **here)  # the workers get the jobs, not the file
+    here = {"output": spec.output.absolute(), "folder": spec.folder.absolute()}
+    return options, replace(spec, jobs=list(spec.jobs), device=device, **here)  # the workers get the jobs, not the file
 
 
-def generate(options: argparse.Namespace, order: Order) -> int:
+def generate(options: argparse.Namespace, spec: RunSpec) -> int:
     """0 all done, 1 some failed (failures.jsonl), 128 + signal when stopped."""
-    output = OutputFolder(order.output, order.model, order.shard)
+    output = OutputFolder(spec.output, spec.model, spec.shard)
     output.check_writable()
     with output.held():
-        return _generate(options, order, output)
+        return _generate(options, spec, output)
 
 
-def _generate(options: argparse.Namespace, order: Order, output: OutputFolder) -> int:
-    todo = output.missing(order.jobs, order.hash)
+def _generate(options: argparse.Namespace, spec: RunSpec, output: OutputFolder) -> int:
+    todo = output.missing(spec.jobs, spec.hash)
     jobs = {job.index: job for job in todo}
     failures: list[tuple[Job, str]] = []
     with StopSignals() as stop, tqdm(total=len(todo), unit="picture", disable=not sys.stderr.isatty()) as bar:
         try:
             if todo:
                 output.folder.mkdir(parents=True, exist_ok=True)
-                for row in paint(order, todo, options):
+                for row in paint(spec, todo, options):
                     with stop.held():
                         if row["error"]:
                             failures.append((jobs[row["data"]], row["error"]))
@@ -121,14 +120,14 @@ def _generate(options: argparse.Namespace, order: Order, output: OutputFolder) -
             report(f"{stopped} after {bar.n} of {len(todo)} pictures or more; the same command goes on", "stopped")
             return stopped.code
     output.write_failures(failures)
-    grid_path = write_grid(order.jobs, failures, output) if order.grid else None
-    return conclude(order, output, len(todo) - len(failures), failures, len(order.jobs) - len(todo), grid_path)
+    grid = spec.grid and output.write_grid(spec.jobs, [job for job, _ in failures])
+    return conclude(spec, output, len(todo) - len(failures), failures, len(spec.jobs) - len(todo), grid)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; the exit code."""
     try:
-        options, order = read(argv)
+        options, spec = read(argv)
         import ray
     except ModuleNotFoundError as error:
         report(f"this example needs {error.name}: pip install 'ray[data]'")
@@ -138,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     ray.init(address=options.address, log_to_driver=False, logging_level="error")
     try:
-        return generate(options, order)
+        return generate(options, spec)
     except (ValueError, OSError, ray.exceptions.RayError) as error:
         reason = str(error).strip().splitlines()[-1]  # above it stand Ray's remarks
         report(f"{reason}; the same command goes on from there")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bitdance.head import HeadConfig
+from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.model import BitDanceModel
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_json

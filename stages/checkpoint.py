@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bitdance.checkpoint import resolve
+from bitdance.folder.config import resolve
 from bitdance.values import Range
 from lfq_tokenizer.files import check_room, fsync, inside, replace_folder, sha256, temporary_beside, umask, write_text
 from lfq_tokenizer.json_file import read_json, write_json

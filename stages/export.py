@@ -1,4 +1,4 @@
-"""Training checkpoint or model folder → a model folder in a layout of `bitdance.formats`.
+"""Training checkpoint or model folder → a model folder in a layout of `bitdance.folder`.
 
 Tensors are streamed from file to file; only the merging of an adapter holds a whole model.
 """
@@ -12,11 +12,12 @@ from typing import Literal
 
 import torch
 
-from bitdance.checkpoint import resolve, save_model
-from bitdance.formats import Source, convert
-from bitdance.formats.conversion import DTYPES
-from bitdance.formats.source import AUTOENCODER
-from bitdance.formats.stored import pieces
+from bitdance.folder.checkpoint import save_model
+from bitdance.folder.config import resolve
+from bitdance.folder.conversion import EXPORT_DTYPES, convert
+from bitdance.folder.parts import TOKENIZER
+from bitdance.folder.source import StoredModel
+from bitdance.folder.stored import pieces
 from lfq_tokenizer.files import check_room, clear_leftovers, fsync, temporary_beside, whole_folder
 from lfq_tokenizer.json_file import read_json
 from stages import checkpoint
@@ -47,7 +48,7 @@ def export_checkpoint(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another folder")
-    number = DTYPES[dtype] if dtype else None
+    number = EXPORT_DTYPES[dtype] if dtype else None
     with _opened(path, out, weights, base) as source:
         if weights == "raw" and number is None:
             number = torch.float32  # as resume/ has them, whatever model/ says
@@ -57,24 +58,24 @@ def export_checkpoint(
                 raise ValueError(f"--extras {extras}: a JSON object is allowed, with an object `card` in it if any")
             source.extras = {**known, **more, "card": {**known.get("card", {}), **more.get("card", {})}}
         if decoder is not None:
-            _take_decoder(source, Source.open(checkpoint.model_folder(decoder)), decoder)
+            _take_decoder(source, StoredModel.open(checkpoint.model_folder(decoder)), decoder)
         convert(source, out, format, number)
 
 
 @contextmanager
-def _opened(path: Path, out: Path, weights: Weights, base: str | None) -> Iterator[Source]:
+def _opened(path: Path, out: Path, weights: Weights, base: str | None) -> Iterator[StoredModel]:
     saved = (path / "manifest.json").is_file() or any(path.glob("step_*"))
     if not saved:
         if weights == "raw":
             raise ValueError(f"--weights raw: {path} is no checkpoint; a model folder has one set of weights")
-        yield Source.open(_model(path))
+        yield StoredModel.open(_model(path))
         return
     folder = checkpoint.newest(path)
     step = checkpoint.verify(folder)
     manifest = hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
     origin = {"kind": "checkpoint", "step": step, "weights": weights, "manifest_sha256": manifest}
     if not (folder / checkpoint.ADAPTER).is_dir():
-        source = Source.open(folder / "model")
+        source = StoredModel.open(folder / "model")
         source.origin = origin
         if weights == "raw":
             take_raw_weights(source, folder)
@@ -89,7 +90,7 @@ def _opened(path: Path, out: Path, weights: Weights, base: str | None) -> Iterat
     merged = temporary_beside(out.absolute())
     try:
         save_model(merged_model(folder, base), merged)
-        source = Source.open(merged)
+        source = StoredModel.open(merged)
         source.origin = {**origin, "kind": "adapter, merged"}
         yield source
     finally:
@@ -120,8 +121,8 @@ def export_adapter(path: Path, out: Path) -> None:
             fsync(whole / path.name)
 
 
-def _take_decoder(source: Source, other: Source, place: Path) -> None:
-    own, theirs = source.parts[AUTOENCODER], other.parts[AUTOENCODER]
+def _take_decoder(source: StoredModel, other: StoredModel, place: Path) -> None:
+    own, theirs = source.parts[TOKENIZER], other.parts[TOKENIZER]
     shapes = [{name: held.shape for name, held in tensors.items()} for tensors in (own, theirs)]
     encoder = [name for name in own if name.startswith("encoder.")]
     if shapes[0] != shapes[1] or not all(
@@ -133,4 +134,4 @@ def _take_decoder(source: Source, other: Source, place: Path) -> None:
             f"--decoder {place}: its encoder is not the one that the model was trained with, so its decoder reads other bits; "
             "train the decoder with tokenizer.freeze_encoder"
         )
-    source.parts[AUTOENCODER] = {**own, **{name: held for name, held in theirs.items() if name.startswith("decoder.")}}
+    source.parts[TOKENIZER] = {**own, **{name: held for name, held in theirs.items() if name.startswith("decoder.")}}

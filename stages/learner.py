@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitdance.precision import quick_dtype, slow_bfloat16
+from bitdance.networks.precision import quick_dtype, slow_bfloat16
 from stages import partitions, processes
 from stages.config import AUTO, OptimizerConfig, RunConfig, TrainingConfig
 from stages.ema import AveragedAdamW

@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bitdance.formats.source import AUTOENCODER, HEAD, PROJECTOR, TEXT, Source
-from bitdance.formats.stored import Held, Stored, open_stored, read_metadata
+from bitdance.folder import parts
+from bitdance.folder.source import StoredModel
+from bitdance.folder.stored import LazyTensor, StoredTensor, open_stored, read_metadata
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
 from stages.resume_state import read_places
 
 KINDS = ("weight", "frozen", "buffer")
 # What the modules of the recipes call the parts. The tokenizer of a generator's run does not train: it stays as model/ has it.
-GENERATOR = {TEXT: "model.backbone.lm.", HEAD: "model.head.", PROJECTOR: "model.projector."}
-TOKENIZER = {AUTOENCODER: "tokenizer."}
+GENERATOR = {parts.BACKBONE: "model.backbone.lm.", parts.HEAD: "model.head.", parts.PROJECTOR: "model.projector."}
+TOKENIZER = {parts.TOKENIZER: "tokenizer."}
 
 
 @dataclass(frozen=True)
@@ -27,23 +28,23 @@ class Joined:
     """A parameter in stretches (start, numbers), which together cover it."""
 
     shape: tuple[int, ...]
-    stretches: tuple[tuple[int, Stored], ...]
+    stretches: tuple[tuple[int, StoredTensor], ...]
 
     @property
     def dtype(self) -> torch.dtype:
         return self.stretches[0][1].dtype
 
     def read(self, start: int, stop: int) -> Tensor:
-        parts, wanted = [], start
+        pieces, wanted = [], start
         for first, held in self.stretches:
             last = min(first + held.shape[0], stop)
             if first <= wanted < last:
-                parts.append(held.read(wanted - first, last - first))
+                pieces.append(held.read(wanted - first, last - first))
                 wanted = last
-        return torch.cat(parts)
+        return torch.cat(pieces)
 
 
-def take_raw_weights(source: Source, checkpoint: Path) -> None:
+def take_raw_weights(source: StoredModel, checkpoint: Path) -> None:
     """Let `source`, the model of a checkpoint, hold the weights that its resume state has.
 
     ValueError lists the first ten parameters that are missing, of another size, or of which a process's part is missing.
@@ -52,7 +53,7 @@ def take_raw_weights(source: Source, checkpoint: Path) -> None:
     files = sorted(folder.glob("learner_*.safetensors"))
     if not files:
         raise ValueError(f"{folder} holds no learner_*.safetensors; --weights raw needs the resume state, --weights ema does not")
-    stretches: dict[str, list[tuple[int, Stored]]] = {}
+    stretches: dict[str, list[tuple[int, StoredTensor]]] = {}
     sizes: dict[str, int] = {}
     for path in files:
         places = read_places(read_metadata(path), path)
@@ -63,7 +64,7 @@ def take_raw_weights(source: Source, checkpoint: Path) -> None:
             stretches.setdefault(saved, []).append((start, part))
     wrong = []
     for of, prefix in (GENERATOR if source.is_pipeline() else TOKENIZER).items():
-        found: dict[str, Held] = {}
+        found: dict[str, LazyTensor] = {}
         for name, held in source.parts[of].items():
             key = next((key for kind in KINDS if (key := f"{kind}/{prefix}{name}") in stretches), "")
             if not key:
@@ -87,7 +88,7 @@ def take_raw_weights(source: Source, checkpoint: Path) -> None:
         )
 
 
-def _covered(stretches: list[tuple[int, Stored]]) -> int:
+def _covered(stretches: list[tuple[int, StoredTensor]]) -> int:
     """How many numbers from the first on are there without a gap."""
     end = 0
     for start, held in sorted(stretches, key=lambda stretch: stretch[0]):

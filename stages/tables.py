@@ -5,9 +5,9 @@
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
-from bitdance.flow import SCHEDULES
-from bitdance.head import HeadConfig
-from bitdance.sampling import PRESETS
+from bitdance.heads.diffusion.flow import SCHEDULES
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.heads.diffusion.settings import PRESETS
 from bitdance.values import RANGES, Range
 from lfq_tokenizer import TokenizerConfig, limits
 from stages.schema import DECLARED, Choice, Table

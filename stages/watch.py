@@ -12,8 +12,8 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from bitdance.bench.peak import measure_peak
-from bitdance.precision import quick_dtype
+from bitdance.costs.peak import measure_peak
+from bitdance.networks.precision import quick_dtype
 from stages import processes
 from stages.config import RunConfig
 from stages.learner import precision_of

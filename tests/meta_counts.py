@@ -52,7 +52,7 @@ class Counts(TorchDispatchMode):
         self.launches[self.phase] += 1
 
     def follow(self, model: BitDanceModel) -> None:
-        """Phases as in `bitdance.bench.work`: what lies between a backbone call and the projector is the head's."""
+        """Phases as in `bitdance.costs.work`: what lies between a backbone call and the projector is the head's."""
         self.phase = "prefill"
         backbone, projector = model.backbone, model.projector
         backbone.register_forward_hook(lambda *_: self._enter("head"))
@@ -89,8 +89,8 @@ class _Kernel(torch.autograd.Function):
 
 PLACES = (
     "torch.nn.functional.scaled_dot_product_attention",
-    "bitdance.attention.scaled_dot_product_attention",
-    "bitdance.attention.flex_attention",
+    "bitdance.networks.attention.scaled_dot_product_attention",
+    "bitdance.networks.attention.flex_attention",
 )
 
 

@@ -7,8 +7,8 @@ import torch
 from tiny_model import random_bits, tiny_model
 from torch.nn.attention.flex_attention import create_block_mask
 
-from bitdance.mask import flex_mask_mod
-from bitdance.sequence import Document, ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.batch import Document, ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.mask import flex_mask_mod
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 MODEL = tiny_model()

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_model import HIDDEN, QWEN3, tiny_backbone
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3ForCausalLM
 
-from bitdance.backbone import Backbone
-from bitdance.projector import Projector
+from bitdance.networks.backbone import Backbone
+from bitdance.networks.projector import Projector
 
 CHECKPOINT = GOLDEN / "t2i_ckpt"
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}

@@ -32,7 +32,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     def run(*arguments: str, model: Path = GOLDEN) -> str:
         output = tmp_path / "out"
         with monkeypatch.context() as patch:
-            patch.setattr("bitdance.checkpoint.load_model", refuse)
+            patch.setattr("bitdance.kinds.next_patch.load_model", refuse)
             code = main(["generate", "--model", str(model), *SMALL, "-o", str(output), *arguments])
         shown = capfd.readouterr()
         assert (code, shown.out) == (2, "")

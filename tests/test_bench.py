@@ -15,20 +15,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance import BitDancePipeline
-from bitdance.bench.measure import pipeline, take_turns, yardstick
-from bitdance.bench.peak import Peak, measure_peak
+from bitdance.bench.measure import baseline, pipeline, take_turns
+from bitdance.bench.models import bare_model, random_model
 from bitdance.bench.phases import PHASES
 from bitdance.bench.plain import generate_plain
-from bitdance.bench.shapes import SHAPES, Shape, bare_model, random_model
-from bitdance.bench.work import Order, Work, evaluations, work
-from bitdance.block_sampler import BlockSampler
-from bitdance.checkpoint import DEMO, load_model
 from bitdance.cli import main
+from bitdance.costs.peak import Peak, measure_peak
+from bitdance.costs.shapes import SHAPES
+from bitdance.costs.work import Generation, Work, evaluations, work
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.config import ModelConfig
+from bitdance.folder.parts import DEMO
 from bitdance.generate import generate_bits
-from bitdance.head import HeadConfig
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
-from bitdance.prompt import conditional_ids, unconditional_ids
-from bitdance.sampling import Sampling
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 
 pytestmark = pytest.mark.slow
@@ -44,7 +47,7 @@ QWEN3 = {
     "head_dim": 16,
     "intermediate_size": 96,
 }
-TINY = Shape("tiny", QWEN3, HeadConfig(8, 64, 128, 2, 1, 4), TokenizerConfig(32, (2, 1, 1, 1), 1, 8), SIZE)
+TINY = ModelConfig("tiny", QWEN3, HeadConfig(8, 64, 128, 2, 1, 4), TokenizerConfig(32, (2, 1, 1, 1), 1, 8), SIZE)
 PLAIN_MLP = dataclasses.replace(TINY, head=dataclasses.replace(TINY.head, use_swiglu=False, time_shift=2.0))
 SAMPLINGS = [
     Sampling(3, 7.5),
@@ -59,9 +62,9 @@ def seeded(*seeds: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def order_of(model: BitDanceModel, sampling: Sampling, batch: int, **changes: Any) -> Order:
+def order_of(model: BitDanceModel, sampling: Sampling, batch: int, **changes: Any) -> Generation:
     text = len(conditional_ids(model.text_tokenizer, PROMPT)), len(unconditional_ids(model.text_tokenizer))
-    return Order(*SIZE, batch, sampling, text, **{"itemsize": 4, **changes})
+    return Generation(*SIZE, batch, sampling, text, **{"itemsize": 4, **changes})
 
 
 @pytest.fixture
@@ -117,7 +120,7 @@ def test_random_weights_are_drawn_on_the_gpu_and_phases_are_timed_there() -> Non
 
 @pytest.mark.parametrize("shape", [TINY, PLAIN_MLP], ids=["swiglu", "mlp"])
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-def test_operations_are_those_that_torch_counts(shape: Shape, sampling: Sampling) -> None:
+def test_operations_are_those_that_torch_counts(shape: ModelConfig, sampling: Sampling) -> None:
     model = random_model(shape, "cpu", torch.float32)
     sample, arguments = BlockSampler(model.head), (model, [PROMPT] * 2, 8, 4, sampling)
     generate_bits(*arguments, seeded(1, 2), block_sampler=sample)  # embeds the times
@@ -134,7 +137,7 @@ def test_operations_are_those_that_torch_counts(shape: Shape, sampling: Sampling
 
 @pytest.mark.parametrize("folder", [DEMO, GOLDEN / "t2i_ckpt"], ids=["demo", "golden"])
 def test_a_folder_has_the_shape_of_its_model(folder: Path) -> None:
-    shape, model = Shape.of_folder(folder), load_model(folder, "cpu", generation_only=True)
+    shape, model = ModelConfig.of_folder(folder), load_model(folder, "cpu", generation_only=True)
     for ours, theirs in zip(bare_model(shape).children(), model.children(), strict=True):
         assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
     attention = model.backbone.lm.base_model.layers[0].self_attn
@@ -151,11 +154,11 @@ def test_every_call_reads_its_weights_once() -> None:
 
 
 def test_quantised_weights_are_fewer_bytes_and_the_same_operations(capsys: pytest.CaptureFixture[str]) -> None:
-    def floor(*quantised: str) -> Any:
+    def roofline(*quantised: str) -> Any:
         assert main(["bench", "--shape", "14b-64x", "--floor", "790e12,4.3e12", "--json", *quantised]) == 0
         return json.loads(capsys.readouterr().out)["runs"][0]["phases"]
 
-    whole, small = floor(), floor("--quantize", "int4", "--quantize-head", "int8")
+    whole, small = roofline(), roofline("--quantize", "int4", "--quantize-head", "int8")
     assert whole["total"]["flops"] == small["total"]["flops"]
     assert small["llm"]["bytes"] < 0.35 * whole["llm"]["bytes"]  # 4 bits of 16, and cache and activations as before
     assert 0.5 < small["head"]["bytes"] / whole["head"]["bytes"] < 0.65  # modulations and activations as before
@@ -169,8 +172,8 @@ def test_a_guidance_interval_saves_evaluations_of_the_other_branch() -> None:
 
 def test_a_floor_is_the_slower_of_arithmetic_and_memory() -> None:
     peak = Peak(100.0, 10.0)
-    assert Work(500, 10).floor(peak) == 5.0
-    assert Work(100, 40).floor(peak) == 4.0
+    assert Work(500, 10).roofline(peak) == 5.0
+    assert Work(100, 40).roofline(peak) == 4.0
 
 
 def test_peaks_are_measured() -> None:
@@ -193,7 +196,7 @@ def test_the_yardstick_makes_the_bits_that_users_get(P: int, swiglu: bool, time_
     head = dataclasses.replace(TINY.head, parallel_num=P, use_swiglu=swiglu, time_shift=time_shift)
     shape = dataclasses.replace(TINY, head=head)
     ours = pipeline(BitDancePipeline(random_model(shape, "cpu", torch.float32)), Sampling(4, 7.5), 128, 64, 2)
-    plain = yardstick(random_model(shape, "cpu", torch.float32), 4, 7.5, 128, 64, 2)
+    plain = baseline(random_model(shape, "cpu", torch.float32), 4, 7.5, 128, 64, 2)
     take_turns([plain, ours], 1)
     assert ours.bits is not None and plain.bits is not None
     assert torch.equal(ours.bits, plain.bits)
@@ -246,7 +249,7 @@ def test_the_command_says_it_all_as_json(capsys: pytest.CaptureFixture[str], few
         assert head["flops_per_s"] == pytest.approx(head["flops"] / head["seconds"])
         assert head["share_of_peak"] == pytest.approx(head["flops_per_s"] / found["peaks"][run["dtype"]]["flops_per_s"])
         assert total["seconds"] == run["seconds"] and total["share"] == 1
-    assert [stick["batch"] for stick in found["yardsticks"]] == [1, 2]
+    assert [plain_contender["batch"] for plain_contender in found["yardsticks"]] == [1, 2]
 
 
 def test_the_command_shows_tables_and_writes_a_file(
@@ -271,13 +274,13 @@ def test_a_floor_needs_no_model_and_no_machine(
     arguments = ["bench", "--shape", shape, "--floor", "790e12,4.3e12", "--batch", "1", "16"]
     assert main([*arguments, "--json"]) == 0
     runs = json.loads(capsys.readouterr().out)["runs"]
-    floors = [run["phases"]["total"]["floor_seconds"] for run in runs]
-    assert [run["images_per_s"] for run in runs] == [pytest.approx(1 / floors[0]), pytest.approx(16 / floors[1])]
-    assert floors[0] < floors[1] < 16 * floors[0]
+    rooflines = [run["phases"]["total"]["floor_seconds"] for run in runs]
+    assert [run["images_per_s"] for run in runs] == [pytest.approx(1 / rooflines[0]), pytest.approx(16 / rooflines[1])]
+    assert rooflines[0] < rooflines[1] < 16 * rooflines[0]
     if shape == "14b-64x":
         # 64 × 51 evaluations read the head's 3.5 GB, 64 calls the 26.4 GB of the layers
         weights = (64 * 51 * 3.5e9 + 64 * 26.4e9) / 4.3e12
-        assert weights < floors[0] < 1.1 * weights
+        assert weights < rooflines[0] < 1.1 * weights
     assert main(arguments) == 0
     assert "floor s" in capsys.readouterr().out
 
@@ -311,6 +314,6 @@ def test_bad_input_is_one_line(arguments: list[str], said: str, capsys: pytest.C
 def test_a_model_that_does_not_fit_is_refused_before_it_is_built(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bitdance.cli.memory.free_main_memory", lambda root=Path("/"): 10**10)
+    monkeypatch.setattr("bitdance.costs.memory.free_main_memory", lambda root=Path("/"): 10**10)
     assert main(["bench", "--shape", "14b-64x", "--device", "cpu", "--dtype", "bfloat16"]) == 2
     assert "takes 32.1 GB of weights in bfloat16, and cpu has 10.0 GB free" in capsys.readouterr().err

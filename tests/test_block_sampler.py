@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_model import tiny_model
 
-from bitdance.block_sampler import BlockSampler
 from bitdance.generate import generate_bits
-from bitdance.sampler import SAMPLERS, draws
-from bitdance.sampling import Sampling
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.sampler import SAMPLERS, draws
+from bitdance.heads.diffusion.settings import Sampling
 
 pytestmark = pytest.mark.slow
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitdance.sizes import SizeRule, sizes_at
+from bitdance.folder.sizes import SizeRule, sizes_at
 from stages.data.buckets import Buckets, fit
 
 RULE = SizeRule(downsampling=16, patch_side=4, sides=frozenset(range(1, 257)))  # the published models

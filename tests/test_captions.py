@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bitdance.prompt_file import read_requests
+from bitdance.jobs.prompt_file import PromptFile
 from lfq_tokenizer import limits
 from stages.data.caption_text import BrokenCaption, captions_of_record, captions_of_text, captions_of_value
 from stages.data.folder import FolderOptions, FolderSource
@@ -89,7 +89,7 @@ def test_a_file_of_prompts_gives_the_lines_that_a_txt_gives(data: bytes) -> None
     except BrokenCaption as error:
         captions = error.reason
     try:
-        prompts = [request.prompt for request in read_requests("p.txt", data)]
+        prompts = [request.prompt for request in PromptFile("p.txt", io.BytesIO(data))]
     except ValueError as error:
         if "not UTF-8" in str(error) or "UTF-16" in str(error):
             assert captions == "captions are not UTF-8"

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from bitdance.card import UNKNOWN, card_text, facts_of, write_card
-from bitdance.checkpoint import DEMO
-from bitdance.formats import Source, convert
+from bitdance.folder.card import UNKNOWN, card_text, facts_of
+from bitdance.folder.conversion import convert
+from bitdance.folder.parts import DEMO, read_extras
+from bitdance.folder.source import StoredModel
+from lfq_tokenizer.files import write_text
 
 MODEL = Path(__file__).parent / "golden" / "t2i_ckpt"
 
@@ -53,7 +55,7 @@ def test_what_a_card_says_cannot_break_its_header() -> None:
 
 @pytest.mark.parametrize("format", ["official", "diffusers"])
 def test_converting_writes_the_card_of_the_format(tmp_path: Path, format: str) -> None:
-    convert(Source.open("demo"), tmp_path / "out", format)
+    convert(StoredModel.open("demo"), tmp_path / "out", format)
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert header(text)["library_name"] == ("diffusers" if format == "diffusers" else "bitdance")
     assert ("DiffusionPipeline.from_pretrained" in text) == (format == "diffusers")
@@ -63,9 +65,9 @@ def test_converting_writes_the_card_of_the_format(tmp_path: Path, format: str) -
 def test_a_card_is_written_anew(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
     (folder / "bitdance.json").write_text(json.dumps({"card": {"name": "first"}}))
-    write_card(folder)
+    write_text(card_text(read_extras(folder), {**facts_of(folder), "format": "official"}), folder / "README.md")
     (folder / "bitdance.json").write_text(json.dumps({"card": {"name": "second", "limits": ["knows nothing"]}}))
-    write_card(folder)
+    write_text(card_text(read_extras(folder), {**facts_of(folder), "format": "official"}), folder / "README.md")
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "# second" in text and "first" not in text and "- knows nothing" in text
     assert not list(folder.glob("*.tmp"))

@@ -10,11 +10,13 @@ from golden_cases import GOLDEN
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import bitdance.checkpoint
+import bitdance.folder.checkpoint
+import bitdance.folder.config
 import lfq_tokenizer.files
-from bitdance.checkpoint import check_folder, load_model, save_model
+from bitdance.folder.checkpoint import load_model, save_model
+from bitdance.folder.config import check_folder
 from bitdance.generate import generate_bits
-from bitdance.sampling import Sampling
+from bitdance.heads.diffusion.settings import Sampling
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors, read_shapes
 
@@ -55,9 +57,9 @@ def nothing_big_is_read(monkeypatch):
         raise AssertionError("weights were read before all files were checked")
 
     for name in ("read_safetensors", "_load"):
-        monkeypatch.setattr(bitdance.checkpoint, name, fail)
-    monkeypatch.setattr(bitdance.checkpoint.LFQTokenizer, "from_pretrained", fail)
-    monkeypatch.setattr(bitdance.checkpoint.Backbone, "from_pretrained", fail)
+        monkeypatch.setattr(bitdance.folder.checkpoint, name, fail)
+    monkeypatch.setattr(bitdance.folder.checkpoint.LFQTokenizer, "from_pretrained", fail)
+    monkeypatch.setattr(bitdance.folder.checkpoint.Backbone, "from_pretrained", fail)
 
 
 def test_published_weights_arrive_unchanged_and_as_float32_on_cpu(model):
@@ -212,7 +214,9 @@ def test_mutated_headers_raise_nothing_but_our_errors(folder):
         place, value = (int(torch.randint(n, (), generator=generator)) for n in (header, 256))
         (folder / "projector.safetensors").write_bytes(data[:place] + bytes([value]) + data[place + 1 :])
         try:
-            bitdance.checkpoint._check_weights(lambda: bitdance.checkpoint.Projector(8, 64), folder / "projector.safetensors")
+            bitdance.folder.config._check_weights(
+                lambda: bitdance.folder.config.Projector(8, 64), folder / "projector.safetensors"
+            )
         except ValueError as error:
             assert "projector.safetensors" in str(error)
             refused += 1
@@ -228,8 +232,8 @@ def test_a_folder_that_is_not_there_says_what_was_looked_for(tmp_path, monkeypat
 
 
 def test_demo_is_the_bundled_folder(folder, monkeypatch):
-    monkeypatch.setattr(bitdance.checkpoint, "DEMO", folder)
-    assert bitdance.checkpoint.resolve("demo") == folder
+    monkeypatch.setattr(bitdance.folder.config, "DEMO", folder)
+    assert bitdance.folder.checkpoint.resolve("demo") == folder
 
 
 def test_a_full_folder_is_not_overwritten_unless_asked(model, tmp_path):
@@ -253,7 +257,7 @@ def test_a_failed_save_leaves_everything_as_it_was(model, tmp_path, monkeypatch,
     def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(bitdance.checkpoint, "write_safetensors", fail)
+    monkeypatch.setattr(bitdance.folder.checkpoint, "write_safetensors", fail)
     with pytest.raises(OSError, match="no space left"):
         save_model(model, tmp_path / "saved", overwrite=overwrite)
     assert [p.name for p in tmp_path.rglob("*")] == (["saved", "old.txt"] if overwrite else [])
@@ -329,7 +333,7 @@ def test_strange_weights_are_an_error_for_generation_too(folder):
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "model.strange": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="unexpected model.strange"):
-        bitdance.checkpoint.Backbone.from_pretrained(folder, output_head=False)
+        bitdance.folder.checkpoint.Backbone.from_pretrained(folder, output_head=False)
 
 
 def test_an_integer_dtype_is_refused():

@@ -33,13 +33,13 @@ def folder(tmp_path_factory: Any) -> Path:
 def batches(monkeypatch: Any) -> list[list[int]]:
     """The classes of each batch that the pipeline is called with."""
     seen: list[list[int]] = []
-    original = ClassPipeline.__call__
+    original = ClassPipeline.generate
 
-    def call(self: ClassPipeline, labels: Any, **options: Any) -> Any:
-        seen.append(labels)
-        return original(self, labels, **options)
+    def generate(self: ClassPipeline, classes: Any, *options: Any) -> Any:
+        seen.append(classes)
+        return original(self, classes, *options)
 
-    monkeypatch.setattr(ClassPipeline, "__call__", call)
+    monkeypatch.setattr(ClassPipeline, "generate", generate)
     return seen
 
 

@@ -7,12 +7,12 @@ import torch
 from class_model import golden_config, golden_model, random_bits
 from golden_cases import case
 
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.kinds.class_patch.config import PUBLISHED, ClassPatchConfig, published_name
 from bitdance.kinds.class_patch.draws import ClassDraws
 from bitdance.kinds.class_patch.generate import generate_bits
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import PRESETS, ClassSettings, choose
-from bitdance.sampling import Sampling
 
 pytestmark = pytest.mark.slow
 

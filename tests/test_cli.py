@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 
 import bitdance.cli
-import bitdance.cli.outputs
+import bitdance.jobs.outputs
 from bitdance import BitDancePipeline
-from bitdance.checkpoint import DEMO
 from bitdance.cli import main
-from bitdance.cli.memory import free_main_memory
+from bitdance.costs.memory import free_main_memory
+from bitdance.folder.parts import DEMO
 from bitdance.picture import read_metadata
 
 pytestmark = pytest.mark.slow
@@ -51,20 +51,20 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("bitdance.checkpoint.load_model", refuse)
+    monkeypatch.setattr("bitdance.kinds.next_patch.load_model", refuse)
 
 
 @pytest.fixture
 def wrapped(monkeypatch: pytest.MonkeyPatch) -> Callable[[Call], None]:
     """`wrapped(before)` calls before(prompts) ahead of each batch."""
-    original = BitDancePipeline.__call__
+    original = BitDancePipeline.generate
 
     def install(before: Call) -> None:
-        def call(self: BitDancePipeline, prompts: list[str], **options: Any) -> Any:
+        def call(self: BitDancePipeline, prompts: list[str], *options: Any) -> Any:
             before(prompts)
-            return original(self, prompts, **options)
+            return original(self, prompts, *options)
 
-        monkeypatch.setattr(BitDancePipeline, "__call__", call)
+        monkeypatch.setattr(BitDancePipeline, "generate", call)
 
     return install
 
@@ -229,14 +229,14 @@ def test_a_signal_stops_after_saving(
 def test_a_signal_while_writing_loses_nothing_that_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_png = bitdance.cli.outputs.write_png
+    write_png = bitdance.jobs.outputs.write_png
 
     def write(*arguments: Any) -> None:
         if not (tmp_path / "manifest.jsonl").exists():
             os.kill(os.getpid(), signal.SIGTERM)
         write_png(*arguments)
 
-    monkeypatch.setattr(bitdance.cli.outputs, "write_png", write)
+    monkeypatch.setattr(bitdance.jobs.outputs, "write_png", write)
     assert generate(tmp_path, "a", "b", "c", "--batch-size", "2") == 143
     assert [row["file"] for row in manifest(tmp_path)] == sorted(sums(tmp_path))
     assert len(sums(tmp_path)) >= 2  # the first batch was decoded when its first picture was written
@@ -249,7 +249,7 @@ def test_a_full_disk_ends_the_run_with_a_message(
     def write(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bitdance.cli.outputs, "write_png", write)
+    monkeypatch.setattr(bitdance.jobs.outputs, "write_png", write)
     assert generate(tmp_path, "a") == 1
     assert "No space left on device" in capfd.readouterr().err
 
@@ -257,7 +257,7 @@ def test_a_full_disk_ends_the_run_with_a_message(
 def test_the_memory_is_checked_before_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], no_model: None
 ) -> None:
-    monkeypatch.setattr("bitdance.cli.memory.free_main_memory", lambda: 4_000_000)
+    monkeypatch.setattr("bitdance.costs.memory.free_main_memory", lambda: 4_000_000)
     assert generate(tmp_path / "o", "a") == 2
     error = capfd.readouterr().err
     assert re.search(r"needs about \d\d MB, 4 MB free on cpu: no option makes it fit", error)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import pytest
 
-from bitdance.head import HeadConfig
+from bitdance.heads.diffusion.network import HeadConfig
 from distill.config import DistillConfig
 from distill.config import load_config as load_distill_config
 from lfq_tokenizer import TokenizerConfig

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitdance import BitDancePipeline
-from bitdance.checkpoint import DEMO
+from bitdance.folder.parts import DEMO
 from lfq_tokenizer.weights import read_safetensors
 from stages.data.captions import PALETTE
 from stages.measure.prompts import background_of

@@ -20,8 +20,9 @@ from diffusers.utils import logging
 from golden_cases import GOLDEN
 
 from bitdance import BitDancePipeline
-from bitdance.checkpoint import DEMO
-from bitdance.formats import Source, convert
+from bitdance.folder.conversion import convert
+from bitdance.folder.parts import DEMO
+from bitdance.folder.source import StoredModel
 from bitdance_diffusers import BitDanceDiffusionPipeline
 
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def quiet() -> Iterator[None]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("diffusers")
     for name, (model, _) in MODELS.items():
-        convert(Source.open(model), place / name, "diffusers", shard_bytes=100_000)
+        convert(StoredModel.open(model), place / name, "diffusers", shard_bytes=100_000)
     return {name: place / name for name in MODELS}
 
 
@@ -81,7 +82,9 @@ def test_a_batch_of_prompts_gives_the_bits_and_pictures_of_ours(folders: dict[st
     assert torch.equal(found.bits, expected.bits) and torch.equal(found.images, expected.images)
     alone = pipe(PROMPTS[1], generator=generators()[1], **settings(size))
     assert torch.equal(alone.bits[0], expected.bits[1])  # a picture does not depend on its neighbours
-    assert pipe.config.settings == {k: v for k, v in Source.open(model).bitdance_json().items() if k in ("defaults", "sizes")}
+    assert pipe.config.settings == {
+        k: v for k, v in StoredModel.open(model).bitdance_json().items() if k in ("defaults", "sizes")
+    }
 
 
 def test_a_fresh_process_needs_one_call_and_a_missing_package_is_said(folders: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ import torch
 from test_distill_view import REPEATS, drawn, view_of
 from tiny_model import tiny_model
 
-from bitdance.flow import interpolate, velocity_from_x
+from bitdance.heads.diffusion.flow import interpolate, velocity_from_x
 from bitdance.model import BitDanceModel
 from distill.config import DistillTraining, Objectives
 from distill.documents import DistillBatch

@@ -13,9 +13,9 @@ from tiny_model import BITS, QWEN3, tiny_model, tiny_text_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bitdance.checkpoint import load_model, save_model
-from bitdance.draws import ImageDraws
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.folder.checkpoint import load_model, save_model
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.noise import ImageNoise
 from distill.cli import main
 from distill.config import DistillConfig, load_config
 from distill.growth import grow
@@ -87,7 +87,7 @@ def test_flops_of_the_teacher_are_those_that_torch_counts(guided: bool) -> None:
     student, model = tiny_model(P=16, diff_batch_mul=S), tiny_model(P=4)
     document: list[TextPiece | ImagePiece] = [TextPiece([5] * text, predict=True), ImagePiece(torch.ones(BITS, h, w))]
     batch = build_batch([document], 4, student.special)
-    batch.draws = ImageDraws.draw(h * w, student.head.config, 0.1, torch.Generator().manual_seed(0))
+    batch.noise = ImageNoise.draw(h * w, student.head.config, 0.1, torch.Generator().manual_seed(0))
     texts = [None, [6] * text] if guided else [None]
     views = [teacher_view([Drawn("a", document, None)], batch, 4, student.special, {}, ids) for ids in texts]
     counter = FlopCounterMode(display=False)
@@ -150,7 +150,7 @@ def test_a_pass_takes_what_a_forward_pass_makes() -> None:
     batch = build_batch([document], 2, model.special)
     with torch.no_grad(), memory.Live([*model.parameters(), *model.buffers()]) as live:
         bare = replace(batch, label_ids_T=batch.label_ids_T[:0])
-        bare.draws = ImageDraws.draw(256, TEACHER.head, 0.0, torch.Generator().manual_seed(0))
+        bare.noise = ImageNoise.draw(256, TEACHER.head, 0.0, torch.Generator().manual_seed(0))
         before = live.now
         model(bare)
     assert beside(dtype=torch.float32).peak(batch, dense=True) == pytest.approx(live.most - before, rel=0.15)

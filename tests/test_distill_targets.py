@@ -8,7 +8,7 @@ import torch
 from test_distill_view import drawn, view_of
 from tiny_model import tiny_model
 
-from bitdance.sequence import ImagePiece
+from bitdance.sequence.batch import ImagePiece
 from distill.growth import grow
 from distill.targets import MAGIC, Targets, cached_draws, joined, settings, with_cached_draws
 from distill.teacher import Teacher
@@ -58,9 +58,9 @@ def test_damaged_targets_are_refused_whatever_was_done_to_them() -> None:
 def cached(document: Drawn, seed: int, teacher: Teacher, student: object) -> Drawn:
     """The document with what the teacher says of it at the times and noise of `seed`."""
     image = document.pieces[1]
-    assert isinstance(image, ImagePiece) and image.draws is not None
-    draws = cached_draws(HEAD, image.bits_Chw[0].numel(), seed, image.draws.flipped_NC)
-    alone = dataclasses.replace(document, pieces=[document.pieces[0], dataclasses.replace(image, draws=draws)])
+    assert isinstance(image, ImagePiece) and image.noise is not None
+    draws = cached_draws(HEAD, image.bits_Chw[0].numel(), seed, image.noise.flipped_NC)
+    alone = dataclasses.replace(document, pieces=[document.pieces[0], dataclasses.replace(image, noise=draws)])
     view, batch = view_of(student, teacher.model, [alone])  # type: ignore[arg-type]
     rows = teacher.predict([view], batch, "dense").unflatten(0, (HEAD.diff_batch_mul, -1))
     return dataclasses.replace(document, targets=Targets(seed, settings(HEAD, 1.0), rows).to_bytes())
@@ -81,9 +81,9 @@ def test_cached_predictions_equal_live_ones_at_the_same_noise(row: int) -> None:
     torch.testing.assert_close(kept.float(), live, atol=2e-3, rtol=2e-3)
     for before, after in zip(documents, own, strict=True):
         old, new = before.pieces[1], after.pieces[1]
-        assert isinstance(old, ImagePiece) and isinstance(new, ImagePiece) and old.draws is not None and new.draws is not None
-        assert torch.equal(old.draws.flipped_NC, new.draws.flipped_NC), "flips are the student's own"
-        assert not torch.equal(old.draws.noise_SMPC, new.draws.noise_SMPC)
+        assert isinstance(old, ImagePiece) and isinstance(new, ImagePiece) and old.noise is not None and new.noise is not None
+        assert torch.equal(old.noise.flipped_NC, new.noise.flipped_NC), "flips are the student's own"
+        assert not torch.equal(old.noise.noise_SMPC, new.noise.noise_SMPC)
 
 
 def test_targets_of_other_noise_or_guidance_are_refused() -> None:

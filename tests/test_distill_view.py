@@ -8,12 +8,12 @@ import torch
 from tiny_model import BITS, random_bits, tiny_model
 from torch import Tensor
 
-from bitdance.draws import ImageDraws
 from bitdance.model import BitDanceModel
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.prompt import conditional_ids, unconditional_ids
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.noise import ImageNoise
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from distill.growth import grow
 from distill.teacher import Teacher
 from distill.view import TeacherView, teacher_view
@@ -29,9 +29,9 @@ def drawn(model: BitDanceModel, grids: Any = GRIDS, seed: int = 0) -> list[Drawn
     documents = []
     for k, (h, w) in enumerate(grids):
         generator = torch.Generator().manual_seed(seed + k)
-        draws = ImageDraws.draw(h * w, model.head.config, 0.1, generator)
+        draws = ImageNoise.draw(h * w, model.head.config, 0.1, generator)
         text = conditional_ids(model.text_tokenizer, PROMPTS[k])
-        image = ImagePiece(random_bits(h, w, seed + k), draws=draws)
+        image = ImagePiece(random_bits(h, w, seed + k), noise=draws)
         documents.append(Drawn(f"d{k}", [TextPiece(text, predict=True), image], None))
     return documents
 
@@ -51,7 +51,7 @@ def view_of(student: BitDanceModel, teacher: BitDanceModel, documents: list[Draw
 def one_by_one(student: BitDanceModel, teacher: BitDanceModel, document: Drawn, text: Any = None) -> Tensor:
     """(S, tokens in the student's order, C): the same, put together on the grid for one document alone."""
     image = document.pieces[1]
-    assert isinstance(image, ImagePiece) and image.draws is not None
+    assert isinstance(image, ImagePiece) and image.noise is not None
     (_, h, w), P, T = image.bits_Chw.shape, student.block_size, teacher.block_size
     large, small = PatchPlan(h, w, student.patch_side), PatchPlan(h, w, teacher.patch_side)
     ids = document.pieces[0].ids if text is None else text  # type: ignore[union-attr]
@@ -61,8 +61,8 @@ def one_by_one(student: BitDanceModel, teacher: BitDanceModel, document: Drawn, 
     cond_ND = hidden_D[plain.predict_index_K] + sincos_2d(row_N, col_N, hidden_D.shape[-1])
     found = []
     for s in range(REPEATS):
-        noise = large.unorder(image.draws.noise_SMPC[s].flatten(0, 1)[None])
-        time = large.unorder(image.draws.time_SM[s].repeat_interleave(P)[None, :, None])
+        noise = large.unorder(image.noise.noise_SMPC[s].flatten(0, 1)[None])
+        time = large.unorder(image.noise.time_SM[s].repeat_interleave(P)[None, :, None])
         t_M = small.order(time)[0, ::T, 0]
         e_MTC = small.order(noise)[0].unflatten(0, (-1, T))
         bits_MTC = small.order(image.bits_Chw[None])[0].unflatten(0, (-1, T))
@@ -108,10 +108,10 @@ def test_nothing_after_a_sub_patch_reaches_its_prediction() -> None:
     after = view.order_N[place:]
     changed = dataclasses.replace(batch, image_bits_NC=batch.image_bits_NC.clone())
     changed.image_bits_NC[after] *= -1
-    assert changed.draws is not None
-    noise = changed.draws.noise_SMPC.clone()
+    assert changed.noise is not None
+    noise = changed.noise.noise_SMPC.clone()
     noise.view(-1, BITS)[after] += 1
-    changed.draws = dataclasses.replace(changed.draws, noise_SMPC=noise)
+    changed.noise = dataclasses.replace(changed.noise, noise_SMPC=noise)
     now = Teacher(teacher).predict([view], changed, "dense").flatten(0, 1)[view.order_N]
     assert torch.equal(before[:place], now[:place])
     assert not torch.equal(before[place : place + 4], now[place : place + 4])
@@ -122,9 +122,9 @@ def test_the_teacher_sees_true_bits_where_the_student_sees_flipped_ones() -> Non
     teacher, student = tiny_model(P=4, diff_batch_mul=1), grow(tiny_model(P=4, diff_batch_mul=1), 4)
     documents = drawn(student, [(8, 8)])
     view, batch = view_of(student, teacher, documents)
-    assert batch.draws is not None and bool(batch.draws.flipped_NC.any())
+    assert batch.noise is not None and bool(batch.noise.flipped_NC.any())
     seen = view.seen(batch)
-    assert seen.draws is not None and not bool(seen.draws.flipped_NC.any())
+    assert seen.noise is not None and not bool(seen.noise.flipped_NC.any())
 
 
 @torch.no_grad()

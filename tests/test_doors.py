@@ -20,9 +20,10 @@ from strange_folders import GOLDEN, change
 import bitdance.pipeline
 from bitdance import BitDancePipeline
 from bitdance.cli import main
-from bitdance.cli.generate import parser, read_order
+from bitdance.cli.generate import parser, read_spec
+from bitdance.folder.config import check_folder
+from bitdance.heads.diffusion.settings import Sampling, choose
 from bitdance.picture import write_png
-from bitdance.sampling import Sampling, choose
 from bitdance.values import RANGES, check_number, from_text
 from lfq_tokenizer.json_file import parse_json
 
@@ -58,14 +59,14 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`doors(name, value)` → door → "" where it takes the value, else its words after the source."""
     home = tmp_path_factory.mktemp("doors")
     folder = Path(shutil.copytree(GOLDEN, home / "model"))
-    pipe = BitDancePipeline.from_pretrained(folder, "cpu")
+    pipe, checked = BitDancePipeline.from_pretrained(folder, "cpu"), check_folder(folder)
 
     def stop(*_: Any, **__: Any) -> None:
         raise Accepted
 
     def order(*arguments: str) -> None:
         options = parser().parse_intermixed_args(["--model", str(folder), "--device", "cpu", *arguments])
-        read_order(options)
+        read_spec(options)
 
     def python(name: str, value: Any) -> None:
         said = {"steps": "num_inference_steps", "guidance": "guidance_scale", "n": "num_images_per_prompt"}.get(name, name)
@@ -124,8 +125,8 @@ def doors(tmp_path_factory: pytest.TempPathFactory) -> Any:
             try:
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(bitdance.pipeline, "generate_bits", stop)
-                    patch.setattr("bitdance.checkpoint.check_folder", lambda folder: None)
-                    patch.setattr("bitdance.fingerprint.fingerprint", lambda folder: "0" * 16)
+                    patch.setattr("bitdance.kinds.next_patch.check_folder", lambda folder: checked)
+                    patch.setattr("bitdance.kinds.next_patch.fingerprint", lambda folder: "0" * 16)
                     way(name, value)
                 found[door] = ""
             except Accepted:

@@ -4,25 +4,25 @@ import pytest
 import torch
 from tiny_model import BITS, random_bits, tiny_model
 
-from bitdance.draws import ImageDraws
-from bitdance.prompt import conditional_ids
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.noise import ImageNoise
+from bitdance.sequence.prompt import conditional_ids
 
 MODEL = tiny_model(diff_batch_mul=2)
 SIZES = [(4, 4), (2, 6), (8, 4), (2, 2), (4, 4), (6, 6)]
 CAPTIONS = ["a red cube", "a blue ball on a table", "cube", "a ball", "a red table", "a cube on a cube"]
 
 
-def drawn(k: int, flip_max: float = 0.4) -> ImageDraws:
+def drawn(k: int, flip_max: float = 0.4) -> ImageNoise:
     h, w = SIZES[k]
-    return ImageDraws.draw(h * w, MODEL.head.config, flip_max, torch.Generator().manual_seed(k))
+    return ImageNoise.draw(h * w, MODEL.head.config, flip_max, torch.Generator().manual_seed(k))
 
 
 def documents(members: list[int]) -> list[list[TextPiece | ImagePiece]]:
     return [
         [
             TextPiece(conditional_ids(MODEL.text_tokenizer, CAPTIONS[k]), predict=True),
-            ImagePiece(random_bits(*SIZES[k], seed=k), draws=drawn(k)),
+            ImagePiece(random_bits(*SIZES[k], seed=k), noise=drawn(k)),
         ]
         for k in members
     ]
@@ -45,9 +45,9 @@ def test_the_same_generator_gives_the_same_draws_in_their_shapes() -> None:
 
 
 def test_flips_follow_their_probability() -> None:
-    draws = ImageDraws.draw(40_000, MODEL.head.config, 0.4, torch.Generator().manual_seed(0))
+    draws = ImageNoise.draw(40_000, MODEL.head.config, 0.4, torch.Generator().manual_seed(0))
     assert float(draws.flipped_NC.float().mean()) == pytest.approx(0.2, abs=0.005)
-    assert not ImageDraws.draw(400, MODEL.head.config, 0.0, torch.Generator().manual_seed(0)).flipped_NC.any()
+    assert not ImageNoise.draw(400, MODEL.head.config, 0.0, torch.Generator().manual_seed(0)).flipped_NC.any()
 
 
 @pytest.mark.parametrize("layout", [{}, {"token_budget": 160}, {"token_budget": 160, "multiple_of": 8}])
@@ -61,17 +61,17 @@ def test_a_loss_does_not_depend_on_the_neighbours(layout: dict[str, int]) -> Non
 def test_draws_decide_the_loss_and_the_flips_the_input() -> None:
     batch = build_batch(documents([0, 1]), 2, MODEL.special)
     other = build_batch(documents([0, 1]), 2, MODEL.special)
-    assert other.draws is not None
-    other.draws.noise_SMPC[:] = torch.randn(other.draws.noise_SMPC.shape, generator=torch.Generator().manual_seed(99))
+    assert other.noise is not None
+    other.noise.noise_SMPC[:] = torch.randn(other.noise.noise_SMPC.shape, generator=torch.Generator().manual_seed(99))
     with torch.no_grad():
         assert float(MODEL(batch).total) == float(MODEL(batch, torch.Generator().manual_seed(3)).total)
         assert float(MODEL(batch).total) != float(MODEL(other).total)
         clean = MODEL.inputs(build_batch([[d[0], ImagePiece(d[1].bits_Chw)] for d in documents([0, 1])], 2, MODEL.special))
         flipped = MODEL.inputs(batch)
     moved = (clean != flipped).any(-1).flatten()
-    assert batch.draws is not None
+    assert batch.noise is not None
     expected = torch.zeros_like(moved)
-    expected[batch.image_index_N] = batch.draws.flipped_NC.any(-1)
+    expected[batch.image_index_N] = batch.noise.flipped_NC.any(-1)
     assert torch.equal(moved, expected) and bool(moved.any())
 
 

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from test_debug_run import place  # noqa: F401 (a fixture)
 from torch import Tensor
 
-import bitdance.formats.conversion
+import bitdance.folder.conversion
 import stages.cli
-from bitdance.checkpoint import DEMO, load_model, save_model
-from bitdance.formats import Source, convert
-from bitdance.formats.stored import open_stored, pieces
+from bitdance.folder.checkpoint import load_model, save_model
+from bitdance.folder.conversion import convert
+from bitdance.folder.parts import DEMO
+from bitdance.folder.source import StoredModel
+from bitdance.folder.stored import open_stored, pieces
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import write_safetensors
 from stages import checkpoint
@@ -35,7 +37,7 @@ LAYOUTS = ("official", "diffusers")
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Every tensor, read whole by the library."""
-    source = Source.open(folder)
+    source = StoredModel.open(folder)
     paths = sorted({held.path for _, _, held in source.tensors()})  # type: ignore[attr-defined]
     files = {path: load_file(str(path)) for path in paths}
     return {f"{part}/{name}": files[held.path][name] for part, name, held in source.tensors()}  # type: ignore[attr-defined]
@@ -70,9 +72,9 @@ def test_the_published_layout_passes_byte_for_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", [PUBLISHED, DEMO], ids=["untied", "tied"])
 def test_there_and_back_no_tensor_changes_in_one_file_or_several(tmp_path: Path, model: Path) -> None:
-    convert(Source.open(model), tmp_path / "a", "diffusers", shard_bytes=100_000)
-    convert(Source.open(tmp_path / "a"), tmp_path / "b", "official", shard_bytes=70_000)
-    convert(Source.open(tmp_path / "b"), tmp_path / "c", "official")
+    convert(StoredModel.open(model), tmp_path / "a", "diffusers", shard_bytes=100_000)
+    convert(StoredModel.open(tmp_path / "a"), tmp_path / "b", "official", shard_bytes=70_000)
+    convert(StoredModel.open(tmp_path / "b"), tmp_path / "c", "official")
     for name, text in (("a", "text_encoder"), ("b", ".")):
         index = read_json(tmp_path / name / text / "model.safetensors.index.json")
         files = sorted((tmp_path / name / text).glob("model-*.safetensors"))
@@ -149,7 +151,7 @@ def checkpoint_of(run: Path, world: int, zero: int) -> tuple[Path, dict[str, Ten
     return checkpoint.save(run, 7, write, keep=1), raw
 
 
-PREFIXES = {"text_encoder": "model.backbone.lm.", "diffusion_head": "model.head.", "projector": "model.projector."}
+PREFIXES = {"backbone": "model.backbone.lm.", "head": "model.head.", "projector": "model.projector."}
 
 
 @pytest.mark.parametrize(
@@ -222,7 +224,7 @@ def test_what_float16_cannot_hold_is_said_as_such(folder: Path, tmp_path: Path, 
 
 
 def test_a_missing_shard_a_foreign_key_and_an_index_that_leaves_the_folder(tmp_path: Path, capsys: Any) -> None:
-    convert(Source.open(PUBLISHED), tmp_path / "whole", shard_bytes=70_000)
+    convert(StoredModel.open(PUBLISHED), tmp_path / "whole", shard_bytes=70_000)
     for change, expected in (("lost", "is missing"), ("outside", "beside it"), ("key", "missing lm_head.weight")):
         broken = shutil.copytree(tmp_path / "whole", tmp_path / change)
         index = read_json(broken / "model.safetensors.index.json")
@@ -243,7 +245,7 @@ def test_a_missing_shard_a_foreign_key_and_an_index_that_leaves_the_folder(tmp_p
     "name", ["projector/diffusion_pytorch_model.safetensors", "diffusion_head/config.json", "model_index.json"]
 )
 def test_a_broken_diffusers_folder_is_named(tmp_path: Path, capsys: Any, name: str) -> None:
-    convert(Source.open(PUBLISHED), tmp_path / "model", "diffusers")
+    convert(StoredModel.open(PUBLISHED), tmp_path / "model", "diffusers")
     (tmp_path / "model" / name).write_bytes((tmp_path / "model" / name).read_bytes()[:40])
     message = refused(capsys, tmp_path / "out", tmp_path / "model", tmp_path / "out")
     assert name.partition("/")[0] in message or "projector.safetensors" in message
@@ -252,7 +254,7 @@ def test_a_broken_diffusers_folder_is_named(tmp_path: Path, capsys: Any, name: s
 
 
 def test_another_pipeline_is_refused(tmp_path: Path, capsys: Any) -> None:
-    convert(Source.open(PUBLISHED), tmp_path / "model", "diffusers")
+    convert(StoredModel.open(PUBLISHED), tmp_path / "model", "diffusers")
     write_json({"_class_name": "FluxPipeline"}, tmp_path / "model" / "model_index.json")
     assert "describes a FluxPipeline" in refused(capsys, tmp_path / "out", tmp_path / "model", tmp_path / "out")
 
@@ -263,7 +265,7 @@ def test_a_full_destination_stays_and_a_failing_disk_leaves_nothing(tmp_path: Pa
     assert "not empty" in refused(capsys, tmp_path / "full", PUBLISHED, tmp_path / "full")
     usage = shutil.disk_usage(tmp_path)._replace(free=10**5)
     with monkeypatch.context() as patch:
-        patch.setattr(bitdance.formats.conversion.shutil, "disk_usage", lambda _: usage)
+        patch.setattr(bitdance.folder.conversion.shutil, "disk_usage", lambda _: usage)
         assert "free; make room first" in refused(capsys, tmp_path / "out", PUBLISHED, tmp_path / "out")
     written: list[Path] = []
 
@@ -273,7 +275,7 @@ def test_a_full_destination_stays_and_a_failing_disk_leaves_nothing(tmp_path: Pa
         if len(written) == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bitdance.formats.conversion, "write_pieces", fail)
+    monkeypatch.setattr(bitdance.folder.conversion, "write_pieces", fail)
     assert "No space left" in refused(capsys, tmp_path / "out", PUBLISHED, tmp_path / "out")
     assert len(written) == 3
 
@@ -296,14 +298,14 @@ SHARDS, SHARD = 8, 64 * 2**20
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from bitdance.formats.conversion import convert
-from bitdance.formats.source import Source
-from bitdance.formats.stored import open_stored, pieces
+from bitdance.folder.conversion import convert
+from bitdance.folder.source import StoredModel
+from bitdance.folder.stored import open_stored, pieces
 def peak():  # not that of getrusage, which begins with the peak of the process that started this one
     return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 folder = Path(sys.argv[1])
 files = sorted(folder.glob("model-*.safetensors"))
-source = Source(folder, {"text_encoder": {name: held for path in files for name, held in open_stored(path).items()}})
+source = StoredModel(folder, {"backbone": {name: held for path in files for name, held in open_stored(path).items()}})
 torch.zeros(2**20).to(torch.bfloat16).isfinite().all()
 before = peak()
 convert(source, Path(sys.argv[2]), "official", torch.bfloat16 if sys.argv[3] == "bf16" else None, shard_bytes=int(sys.argv[4]))

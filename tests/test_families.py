@@ -8,14 +8,14 @@ import torch
 from tiny_model import BITS, random_bits, tiny_text_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bitdance.backbone import Backbone
 from bitdance.generate import generate_bits
-from bitdance.head import BinaryDiffusionHead, HeadConfig
-from bitdance.mask import dense_mask
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
-from bitdance.projector import Projector
-from bitdance.sampling import Sampling
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.networks.backbone import Backbone
+from bitdance.networks.projector import Projector
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.mask import dense_mask
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from bitdance import attention
-from bitdance.attention import _Flex, _outputs, without_flash
 from bitdance.cli import doctor
-from bitdance.mask import dense_mask, flex_mask_mod
+from bitdance.networks import attention
+from bitdance.networks.attention import _Flex, _outputs, without_flash
+from bitdance.sequence.mask import dense_mask, flex_mask_mod
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, block_mask: Any, enable_gqa: bool) -> Tensor:

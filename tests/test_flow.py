@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bitdance.flow import CLAMP, draw_time, interpolate, shift_time, velocity_from_x, x_from_velocity
+from bitdance.heads.diffusion.flow import CLAMP, draw_time, interpolate, shift_time, velocity_from_x, x_from_velocity
 
 
 def draws(*shape):

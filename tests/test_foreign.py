@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from strange_folders import GOLDEN, SMALL, change, golden
 
 from bitdance import BitDancePipeline
-from bitdance.adapters import Adapter
-from bitdance.backbone import Backbone
-from bitdance.checkpoint import load_model
 from bitdance.cli import main
+from bitdance.folder.adapters import Adapter
+from bitdance.folder.checkpoint import load_model
 from bitdance.foreign import LM_KEYS, TOKENIZER_KEYS, load_text_tokenizer
+from bitdance.networks.backbone import Backbone
 from distill.config import DistillTraining
 from distill.teacher import Teacher
 from lfq_tokenizer import LFQTokenizer

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from strange_folders import GOLDEN, SMALL, change, golden
 
 from bitdance import BitDancePipeline
-from bitdance.backbone import Backbone
-from bitdance.checkpoint import load_model
 from bitdance.cli import main
+from bitdance.folder.checkpoint import load_model
 from bitdance.foreign import load_text_tokenizer
-from bitdance.prompt import _QWEN2_SPLIT, conditional_ids
+from bitdance.networks.backbone import Backbone
+from bitdance.sequence.prompt import _QWEN2_SPLIT, conditional_ids
 from bitdance.tokenizer_file import check_tokenizer
 from lfq_tokenizer.json_file import read_json
 from stages.cli import export
@@ -35,8 +35,8 @@ from pathlib import Path
 resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[3]), int(sys.argv[3])))
 import torch
 torch.set_num_threads(1)
-from bitdance.checkpoint import load_model
-from bitdance.backbone import Backbone
+from bitdance.folder.checkpoint import load_model
+from bitdance.networks.backbone import Backbone
 golden, folder = Path(sys.argv[1]), Path(sys.argv[2])
 doors = {"load_model": lambda: load_model(folder, "cpu"), "Backbone": lambda: Backbone.from_pretrained(folder)}
 slowest = 0.0

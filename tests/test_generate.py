@@ -7,15 +7,15 @@ import torch
 from golden_cases import GOLDEN
 from tiny_model import tiny_model
 
-import bitdance.attention
-from bitdance.checkpoint import load_model
+import bitdance.networks.attention
+from bitdance.folder.checkpoint import load_model
 from bitdance.generate import generate_bits
-from bitdance.mask import dense_mask
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
-from bitdance.sampler import euler_maruyama, guided_velocity
-from bitdance.sampling import Sampling
+from bitdance.heads.diffusion.sampler import euler_maruyama, guided_velocity
+from bitdance.heads.diffusion.settings import Sampling
+from bitdance.sequence.mask import dense_mask
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
 from lfq_tokenizer import binarize
 
 PROMPTS = ["a red cube", "x", "a blue ball on a table, seen from far away", "two cats"]
@@ -126,7 +126,7 @@ def test_blocks_pass_no_mask_whether_or_not_there_is_padding(monkeypatch):
         seen.append((query.shape[1], key.shape[1], attn_mask is None and not args))
         return attend(query, key, value, *args, attn_mask=attn_mask, **kwargs)
 
-    monkeypatch.setattr(bitdance.attention, "scaled_dot_product_attention", watched)
+    monkeypatch.setattr(bitdance.networks.attention, "scaled_dot_product_attention", watched)
     for prompts in (PROMPTS[:1] * 2, PROMPTS[:2]):
         seen.clear()
         generate_bits(model, prompts, 4, 4, Sampling(2, 1.0), seeded(1, 2))

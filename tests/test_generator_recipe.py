@@ -85,8 +85,8 @@ def config(place: Path, data: str = "bits", **changes: Any) -> TrainingConfig:
 
 
 def tensors(batch: Any) -> dict[str, torch.Tensor]:
-    found = {f.name: getattr(batch.sequence, f.name) for f in dataclasses.fields(batch.sequence) if f.name != "draws"}
-    found |= {f.name: getattr(batch.sequence.draws, f.name) for f in dataclasses.fields(batch.sequence.draws)}
+    found = {f.name: getattr(batch.sequence, f.name) for f in dataclasses.fields(batch.sequence) if f.name != "noise"}
+    found |= {f.name: getattr(batch.sequence.noise, f.name) for f in dataclasses.fields(batch.sequence.noise)}
     found = {name: part for name, part in found.items() if isinstance(part, torch.Tensor)}
     return found | {f"pixels {k}": part for k, part in batch.pixels.items()}
 

@@ -169,7 +169,8 @@ def test_the_time_of_all_parts_is_under_25_minutes(gpu: ModuleType) -> None:
 
 
 def test_the_memory_that_is_predicted_holds_the_weights_and_little_more(gpu: ModuleType) -> None:
-    from bitdance.bench.shapes import SHAPES, bare_model
+    from bitdance.bench.models import bare_model
+    from bitdance.costs.shapes import SHAPES
 
     weights = 2 * sum(weight.numel() for weight in bare_model(SHAPES["14b-64x"]).parameters())
     assert weights < gpu.predicted_bytes() < 1.2 * weights

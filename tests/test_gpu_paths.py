@@ -12,12 +12,12 @@ import torch
 from test_distill_view import REPEATS, drawn
 from tiny_model import BITS, tiny_model
 
-from bitdance.block_sampler import BlockSampler
 from bitdance.generate import generate_bits
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.sampler import SAMPLERS
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
-from bitdance.sampler import SAMPLERS
-from bitdance.sampling import Sampling
-from bitdance.sequence import TrainingBatch, build_batch
+from bitdance.sequence.batch import TrainingBatch, build_batch
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.config import GeneratorTraining
 from stages.generator.documents import GeneratorBatch

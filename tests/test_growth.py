@@ -7,9 +7,9 @@ import torch
 from tiny_model import tiny_backbone, tiny_model
 
 from bitdance import BitDancePipeline
-from bitdance.checkpoint import load_model
+from bitdance.folder.checkpoint import load_model
 from bitdance.model import BitDanceModel
-from bitdance.prompt import SpecialTokens
+from bitdance.sequence.prompt import SpecialTokens
 from distill.growth import grow, prefix_weights
 
 PAIRS = [(2, 4), (2, 6), (2, 8), (4, 8), (3, 6), (4, 12)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from golden_cases import GOLDEN
 
-from bitdance.flow import draw_time, interpolate
-from bitdance.head import BinaryDiffusionHead, HeadConfig
+from bitdance.heads.diffusion.flow import draw_time, interpolate
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from lfq_tokenizer.weights import read_shapes
 
 SMALL = HeadConfig(ch_target=8, ch_cond=64, ch_latent=256, depth_latent=4, depth_adanln=2, parallel_num=4)

@@ -104,6 +104,12 @@ def test_public_functions_are_typed() -> None:
     assert untyped == []
 
 
+def test_what_a_model_remembers_is_declared() -> None:
+    """`extras`, `folder` and `quantized` are fields of a model, so nothing of ours asks whether it has them."""
+    asked = re.compile(r"""getattr\([^()]*, ["'](extras|folder|quantized)["'],""")
+    assert [shown(p) for p in SOURCES if p.is_relative_to(ROOT / "bitdance") and asked.search(p.read_text("utf-8"))] == []
+
+
 def test_the_licence_is_apache() -> None:
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
 

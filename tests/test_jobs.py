@@ -1,15 +1,20 @@
 """Prompts become validated jobs; everything wrong with a prompt file is found before a model is loaded."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bitdance.jobs import Job, Jobs, Settings, batches, job_hash, parse_shard, slug
-from bitdance.prompt_file import Request, read_requests, requests_from_arguments, safe_name
+from bitdance.jobs.job import Job, JobDefaults, Jobs, Request, batches, job_hash, parse_shard, requests_from_arguments, slug
+from bitdance.jobs.prompt_file import PromptFile, safe_name
 
-SETTINGS = Settings(height=64, width=64, steps=2, guidance=1.0)
+SETTINGS = JobDefaults(height=64, width=64, steps=2, guidance=1.0)
+
+
+def read_requests(name: str, data: bytes) -> list[Request]:
+    return list(PromptFile(name, io.BytesIO(data)))
 
 
 def plan(*arguments: Any) -> list[Job]:
@@ -86,7 +91,7 @@ def test_an_unsupported_size_names_the_line() -> None:
 
 
 def test_each_prompt_takes_each_seed_and_counts_up() -> None:
-    jobs = plan(requests_from_arguments(["a", "b"]), Settings(64, 64, 2, 1.0, seeds=(3, 9), n=2))
+    jobs = plan(requests_from_arguments(["a", "b"]), JobDefaults(64, 64, 2, 1.0, seeds=(3, 9), n=2))
     assert [(job.prompt, job.seed) for job in jobs] == [(p, s) for p in "ab" for s in (3, 4, 9, 10)]
     assert [job.index for job in jobs] == list(range(8))
     assert [job.seed for job in plan(requests_from_arguments(["a", "b"]), SETTINGS)] == [0, 0]
@@ -94,7 +99,7 @@ def test_each_prompt_takes_each_seed_and_counts_up() -> None:
 
 def test_overlapping_seeds_are_refused() -> None:
     with pytest.raises(ValueError, match="seed 2 is asked for twice"):
-        plan(requests_from_arguments(["a"]), Settings(64, 64, 2, 1.0, seeds=(1, 2), n=2))
+        plan(requests_from_arguments(["a"]), JobDefaults(64, 64, 2, 1.0, seeds=(1, 2), n=2))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +150,7 @@ def test_batches_share_settings_and_keep_everything() -> None:
 
 
 def test_batches_are_as_few_and_as_even_as_the_size_allows() -> None:
-    jobs = plan(requests_from_arguments(["p"]), Settings(64, 64, 2, 1.0, n=100))
+    jobs = plan(requests_from_arguments(["p"]), JobDefaults(64, 64, 2, 1.0, n=100))
     for count in range(1, 101):
         sizes = [len(batch) for batch in batches(jobs[:count], 8)]
         assert len(sizes) == -(-count // 8) and sum(sizes) == count and max(sizes) - min(sizes) <= 1

@@ -12,9 +12,9 @@ from tiny_model import HIDDEN, tiny_backbone
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from bitdance import kernels
-from bitdance.backbone import Backbone
-from bitdance.kernels import OneDnnLinear, use_fused_kernels, use_onednn
+from bitdance.networks import kernels
+from bitdance.networks.backbone import Backbone
+from bitdance.networks.kernels import OneDnnLinear, use_fused_kernels, use_onednn
 
 ROOT = Path(__file__).parent.parent
 STAND_IN = """

@@ -16,11 +16,11 @@ import torch
 
 import stages.cli
 from bitdance import BitDancePipeline, load_model
-from bitdance.adapters import Adapter
-from bitdance.backbone import Backbone
-from bitdance.checkpoint import save_model
 from bitdance.cli import main as bitdance
-from bitdance.fingerprint import fingerprint
+from bitdance.folder.adapters import Adapter
+from bitdance.folder.checkpoint import save_model
+from bitdance.folder.fingerprint import fingerprint
+from bitdance.networks.backbone import Backbone
 from bitdance.picture import read_metadata
 from lfq_tokenizer.files import temporary_beside
 from lfq_tokenizer.json_file import read_json, write_json

@@ -8,8 +8,8 @@ import torch
 from tiny_model import BITS, random_bits, tiny_model
 from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
-from bitdance.mask import dense_mask, flex_mask_mod
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.mask import dense_mask, flex_mask_mod
 
 # Compiling flex_attention is for GPUs; the CPU runs it as written, slowly, which is what these tests want.
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

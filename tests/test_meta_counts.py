@@ -13,16 +13,17 @@ from meta_device import MetaDevice
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from bitdance.bench.shapes import SHAPES, bare_model
-from bitdance.bench.work import Order, Work, work
-from bitdance.block_sampler import BlockSampler
-from bitdance.draws import ImageDraws
+from bitdance.bench.models import bare_model
+from bitdance.costs.shapes import SHAPES
+from bitdance.costs.work import Generation, Work, work
 from bitdance.generate import generate_bits
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.sampler import SAMPLERS
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
-from bitdance.prompt import conditional_ids, unconditional_ids
-from bitdance.sampler import SAMPLERS
-from bitdance.sampling import Sampling
-from bitdance.sequence import TrainingBatch
+from bitdance.sequence.batch import TrainingBatch
+from bitdance.sequence.noise import ImageNoise
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from stages.config import TrainingConfig, load_config
 from stages.ema import AveragedAdamW
 from stages.plan import memory
@@ -55,7 +56,7 @@ def generated(name: str, layers: int, size: tuple[int, int], sampling: Sampling,
         with fused_attention(counts), counts:
             generate_bits(*arguments, seeded(batch), block_sampler=sample)
     text = len(conditional_ids(model.text_tokenizer, PROMPT)), len(unconditional_ids(model.text_tokenizer))
-    return counts, work(shape, Order(*size, batch, sampling, text, 2))
+    return counts, work(shape, Generation(*size, batch, sampling, text, 2))
 
 
 def sampling_times(sampling: Sampling) -> list[float]:
@@ -102,7 +103,7 @@ def test_operations_and_bytes_of_decoding_are_those_of_bench() -> None:
     assert model.tokenizer is not None
     with torch.no_grad(), counts:
         model.tokenizer.decode(bits, strips=False)
-    found = work(shape, Order(1024, 1024, 1, Sampling(), (49, 11), 2))["decode"]
+    found = work(shape, Generation(1024, 1024, 1, Sampling(), (49, 11), 2))["decode"]
     assert counts.flops["decode"] == found.flops and counts.products["decode"] == found.kernels
     assert counts.bytes["decode"] == pytest.approx(found.bytes, rel=0.01)
 
@@ -126,7 +127,7 @@ def prepared(config: TrainingConfig, shape: Shape, workload: Workload, layers: i
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(memory.drop)
     batch = workload.batch(workload.fullest(config.run.batch_size), model.special, shape.head.ch_target, KERNEL_ROWS)
-    batch.draws = ImageDraws.draw(len(batch.image_bits_NC), shape.head, 0.1, torch.Generator().manual_seed(0))
+    batch.noise = ImageNoise.draw(len(batch.image_bits_NC), shape.head, 0.1, torch.Generator().manual_seed(0))
     return model, batch.to("meta")
 
 

@@ -19,15 +19,17 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import scaled_dot_product_attention
 
-from bitdance import BitDancePipeline, positions
+from bitdance import BitDancePipeline
+from bitdance.bench.models import bare_model
 from bitdance.bench.plain import generate_plain
-from bitdance.bench.shapes import Shape, bare_model
+from bitdance.folder.config import ModelConfig
 from bitdance.generate import generate_bits
-from bitdance.head import HeadConfig
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.heads.diffusion.sampler import SAMPLERS
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
-from bitdance.sampler import SAMPLERS
-from bitdance.sampling import Sampling
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.sequence import positions
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
 from distill.config import DistillTraining, Objectives
 from distill.documents import DistillBatch
 from distill.growth import grow
@@ -59,7 +61,7 @@ QWEN3 = {
     "rope_theta": 10000.0,
     "max_position_embeddings": 512,
 }
-SHAPE = Shape("tiny", QWEN3, HeadConfig(BITS, 32, 128, 1, 1, 4), PICTURES, (32, 32))
+SHAPE = ModelConfig("tiny", QWEN3, HeadConfig(BITS, 32, 128, 1, 1, 4), PICTURES, (32, 32))
 
 
 @pytest.fixture(autouse=True)
@@ -107,8 +109,8 @@ def test_a_picture_is_read_once_at_its_end(sampler: str, guidance: float) -> Non
     assert device.reads == {BINARIZE: 1}
     assert device.copies == {
         "bitdance/generate.py:__init__": 2,  # ids and padding of the prompts
-        "bitdance/patches.py:coordinates": 2,
-        "bitdance/positions.py:_sincos_1d": 1,  # kept for all pictures
+        "bitdance/sequence/patches.py:coordinates": 2,
+        "bitdance/sequence/positions.py:_sincos_1d": 1,  # kept for all pictures
         "bitdance/generate.py:_to": 6,  # a block's draws, from the host's generators, pinned on CUDA
     }
 
@@ -181,7 +183,7 @@ def test_a_training_step_reads_nothing(attention: str, rows: dict[str, int]) -> 
     batch = GeneratorBatch(packed(model, **rows), {})
     module = GeneratorObjective(model, GeneratorTraining(attention=attention))
     adam = AveragedAdamW(module.parameters(), 0.9, foreach=True, capturable=False)
-    with MetaDevice() as device, patch("bitdance.attention.flex_attention", flex_stand_in):
+    with MetaDevice() as device, patch("bitdance.networks.attention.flex_attention", flex_stand_in):
         on_device = batch.to("meta")
         sent = device.copies.total()
         for step in range(2):
@@ -258,7 +260,7 @@ def test_a_step_of_distillation_reads_nothing(guided: bool, cached: bool) -> Non
     teacher, student = tiny_model(P=4, diff_batch_mul=REPEATS), grow(tiny_model(P=4, seed=1, diff_batch_mul=REPEATS), 4)
     view, batch = view_of(student, teacher, drawn(student), 260)
     views = [] if cached else [view] * (1 + guided)
-    targets = torch.zeros_like(batch.draws.noise_SMPC) if cached else None
+    targets = torch.zeros_like(batch.noise.noise_SMPC) if cached else None
     training = DistillTraining(teacher="t", objectives=Objectives(1.0, 1.0, 0.5), samples=("s",), fade_steps=10)
     made = DistillObjective(student.to("meta"), GeneratorTraining(), training, 4, Teacher(teacher.to("meta"), 3.0))
     with MetaDevice() as device:

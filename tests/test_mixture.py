@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bitdance.sizes import SizeRule
+from bitdance.folder.sizes import SizeRule
 from stages.data.buckets import Buckets
 from stages.data.metadata import Shape
 from stages.data.mixture import Mixture, Source, spread

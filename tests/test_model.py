@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny_model import BITS, HIDDEN, random_bits, tiny_backbone, tiny_model, tiny_text_tokenizer
 
-from bitdance.flips import flip_bits
-from bitdance.head import BinaryDiffusionHead, HeadConfig
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.projector import Projector
-from bitdance.prompt import build_text_tokenizer
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.networks.projector import Projector
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.perturbation import perturb_bits
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import build_text_tokenizer
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -87,18 +87,18 @@ def test_only_inputs_of_generated_images_are_flipped() -> None:
 @pytest.mark.parametrize("p_max", [0.1, 0.4, 1.0])
 def test_half_of_p_max_is_flipped(p_max: float) -> None:
     bits = torch.ones(1000, 200)
-    rate = (flip_bits(bits, p_max, seeded()) < 0).double().mean()
+    rate = (perturb_bits(bits, p_max, seeded()) < 0).double().mean()
     assert abs(rate - p_max / 2) < 5 * (p_max / 2 * (1 - p_max / 2) / bits.numel()) ** 0.5
     assert torch.equal(bits, torch.ones(1000, 200))
-    assert torch.equal(flip_bits(bits, 0.0, seeded()), bits)
+    assert torch.equal(perturb_bits(bits, 0.0, seeded()), bits)
 
 
 @pytest.mark.parametrize("p_max", [-0.1, 1.1, float("nan")])
 def test_a_flip_probability_outside_its_range_is_an_error(p_max: float) -> None:
     with pytest.raises(ValueError, match="flip probability"):
-        flip_bits(torch.ones(2), p_max)
+        perturb_bits(torch.ones(2), p_max)
     with pytest.raises(ValueError, match="int64"):
-        flip_bits(torch.ones(2, dtype=torch.long), 0.1)
+        perturb_bits(torch.ones(2, dtype=torch.long), 0.1)
 
 
 def test_a_batch_without_text_targets_or_without_images_is_no_crash() -> None:

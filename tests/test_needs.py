@@ -10,27 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 
-import bitdance.cli.loading
 import bitdance.coding
+import bitdance.costs.memory
 from bitdance import BitDancePipeline
-from bitdance.bench.shapes import SHAPES, Shape
-from bitdance.checkpoint import load_model
 from bitdance.cli import main
-from bitdance.cli.needs import Needs, Setting, needs
+from bitdance.costs.memory import BatchSpec, Needs, needs
+from bitdance.costs.shapes import SHAPES
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.config import ModelConfig
+from bitdance.kinds import next_patch
+from bitdance.networks.quantize import held_bytes, large_linears
 from bitdance.picture import read_metadata
-from bitdance.quantize import held_bytes, large_linears
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.strips import decoding_bytes
 
 pytestmark = pytest.mark.slow
 
 PUBLISHED, GB = SHAPES["14b-64x"], 1e9
-LARGE = Setting(1024, 1024)
+LARGE = BatchSpec(1024, 1024)
 
 
 def test_the_published_model_needs_what_its_parts_weigh():
     loop = needs(PUBLISHED, LARGE).phases["loop"]
-    for part, parameters in (("LLM", 13_212e6), ("head", 1_758_464_032), ("projector", 26_388_480)):
+    for part, parameters in (("backbone", 13_212e6), ("head", 1_758_464_032), ("projector", 26_388_480)):
         assert loop[part] == pytest.approx(2 * parameters, rel=1e-3), part  # LLM: without embedding and lm_head
     assert loop["cache"] == 2 * 163_840 * (64 + 2 + 64 * 64)
     assert 33 * GB < needs(PUBLISHED, LARGE).peak < 36 * GB
@@ -47,7 +49,7 @@ def test_a_batch_decoded_beside_the_next_needs_room_for_both():
 
 @pytest.mark.parametrize(("kind", "bits"), [("int8", 8), ("int4", 4.13)])
 def test_a_quantised_llm_needs_its_bits(kind, bits):
-    found = needs(PUBLISHED, replace(LARGE, quantize=kind)).phases["loop"]["LLM"]
+    found = needs(PUBLISHED, replace(LARGE, quantize=kind)).phases["loop"]["backbone"]
     assert found == pytest.approx(13_212e6 * bits / 8, rel=0.003)
 
 
@@ -57,7 +59,7 @@ def test_weights_are_those_that_a_loaded_model_holds(backbone, head, dtype):
     for library in ("torchao", "bitsandbytes"):
         pytest.importorskip(library, reason=f'{library} is not installed: pip install "bitdance[quantize]"')
     model = load_model("demo", "cpu", getattr(torch, dtype), True, backbone, head)
-    found = needs(Shape.of_folder("demo"), Setting(64, 64, 1, dtype, "cpu", True, backbone, head)).phases["loop"]
+    found = needs(ModelConfig.of_folder("demo"), BatchSpec(64, 64, 1, dtype, "cpu", True, backbone, head)).phases["loop"]
 
     def held(part):
         large = [linear for _, _, linear in large_linears(part)]
@@ -65,18 +67,18 @@ def test_weights_are_those_that_a_loaded_model_holds(backbone, head, dtype):
         return sum(map(held_bytes, large)) + sum(p.nbytes for p in part.parameters() if id(p) not in names)
 
     embedding = model.backbone.lm.get_input_embeddings().weight.nbytes
-    assert found["embedding"] == embedding and found["LLM"] == held(model.backbone) - embedding
+    assert found["embedding"] == embedding and found["backbone"] == held(model.backbone) - embedding
     assert found["head"] == held(model.head)
     assert found["decoder"] == sum(p.nbytes for p in model.tokenizer.decoder.parameters())
 
 
 def test_every_remedy_lowers_the_peak():
     full = replace(LARGE, batch=4, dtype="float32")
-    peaks = [needs(PUBLISHED, setting).peak for _, setting in bitdance.cli.loading.remedies(full)]
+    peaks = [needs(PUBLISHED, setting).peak for _, setting in bitdance.costs.memory.remedies(full)]
     assert max(peaks) < needs(PUBLISHED, full).peak and len(peaks) == 12
     assert needs(PUBLISHED, replace(LARGE, guided=False)).peak < needs(PUBLISHED, LARGE).peak
     moved = needs(PUBLISHED, replace(LARGE, offload=True))
-    assert moved.main > 31 * GB and "embedding" not in moved.phases["loop"] and "LLM" not in moved.phases["decode"]
+    assert moved.main > 31 * GB and "embedding" not in moved.phases["loop"] and "backbone" not in moved.phases["decode"]
 
 
 @pytest.mark.parametrize(
@@ -90,10 +92,10 @@ def test_every_remedy_lowers_the_peak():
 )
 def test_the_error_before_loading_names_the_first_remedy_that_fits(tmp_path, monkeypatch, capfd, free, batch, advice):
     """The bundled model's files under the published shape, on a device of so many GB."""
-    monkeypatch.setattr(Shape, "of_folder", lambda folder: replace(PUBLISHED, folder=folder))
-    monkeypatch.setattr(bitdance.cli.loading, "free_bytes", lambda device: int(free * GB))
-    monkeypatch.setattr(bitdance.cli.loading, "free_main_memory", lambda: int(64 * GB))
-    monkeypatch.setattr(bitdance.cli.loading, "_setting", lambda order, *_: replace(LARGE, batch=order.batch_size))
+    monkeypatch.setattr(next_patch, "check_folder", lambda folder: replace(PUBLISHED, folder=folder))
+    monkeypatch.setattr(bitdance.costs.memory, "free_bytes", lambda device: int(free * GB))
+    monkeypatch.setattr(bitdance.costs.memory, "free_main_memory", lambda: int(64 * GB))
+    monkeypatch.setattr(next_patch, "batch_specs", lambda spec: {replace(LARGE, batch=spec.batch_size)})
     assert main(["generate", "a", "b", "c", "--batch-size", str(batch), "-o", str(tmp_path / "o")]) == 2
     error = capfd.readouterr().err
     assert re.search(rf"demo needs about 3\d\.\d GB, {free} GB free on (cpu|cuda): add {advice}$", error.strip()), error
@@ -101,10 +103,10 @@ def test_the_error_before_loading_names_the_first_remedy_that_fits(tmp_path, mon
 
 
 def test_a_model_that_offload_cannot_help_says_so(monkeypatch):
-    fits = bitdance.cli.loading._fits
-    assert fits(Needs({"loop": {"LLM": 5}}, main=7), 5, 7)
-    assert not fits(Needs({"loop": {"LLM": 5}}, main=7), 4, 7) and not fits(Needs({"loop": {"LLM": 5}}, main=7), 5, 6)
-    assert fits(Needs({"loop": {"LLM": 5}}, main=7), None, None)
+    fits = bitdance.costs.memory._fits
+    assert fits(Needs({"loop": {"backbone": 5}}, main=7), 5, 7)
+    assert not fits(Needs({"loop": {"backbone": 5}}, main=7), 4, 7) and not fits(Needs({"loop": {"backbone": 5}}, main=7), 5, 6)
+    assert fits(Needs({"loop": {"backbone": 5}}, main=7), None, None)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says how much memory a process took")

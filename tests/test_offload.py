@@ -5,13 +5,13 @@ import torch
 
 from bitdance import BitDancePipeline
 from bitdance.model import BitDanceModel
-from bitdance.offload import PhaseOffload
+from bitdance.networks.offload import PhaseOffload
 
 pytestmark = pytest.mark.slow
 
 SMALL = {"height": 64, "width": 64, "num_inference_steps": 3, "seed": 1}
 PROMPTS = ["a fox, 3D style, on a white background", "a guitar"]
-PARTS = ("layers", "projector", "head", "decoder")
+PARTS = ("backbone", "projector", "head", "decoder")
 
 
 def demo(**options):
@@ -56,8 +56,8 @@ def test_phases_hold_what_they_need_and_nothing_more():
     pipe = watched()
     for _ in range(2):
         pipe(PROMPTS, **SMALL)
-    first = [("prompt", {"layers"}), ("loop", {"layers", "projector", "head"}), ("decode", {"projector", "head", "decoder"})]
-    again = [("prompt", {"layers", "projector", "head"}), *first[1:]]
+    first = [("prompt", {"backbone"}), ("loop", {"backbone", "projector", "head"}), ("decode", {"projector", "head", "decoder"})]
+    again = [("prompt", {"backbone", "projector", "head"}), *first[1:]]
     assert pipe.offload.phases == [*first, *again]
 
 
@@ -65,7 +65,7 @@ def test_every_tensor_comes_once_per_phase_and_nothing_comes_per_block():
     pipe, counts = watched(), []
     sizes = {part: len(entries) for part, entries in pipe.offload._originals.items()}
     pipe(PROMPTS, **SMALL, callback_on_step_end=lambda *_: counts.append(pipe.offload.copies))
-    assert len(counts) > 1 and set(counts) == {sizes["layers"] + sizes["projector"] + sizes["head"]}
+    assert len(counts) > 1 and set(counts) == {sizes["backbone"] + sizes["projector"] + sizes["head"]}
     assert pipe.offload.copies == sum(sizes.values())
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_model import tiny_text_tokenizer
 
-from bitdance.prompt import SpecialTokens
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
-from bitdance.sizes import SizeRule, sizes_at
+from bitdance.folder.sizes import SizeRule, sizes_at
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.prompt import SpecialTokens
 
 SPECIAL = SpecialTokens.from_tokenizer(tiny_text_tokenizer())
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from golden_cases import GOLDEN, case, meta
 
-from bitdance.checkpoint import load_model
-from bitdance.flow import warp_time
+from bitdance.folder.checkpoint import load_model
 from bitdance.generate import generate_bits
-from bitdance.head import BinaryDiffusionHead, HeadConfig, TimeEmbedding
+from bitdance.heads.diffusion.flow import warp_time
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig, TimeEmbedding
+from bitdance.heads.diffusion.sampler import SAMPLERS, euler_maruyama, guided_velocity
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
-from bitdance.patches import PatchPlan
 from bitdance.picture import to_uint8
 from bitdance.pipeline import BitDancePipeline
-from bitdance.sampler import SAMPLERS, euler_maruyama, guided_velocity
-from bitdance.sampling import Sampling
+from bitdance.sequence.patches import PatchPlan
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.weights import load_strict, read_safetensors
 

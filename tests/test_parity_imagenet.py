@@ -6,16 +6,16 @@ from class_model import KINDS, golden_model, golden_tokenizer
 from golden_cases import case, meta
 from test_parity_generation import synthetic
 
-from bitdance.block_sampler import BlockSampler
-from bitdance.flow import warp_time
-from bitdance.head import BinaryDiffusionHead, HeadConfig
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.flow import warp_time
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
+from bitdance.heads.diffusion.sampler import SAMPLERS, euler_maruyama
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.kinds.class_patch.draws import ClassDraws
 from bitdance.kinds.class_patch.generate import generate_bits
 from bitdance.kinds.class_patch.rotary import rotate, turns
 from bitdance.kinds.class_patch.settings import ClassSettings
-from bitdance.patches import PatchPlan
-from bitdance.sampler import SAMPLERS, euler_maruyama
-from bitdance.sampling import Sampling
+from bitdance.sequence.patches import PatchPlan
 from lfq_tokenizer.weights import load_strict
 
 NAMES = meta()["cases"]

@@ -6,16 +6,16 @@ import pytest
 import torch
 from golden_cases import GOLDEN, case, meta
 
-from bitdance.backbone import Backbone
-from bitdance.flips import flip_bits
-from bitdance.head import BinaryDiffusionHead, HeadConfig
-from bitdance.mask import dense_mask
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.projector import Projector
-from bitdance.prompt import conditional_ids, unconditional_ids
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.networks.backbone import Backbone
+from bitdance.networks.projector import Projector
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.mask import dense_mask
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.perturbation import perturb_bits
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.weights import load_strict, read_safetensors
@@ -88,7 +88,7 @@ def test_flips(name: str) -> None:
     """From the recorder's seed; the next draw shows that r1 and r2, and nothing else, were drawn."""
     about, tensors = case(name)
     generator, twin = (torch.Generator().manual_seed(about["seed"]) for _ in range(2))
-    assert torch.equal(flip_bits(tensors["in.x"], about["p_max"], generator), tensors["out.out"])
+    assert torch.equal(perturb_bits(tensors["in.x"], about["p_max"], generator), tensors["out.out"])
     assert torch.equal(torch.stack([torch.rand(r.shape, generator=twin) for r in tensors["draw0"]]), tensors["draw0"])
     assert torch.equal(torch.rand(4, generator=generator), torch.rand(4, generator=twin))
 

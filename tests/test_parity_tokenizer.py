@@ -50,7 +50,7 @@ def test_seeded_noise_of_the_generative_decoder_is_the_recorded_draw(tokenizers)
 
 
 def test_pictures_of_unequal_size_give_the_recorded_tokens_in_both_orders(tokenizers):
-    from bitdance.patches import PatchPlan
+    from bitdance.sequence.patches import PatchPlan
 
     _, t = case("ae_alt/vt_forward")
     with torch.no_grad():

@@ -12,8 +12,8 @@ from PIL import Image
 import bitdance.pipeline
 from bitdance import BitDanceModel, BitDancePipeline
 from bitdance.generate import generate_bits
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.picture import to_uint8
-from bitdance.sampling import Sampling
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 3, "guidance_scale": 4.0}

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import stages.cli
-from bitdance.draws import ImageDraws
-from bitdance.head import HeadConfig
+from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.noise import ImageNoise
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.text import time_text
 from stages.config import DataConfig, DeepSpeedConfig, GeneratorTraining, RunConfig, TrainingConfig, load_config
@@ -60,7 +60,7 @@ SHORT = replace(SHAPE, backbone={**SHAPE.backbone, "num_hidden_layers": 2})
 def small_batch(model: BitDanceModel, caption: int = 10) -> TrainingBatch:
     workload = Workload.of(SMALL, SHAPE, caption)
     batch = workload.batch(workload.fullest(4), model.special, 8, 1)
-    batch.draws = ImageDraws.draw(batch.image_bits_NC.shape[0], SHAPE.head, 0.1, torch.Generator().manual_seed(0))
+    batch.noise = ImageNoise.draw(batch.image_bits_NC.shape[0], SHAPE.head, 0.1, torch.Generator().manual_seed(0))
     return batch
 
 
@@ -87,7 +87,7 @@ def test_flops_are_those_that_torch_counts(frozen: tuple[str, ...]) -> None:
 
 
 def test_pairs_are_those_of_the_mask() -> None:
-    from bitdance.mask import dense_mask
+    from bitdance.sequence.mask import dense_mask
 
     model = tiny_model(P=4)
     batch = build_batch([[TextPiece([5] * 7), ImagePiece(torch.ones(BITS, 6, 4))]], 2, model.special)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import bitdance.precision
+import bitdance.networks.precision
 from bitdance import BitDancePipeline
 from bitdance.cli import main
-from bitdance.precision import quick_dtype, resolve_dtype, slow_bfloat16
+from bitdance.networks.precision import quick_dtype, resolve_dtype, slow_bfloat16
 
 MODEL = Path(__file__).parent / "golden" / "t2i_ckpt"
 
@@ -26,7 +26,7 @@ def processor(monkeypatch: pytest.MonkeyPatch):
         found = {"architecture": "x86_64", **dict.fromkeys(instructions, True)}
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        monkeypatch.setattr(bitdance.precision, "_measured", lambda: 9.0)
+        monkeypatch.setattr(bitdance.networks.precision, "_measured", lambda: 9.0)
 
     return have
 
@@ -68,7 +68,9 @@ def test_a_picture_says_the_dtype_that_auto_chose(processor, tmp_path: Path) -> 
 
 
 def test_an_older_processor_can_be_imitated() -> None:
-    code = "from bitdance.precision import quick_dtype, slow_bfloat16; print(quick_dtype('cpu'), slow_bfloat16('cpu') >= 1)"
+    code = (
+        "from bitdance.networks.precision import quick_dtype, slow_bfloat16; print(quick_dtype('cpu'), slow_bfloat16('cpu') >= 1)"
+    )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "float32 True\n"

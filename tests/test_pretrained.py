@@ -16,8 +16,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from bitdance.backbone import Backbone
-from bitdance.sequence import TextPiece, build_batch
+from bitdance.networks.backbone import Backbone
+from bitdance.sequence.batch import TextPiece, build_batch
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.config import DataConfig, GeneratorTraining, RunConfig, TrainingConfig
 from stages.data.bits import pack_bits

@@ -8,7 +8,7 @@ import pytest
 from golden_cases import GOLDEN
 from tiny_model import tiny_text_tokenizer
 
-from bitdance.prompt import (
+from bitdance.sequence.prompt import (
     BASE_TOKENS,
     SpecialTokens,
     add_image_tokens,

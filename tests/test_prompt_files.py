@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from bitdance.jobs import Settings
-from bitdance.prompt_file import PromptFile
+from bitdance.jobs.job import JobDefaults
+from bitdance.jobs.prompt_file import PromptFile
 from lfq_tokenizer import limits
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = Settings(64, 64, 2, 1.0)
+SETTINGS = JobDefaults(64, 64, 2, 1.0)
 ROOT = Path(__file__).parent.parent
 
 
@@ -112,11 +112,11 @@ def test_what_is_no_file_is_named(tmp_path: Path) -> None:
 
 MANY = """
 import sys, time
-from bitdance.jobs import Jobs, Settings
-from bitdance.prompt_file import PromptFile
+from bitdance.jobs.job import Jobs, JobDefaults
+from bitdance.jobs.prompt_file import PromptFile
 def memory(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
 before, start = memory(), time.process_time()
-jobs = Jobs(PromptFile.open(sys.argv[1], None), Settings(64, 64, 2, 1.0))
+jobs = Jobs(PromptFile.open(sys.argv[1], None), JobDefaults(64, 64, 2, 1.0))
 assert len(jobs) == 200_000 and sum(1 for _ in jobs) == 200_000
 print(memory() - before, time.process_time() - start)
 """

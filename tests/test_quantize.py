@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-import bitdance.quantize
+import bitdance.networks.quantize
 from bitdance import BitDancePipeline
-from bitdance.block_sampler import BlockSampler
-from bitdance.checkpoint import DEMO, load_model
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.parts import DEMO
 from bitdance.generate import generate_bits
-from bitdance.quantize import held_bytes, large_linears, quantized_bytes
-from bitdance.sampling import Sampling
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.settings import Sampling
+from bitdance.networks.quantize import held_bytes, large_linears, quantized_bytes
 from stages.data.captions import PALETTE
 from stages.measure.prompts import background_of
 
@@ -90,15 +91,15 @@ def test_no_two_matrices_are_at_full_precision_at_the_same_time(monkeypatch):
     """Counted where a matrix is quantised: what went before is done, and nothing after it has been copied out of the file."""
     model = load_model("demo", "cpu", torch.bfloat16)  # the dtype of the file
     seen = []
-    real = bitdance.quantize._QUANTIZERS["int8"]
+    real = bitdance.networks.quantize._QUANTIZERS["int8"]
 
     def spy(linear):
         kinds = [type(layer.weight.data) is torch.Tensor for _, _, layer in large_linears(model.backbone)]
         seen.append(kinds.count(True))
         return real(linear)
 
-    monkeypatch.setitem(bitdance.quantize._QUANTIZERS, "int8", spy)
-    bitdance.quantize.quantize_model(model, "int8", None, "cpu", torch.float32)
+    monkeypatch.setitem(bitdance.networks.quantize._QUANTIZERS, "int8", spy)
+    bitdance.networks.quantize.quantize_model(model, "int8", None, "cpu", torch.float32)
     assert seen == list(range(len(seen), 0, -1)) and len(seen) == 42
 
 
@@ -129,7 +130,7 @@ def nothing_is_read(monkeypatch):
         raise AssertionError("weights were read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(bitdance.checkpoint.Backbone, "from_pretrained", fail)
+        patch.setattr(bitdance.folder.checkpoint.Backbone, "from_pretrained", fail)
         yield
 
 

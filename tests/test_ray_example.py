@@ -16,8 +16,7 @@ import pytest
 
 from bitdance import BitDancePipeline
 from bitdance.cli import main
-from bitdance.jobs import Jobs, Settings
-from bitdance.prompt_file import requests_from_arguments
+from bitdance.jobs.job import JobDefaults, Jobs, requests_from_arguments
 
 pytestmark = pytest.mark.slow
 
@@ -76,14 +75,14 @@ def test_workers_make_the_files_of_one_process(example: ModuleType, tmp_path: Pa
 
 
 def test_a_failure_is_a_row(example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = BitDancePipeline.__call__
+    original = BitDancePipeline.generate
 
-    def call(self: BitDancePipeline, prompts: list[str], **options: Any) -> Any:
+    def call(self: BitDancePipeline, prompts: list[str], *options: Any) -> Any:
         if "x" in prompts:
             raise RuntimeError("no luck")
-        return original(self, prompts, **options)
+        return original(self, prompts, *options)
 
-    monkeypatch.setattr(BitDancePipeline, "__call__", call)
+    monkeypatch.setattr(BitDancePipeline, "generate", call)
     _, order = example.read(arguments(tmp_path))
     rows = example.Painter(order)({"data": np.array([job.index for job in order.jobs])})
     assert [order.jobs[i].prompt for i, e in zip(rows["data"], rows["error"]) if e] == ["x", "x"]
@@ -91,7 +90,7 @@ def test_a_failure_is_a_row(example: ModuleType, tmp_path: Path, monkeypatch: py
 
 
 def test_every_worker_gets_something_and_no_block_is_long(example: ModuleType) -> None:
-    jobs = list(Jobs(requests_from_arguments(["p"]), Settings(64, 64, 2, 1.0, n=1000)))
+    jobs = list(Jobs(requests_from_arguments(["p"]), JobDefaults(64, 64, 2, 1.0, n=1000)))
     assert [len(block) for block in example.blocks(jobs[:16], 8, 8)] == [2] * 8
     assert max(len(block) for block in example.blocks(jobs, 8, 8)) == 32
 

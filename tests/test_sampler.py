@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from bitdance.flow import interpolate, velocity_from_x
-from bitdance.sampler import SAMPLERS, STOCHASTIC, draws, euler, euler_maruyama, guided_velocity, time_grid
+from bitdance.heads.diffusion.flow import interpolate, velocity_from_x
+from bitdance.heads.diffusion.sampler import SAMPLERS, STOCHASTIC, draws, euler, euler_maruyama, guided_velocity, time_grid
 
 
 def noise_like(shape, seed=0):

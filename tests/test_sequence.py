@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny_model import BITS, random_bits, tiny_text_tokenizer
 
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.prompt import SpecialTokens, conditional_ids, unconditional_ids, vision_prefix_ids
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import SpecialTokens, conditional_ids, unconditional_ids, vision_prefix_ids
 
 
 @pytest.fixture(scope="module")

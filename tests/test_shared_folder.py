@@ -16,8 +16,8 @@ from PIL import Image
 from strange_folders import GOLDEN, SMALL
 
 from bitdance.cli import main
-from bitdance.cli.outputs import OutputFolder
-from bitdance.jobs import Job
+from bitdance.jobs.job import Job
+from bitdance.jobs.outputs import OutputFolder
 from lfq_tokenizer.lock import FolderLock
 
 pytestmark = pytest.mark.slow

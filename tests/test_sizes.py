@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 from golden_cases import GOLDEN
 
-from bitdance.checkpoint import load_model
-from bitdance.sizes import (
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.sizes import (
     SizeRule,
     check_size,
     default_size,

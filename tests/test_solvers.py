@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitdance.sampling import PRESETS, Sampling, choose
+from bitdance.heads.diffusion.settings import PRESETS, Sampling, choose
 from stages.measure.solvers import difference, parse_setting, variety, work
 
 

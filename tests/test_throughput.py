@@ -16,17 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-import bitdance.cli.outputs
+import bitdance.jobs.outputs
 from bitdance import BitDancePipeline
 from bitdance.cli import main
-from bitdance.cli.finishing import Decoder, Finisher
-from bitdance.cli.generate import Order, parser, read_order
-from bitdance.cli.making import Maker
-from bitdance.cli.outputs import OutputFolder
-from bitdance.jobs import Job
+from bitdance.cli.generate import parser, read_spec
+from bitdance.jobs.job import Job
+from bitdance.jobs.outputs import OutputFolder
+from bitdance.jobs.runner import BatchRunner, BatchWriter, DecodeStream, RunSpec
 from bitdance.model import BitDanceModel
 from bitdance.picture import to_uint8
-from bitdance.prompt import conditional_ids
+from bitdance.sequence.prompt import conditional_ids
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 
 pytestmark = pytest.mark.slow
@@ -36,8 +35,8 @@ SMALL = ["--height", "32", "--width", "32", "--steps", "1", "--guidance", "2", "
 PROMPTS = ["a cat", "a dog that is a good deal longer, with a hat on its head", "", "ein Häuschen", "x", "two red balls " * 9]
 
 
-def ordered(folder: Path, *arguments: str) -> Order:
-    return read_order(parser().parse_intermixed_args([*arguments, *SMALL, "-o", str(folder)]))
+def ordered(folder: Path, *arguments: str) -> RunSpec:
+    return read_spec(parser().parse_intermixed_args([*arguments, *SMALL, "-o", str(folder)]))
 
 
 def generate(folder: Path, *arguments: str) -> int:
@@ -66,10 +65,10 @@ class Calls:
         self.pipe, self.before = pipe, before
         self.batches: list[list[str]] = []
 
-    def __call__(self, prompts: Sequence[str], **options: Any) -> Any:
+    def generate(self, prompts: Sequence[str], *options: Any) -> Any:
         self.before(prompts)
         self.batches.append(list(prompts))
-        return self.pipe(prompts, **options)
+        return self.pipe.generate(prompts, *options)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe, name)
@@ -78,7 +77,7 @@ class Calls:
 def test_batches_hold_prompts_of_similar_length_and_pad_little(tmp_path: Path, pipe: BitDancePipeline) -> None:
     prompts = [f"{'many words ' * (i * 5 % 16)}{i}" for i in range(16)]
     order, calls = ordered(tmp_path, *prompts, "--batch-size", "4"), Calls(pipe)
-    Maker(order, OutputFolder(tmp_path, "m")).make(calls, order.jobs)  # type: ignore[arg-type]
+    BatchRunner(order, OutputFolder(tmp_path, "m")).make(calls, order.jobs)  # type: ignore[arg-type]
     lengths = [[len(conditional_ids(pipe.model.text_tokenizer, p)) for p in batch] for batch in calls.batches]
     assert [len(batch) for batch in lengths] == [4, 4, 4, 4]
     assert all(max(short) <= min(long) for short, long in pairwise(lengths))
@@ -103,7 +102,7 @@ def test_shards_stopped_and_resumed_give_the_files_of_one_run(
 ) -> None:
     arguments = [*PROMPTS, "--seed", "1", "2", "--batch-size", "2"]
     assert generate(tmp_path / "whole", *arguments) == 0
-    write_png = bitdance.cli.outputs.write_png
+    write_png = bitdance.jobs.outputs.write_png
     written: list[Any] = []
 
     def write(*found: Any) -> None:
@@ -113,7 +112,7 @@ def test_shards_stopped_and_resumed_give_the_files_of_one_run(
         written.append(found[1])
         write_png(*found)
 
-    monkeypatch.setattr(bitdance.cli.outputs, "write_png", write)
+    monkeypatch.setattr(bitdance.jobs.outputs, "write_png", write)
     for shard in range(3):
         codes: list[int] = []
         while not codes or codes[-1]:
@@ -137,7 +136,7 @@ def test_a_batch_is_written_while_the_next_is_made(tmp_path: Path, pipe: BitDanc
                 time.sleep(0.002)
 
     order = ordered(tmp_path, "a", "b", "--batch-size", "1")
-    maker, calls = Maker(order, OutputFolder(tmp_path, "m")), Calls(pipe, before)
+    maker, calls = BatchRunner(order, OutputFolder(tmp_path, "m")), Calls(pipe, before)
     maker.make(calls, order.jobs)  # type: ignore[arg-type]
     assert (maker.made, maker.failures) == (2, [])
 
@@ -153,7 +152,7 @@ def test_at_most_one_batch_waits_and_the_order_stays() -> None:
         gate.acquire()
         saved.append(job.index)
 
-    finisher, given = Finisher(save, print), []
+    finisher, given = BatchWriter(save, print), []
 
     def give() -> None:
         for i in range(4):
@@ -179,7 +178,7 @@ def test_what_goes_wrong_while_writing_is_raised_where_the_batches_are_made() ->
             raise OSError(28, "No space left on device")
         saved.append(job.index)
 
-    finisher = Finisher(save, print)
+    finisher = BatchWriter(save, print)
     finisher.give([job(0), job(1), job(2)], lambda: (np.zeros((3, 8, 8, 3), np.uint8), np.ones(3, bool)), 0.0)
     with pytest.raises(OSError, match="No space left"):
         finisher.close()
@@ -196,7 +195,7 @@ def test_a_full_disk_ends_the_batch_in_the_loop(tmp_path: Path, pipe: BitDancePi
         failed.set()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bitdance.cli.outputs, "write_png", write)
+    monkeypatch.setattr(bitdance.jobs.outputs, "write_png", write)
     order = ordered(tmp_path, *"abcdef", "--batch-size", "2")
 
     def before(_: Sequence[str]) -> None:
@@ -205,7 +204,7 @@ def test_a_full_disk_ends_the_batch_in_the_loop(tmp_path: Path, pipe: BitDancePi
             time.sleep(0.05)
 
     calls = Calls(pipe, before)
-    maker = Maker(order, OutputFolder(tmp_path, "m"))
+    maker = BatchRunner(order, OutputFolder(tmp_path, "m"))
     with pytest.raises(OSError, match="No space left"):
         maker.make(calls, order.jobs)  # type: ignore[arg-type]
     assert len(calls.batches) == 2 and maker.made == 0 and maker.failures == []
@@ -219,7 +218,7 @@ def test_a_generative_decoder_draws_from_the_pictures_own_generator(tmp_path: Pa
     parts = (model.text_tokenizer, model.projector, model.backbone, model.head)
     other = BitDancePipeline(BitDanceModel(LFQTokenizer(config).eval(), *parts))
     order = ordered(tmp_path, "a", "a longer one", "b", "--batch-size", "2")
-    Maker(order, OutputFolder(tmp_path, "m")).make(other, order.jobs)
+    BatchRunner(order, OutputFolder(tmp_path, "m")).make(other, order.jobs)
     for job in order.jobs:
         expected = other(job.prompt, 32, 32, num_inference_steps=1, guidance_scale=2.0, seed=job.seed).images
         assert expected is not None
@@ -255,7 +254,7 @@ def test_200_batches_of_varied_prompts_do_not_grow_the_memory(tmp_path: Path, pi
         folder.mkdir()
         order = ordered(folder, "--prompts", str(file), "--batch-size", "2")
         calls = Calls(pipe)
-        Maker(order, OutputFolder(folder, "m")).make(calls, order.jobs)  # type: ignore[arg-type]
+        BatchRunner(order, OutputFolder(folder, "m")).make(calls, order.jobs)  # type: ignore[arg-type]
         return len(calls.batches)
 
     make(1)
@@ -272,7 +271,7 @@ def test_on_cuda_decoding_is_only_queued_and_gives_the_same_pixels() -> None:
     pipe = BitDancePipeline.from_pretrained(MODEL, device="cuda", dtype="float32")
     bits = torch.randint(2, (3, 8, 4, 4), device="cuda").float() * 2 - 1
     generators = [torch.Generator().manual_seed(i) for i in range(3)]
-    decoder = Decoder(pipe)
+    decoder = DecodeStream(pipe)
     expected = to_uint8(pipe.decode_tensor(bits, generators)).cpu().numpy()
     torch.cuda.synchronize()
     torch.cuda._sleep(10**9)  # about half a second on this stream, which the bits would come from

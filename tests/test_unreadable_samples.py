@@ -15,7 +15,7 @@ from PIL import Image
 from test_distill_targets import some
 from test_generator_recipe import config, place, tensors  # noqa: F401 (a fixture)
 
-from bitdance.sizes import SizeRule
+from bitdance.folder.sizes import SizeRule
 from distill import samples as distill_samples
 from distill.samples import Samples
 from distill.targets import check_targets

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from bitdance.checkpoint import load_model
 from bitdance.cli import main
-from bitdance.formats import Source, convert
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.conversion import convert
+from bitdance.folder.source import StoredModel
 from bitdance.generate import generate_bits
-from bitdance.patches import PatchPlan
-from bitdance.sampling import Sampling
+from bitdance.heads.diffusion.settings import Sampling
+from bitdance.sequence.patches import PatchPlan
 from bitdance.verify.agree import agreement, forced_predictions, reference_bits
 from bitdance.verify.compare import difference
 from bitdance.verify.examine import BACKBONE_14B, HEAD_14B, PROJECTOR_14B, TOKENIZERS, examine, value_range
@@ -116,9 +117,9 @@ def test_an_index_that_names_the_wrong_file_is_found(folder: Path, capsys: pytes
 def test_published_counts_are_those_of_the_published_shapes() -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from bitdance.bench.shapes import SHAPES
-    from bitdance.head import BinaryDiffusionHead
-    from bitdance.projector import Projector
+    from bitdance.costs.shapes import SHAPES
+    from bitdance.heads.diffusion.network import BinaryDiffusionHead
+    from bitdance.networks.projector import Projector
     from lfq_tokenizer import LFQTokenizer
 
     shape = SHAPES["14b-64x"]
@@ -240,7 +241,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(argv: list[str], said: str, capsy
 
 
 def test_a_diffusers_folder_equals_the_one_it_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    convert(Source.open(MODEL), tmp_path / "port", "diffusers")
+    convert(StoredModel.open(MODEL), tmp_path / "port", "diffusers")
     facts = verify(capsys, str(tmp_path / "port"), "--against", str(MODEL), "--tolerance", "0")
     assert facts["difference"]["equal"] == len(facts["difference"]["tensors"]) == facts["tensors"]
     assert facts["difference"]["configs"] == {} and facts["model"] == "port"

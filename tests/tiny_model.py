@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from bitdance.backbone import Backbone
-from bitdance.head import BinaryDiffusionHead, HeadConfig
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.projector import Projector
-from bitdance.prompt import add_image_tokens, build_text_tokenizer
+from bitdance.networks.backbone import Backbone
+from bitdance.networks.projector import Projector
+from bitdance.sequence.prompt import add_image_tokens, build_text_tokenizer
 
 BITS, HIDDEN = 6, 32
 QWEN3 = {

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bitdance.bench.phases import PhaseClock
 from bitdance.bench.plain import generate_plain
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
 from bitdance.picture import to_pil, write_png
 from bitdance.pipeline import BitDancePipeline
-from bitdance.sampling import Sampling
 
 PROMPT = "a fox in the snow, watercolour"
 
@@ -58,16 +58,15 @@ def pipeline(pipe: BitDancePipeline, sampling: Sampling, height: int, width: int
 
     def make(clock: PhaseClock) -> Tensor:
         generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-        bits_BChw = pipe([prompt] * batch, height, width, **sampling.arguments(), generator=generators, output_type="bits").bits
+        bits_BChw = pipe.generate([prompt] * batch, height, width, sampling, generators)
         clock.mark("head")
         _write(pipe.decode_tensor(bits_BChw, generators), clock)
         return bits_BChw
 
-    pipe.set_progress_bar_config(disable=True)
     return Contender(pipe.model, batch, make)
 
 
-def yardstick(
+def baseline(
     model: BitDanceModel, steps: int, guidance: float, height: int, width: int, batch: int, prompt: str = PROMPT
 ) -> Contender:
     """The published procedure as it stands, on a model that no pipeline has touched."""
@@ -95,7 +94,7 @@ def _write(images_B3HW: Tensor, clock: PhaseClock) -> None:
 
 
 def take_turns(contenders: Sequence[Contender], repeats: int, after: Callable[[], object] = lambda: None) -> None:
-    """Each once to warm up, then `repeats` rounds; `after` is called after every run."""
+    """Run each contender once to warm up, then `repeats` rounds; `after` is called after every run."""
     for round_ in range(repeats + 1):
         for contender in contenders:
             contender.run(counted=round_ > 0)

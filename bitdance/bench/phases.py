@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bitdance.bench.peak import wait
+from bitdance.costs.peak import wait
 from bitdance.model import BitDanceModel
 
 PHASES = ("prefill", "llm", "head", "projector", "decode", "png", "other")

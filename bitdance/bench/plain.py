@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from bitdance.head import HEAD_DIM, NORM_EPS, Block, HeadNet
+from bitdance.heads.diffusion.network import HEAD_DIM, NORM_EPS, Block, HeadNet
 from bitdance.model import BitDanceModel
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids, vision_prefix_ids
 
 MANUAL_ATTENTION = 32  # up to so many tokens the head multiplies queries and keys itself
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bitdance.bench.peak import Peak
 from bitdance.bench.phases import PHASES
-from bitdance.bench.work import Work
+from bitdance.costs.peak import Peak
+from bitdance.costs.work import Work
 
 COLUMNS = ("phase", "seconds", "share", "GFLOP", "GB", "GFLOP/s", "of peak", "GB/s", "of copy", "floor s", "reached")
 
@@ -13,12 +13,17 @@ COLUMNS = ("phase", "seconds", "share", "GFLOP", "GB", "GFLOP/s", "of peak", "GB
 def phase_records(work: Mapping[str, Work], peak: Peak, seconds: Mapping[str, float] | None = None) -> dict[str, Any]:
     """By phase and under "total": flops, bytes, kernels, floor_seconds, and with measured `seconds` also rates and shares."""
     rows = {phase: work.get(phase, Work()) for phase in PHASES if phase in work or seconds}
-    floors = {phase: row.floor(peak) for phase, row in rows.items()}
+    rooflines = {phase: row.roofline(peak) for phase, row in rows.items()}
     rows["total"] = sum(rows.values(), Work())
-    floors["total"] = sum(floors.values())
+    rooflines["total"] = sum(rooflines.values())
     records: dict[str, Any] = {}
     for phase, row in rows.items():
-        record: dict[str, Any] = {"flops": row.flops, "bytes": row.bytes, "kernels": row.kernels, "floor_seconds": floors[phase]}
+        record: dict[str, Any] = {
+            "flops": row.flops,
+            "bytes": row.bytes,
+            "kernels": row.kernels,
+            "floor_seconds": rooflines[phase],
+        }
         if seconds:
             spent = seconds[phase]
             record |= {"seconds": spent, "share": spent / seconds["total"]}
@@ -28,14 +33,14 @@ def phase_records(work: Mapping[str, Work], peak: Peak, seconds: Mapping[str, fl
                     "share_of_peak": row.flops / spent / peak.flops_per_s,
                     "bytes_per_s": row.bytes / spent,
                     "share_of_copy": row.bytes / spent / peak.bytes_per_s,
-                    "floor_reached": floors[phase] / spent,
+                    "floor_reached": rooflines[phase] / spent,
                 }
         records[phase] = record
     return records
 
 
 def phase_table(records: Mapping[str, Any]) -> str:
-    """Of `phase_records`."""
+    """The table of `phase_records`."""
     measured = "seconds" in records["total"]
     columns = COLUMNS if measured else ("phase", "floor s", "share", "GFLOP", "GB")
     total = records["total"]["floor_seconds"]
@@ -67,8 +72,8 @@ def speed_table(runs: Sequence[Mapping[str, Any]], yardsticks: Mapping[int, Mapp
         if "yardstick" in run:
             speed += f" ({run['yardstick']['times_faster']:.2f}×)"
         cells.setdefault(label(run), {})[run["batch"]] = speed
-    for batch, stick in yardsticks.items():
-        cells.setdefault(f"{stick['dtype']}, yardstick", {})[batch] = f"{stick['images_per_s']:.4g} (1.00×)"
+    for batch, base in yardsticks.items():
+        cells.setdefault(f"{base['dtype']}, yardstick", {})[batch] = f"{base['images_per_s']:.4g} (1.00×)"
     columns = ["images/s", *(f"batch {batch}" for batch in batches)]
     return table(columns, [[name, *(row.get(batch, "") for batch in batches)] for name, row in cells.items()])
 
@@ -101,8 +106,8 @@ def shown(found: Mapping[str, Any]) -> str:
             equal = run["yardstick"].get("equal_bits")
             said = "" if equal is None else f"; {100 * equal:.4g} % of the bits equal"
             lines.append(f"{run['yardstick']['times_faster']:.2f} times as fast as the yardstick{said}")
-    sticks = {stick["batch"]: stick for stick in found["yardsticks"]}
-    return "\n".join([*lines, "", speed_table(found["runs"], sticks)])
+    baselines = {row["batch"]: row for row in found["yardsticks"]}
+    return "\n".join([*lines, "", speed_table(found["runs"], baselines)])
 
 
 def _how(sampling: Mapping[str, Any]) -> str:

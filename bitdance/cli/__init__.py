@@ -51,7 +51,8 @@ class UsageError(ValueError):
 
 
 def number(name: str) -> Callable[[str], Any]:
-    """For `type=` of an argument: the number of that name, checked as at every other door (`bitdance.values`)."""
+    """A function for `type=` of an argument: it reads the number of that name, checked as at every other door
+    (`bitdance.values`)."""
 
     def check(text: str) -> Any:
         from bitdance.values import from_text
@@ -65,7 +66,7 @@ def number(name: str) -> Callable[[str], Any]:
 
 
 def count(text: str) -> Any:
-    """For `type=` of an argument: a whole number from 1 on."""
+    """Read a whole number from 1 on; for `type=` of an argument."""
     return number("count")(text)
 
 
@@ -110,7 +111,7 @@ def _print(text: str) -> None:
 
 
 def _let_go(stream: Any) -> None:
-    """From now on nothing that is written there can fail, nor when the interpreter ends."""
+    """Send what is still written there nowhere, so that nothing fails, nor when the interpreter ends."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -4,15 +4,14 @@ import argparse
 from typing import Any
 
 from bitdance.cli import Parser, UsageError, number, print_json, print_page
-from bitdance.cli.devices import DTYPE_HELP, DTYPES, usable_device, usable_dtype
-from bitdance.cli.generate import QUANTIZE, QUANTIZE_HEAD
-from bitdance.cli.memory import GB, free_bytes, free_main_memory
+from bitdance.cli.options import DTYPE_HELP, DTYPE_NAMES, QUANTIZE, QUANTIZE_HEAD
 
+GB = 1_000_000_000
 MEASURED_STEPS = 2  # the peak does not depend on their number
 
 
 def add_options(parser: Parser) -> None:
-    """Those that describe a batch."""
+    """Add the options that describe a batch."""
     group = parser.add_argument_group("what a batch of pictures takes")
     source = group.add_mutually_exclusive_group()
     source.add_argument("--model", metavar="DIR|demo", help="of this model")
@@ -21,7 +20,7 @@ def add_options(parser: Parser) -> None:
     group.add_argument("--width", type=number("width"), metavar="W", help="pixels; default: the model's")
     group.add_argument("--batch-size", type=number("batch_size"), metavar="B", help="pictures at once (default: 1)")
     group.add_argument("--device", help="default: cuda where there is one, else cpu")
-    group.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
+    group.add_argument("--dtype", choices=DTYPE_NAMES, help=DTYPE_HELP)
     group.add_argument("--guidance", type=number("guidance"), metavar="G", help="1 switches guidance off, which halves the cache")
     group.add_argument("--quantize", choices=QUANTIZE, help="LLM in 8 or 4 bits")
     group.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="head in 8 bits")
@@ -38,29 +37,31 @@ def check_unused(options: argparse.Namespace) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """Print the needs of a batch; exit code 1 when it does not fit."""
-    from bitdance.bench.shapes import SHAPES, Shape
-    from bitdance.cli.needs import Setting, needs, own_bytes
-    from bitdance.quantize import check_kinds
+    from bitdance.costs.memory import BatchSpec, free_bytes, free_main_memory, needs, own_bytes
+    from bitdance.costs.shapes import SHAPES
+    from bitdance.folder.config import ModelConfig
+    from bitdance.networks.precision import resolve_dtype, usable_device
+    from bitdance.networks.quantize import check_quantization
 
     if options.shape is not None and options.shape not in SHAPES:
         raise UsageError(f"shape {options.shape!r}; known are {', '.join(SHAPES)}")
-    shape = SHAPES[options.shape] if options.shape else Shape.of_folder(options.model)
-    height, width = options.height or shape.size[0], options.width or shape.size[1]
-    shape.check_size(height, width)
+    model = SHAPES[options.shape] if options.shape else ModelConfig.of_folder(options.model)
+    height, width = options.height or model.size[0], options.width or model.size[1]
+    model.check_size(height, width)
     device = usable_device(options.device)
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    dtype = usable_dtype(options.dtype, device)
+    dtype = resolve_dtype(options.dtype, device)
     if options.measure:
-        check_kinds(options.quantize, options.quantize_head, device)
+        check_quantization(options.quantize, options.quantize_head, device)
     quantized = {"quantize": options.quantize, "quantize_head": options.quantize_head}
     guided = options.guidance is None or options.guidance > 1
-    setting = Setting(height, width, options.batch_size or 1, dtype, kind, guided, **quantized, offload=options.offload)
+    spec = BatchSpec(height, width, options.batch_size or 1, dtype, kind, guided, **quantized, offload=options.offload)
     program, free = (own_bytes() or 0) if kind == "cpu" else 0, free_bytes(device)
-    found, main = needs(shape, setting, program), free_main_memory()
+    found, main = needs(model, spec, program), free_main_memory()
     fits = (free is None or found.peak - program <= free) and (main is None or found.main <= main)
     facts: dict[str, Any] = {
-        "shape": shape.name,
-        **{name: value for name, value in vars(setting).items() if name != "device"},
+        "shape": model.name,
+        **{name: value for name, value in vars(spec).items() if name != "device"},
         "device": device,
         "needs_bytes": found.peak,
         "main_memory_bytes": found.main,
@@ -72,36 +73,36 @@ def show(options: argparse.Namespace) -> int:
     if options.measure:
         if not fits:
             raise ValueError(f"needs {found.peak / GB:.1f} GB, {(free or 0) / GB:.1f} GB free on {device}: nothing to measure")
-        facts["measured_bytes"] = measure(shape, setting, device)
+        facts["measured_bytes"] = measure(model, spec, device)
     print_json(facts) if options.json else print_page(_text(facts).splitlines())
     return 0 if fits else 1
 
 
-def measure(shape: Any, setting: Any, device: str) -> int:
-    """Bytes that a batch of `setting` took at most, the process included on a CPU. UsageError where the system does not say."""
+def measure(config: Any, spec: Any, device: str) -> int:
+    """Bytes that a batch of `spec` took at most, the process included on a CPU. UsageError where the system does not say."""
     import torch
 
-    from bitdance.bench.shapes import open_model
-    from bitdance.cli.needs import own_bytes
-    from bitdance.pipeline import DTYPES as TORCH_DTYPES
+    from bitdance.bench.models import open_model
+    from bitdance.costs.memory import own_bytes
+    from bitdance.networks.precision import DTYPES
+    from bitdance.networks.quantize import quantize_model
     from bitdance.pipeline import BitDancePipeline
-    from bitdance.quantize import quantize_model
 
-    dtype, kinds = TORCH_DTYPES[setting.dtype], (setting.quantize, setting.quantize_head)
-    home = "cpu" if setting.offload else device
+    dtype, kinds = DTYPES[spec.dtype], (spec.quantize, spec.quantize_head)
+    home = "cpu" if spec.offload else device
     on_cuda = device.startswith("cuda")
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
-    model = open_model(shape, home, dtype)
+    model = open_model(config, home, dtype)
     if any(kinds):
         quantize_model(model, *kinds, home, dtype)
     pipe = BitDancePipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    if setting.offload:
+    if spec.offload:
         pipe.enable_model_cpu_offload(device)
-    guidance = 7.5 if setting.guided else 1.0
-    size = {"height": setting.height, "width": setting.width}
-    prompts = ["a red apple on a wooden table, 3D style"] * setting.batch
+    guidance = 7.5 if spec.guided else 1.0
+    size = {"height": spec.height, "width": spec.width}
+    prompts = ["a red apple on a wooden table, 3D style"] * spec.batch
     pipe(prompts, **size, num_inference_steps=MEASURED_STEPS, guidance_scale=guidance, seed=0)
     taken = torch.cuda.max_memory_allocated(device) if on_cuda else own_bytes(peak=True)
     if taken is None:

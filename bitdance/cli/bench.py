@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitdance.cli import Parser, count, number, print_json, print_page
-from bitdance.cli.devices import DTYPE_HELP, DTYPES, usable_device, usable_dtype
-from bitdance.cli.generate import QUANTIZE, QUANTIZE_HEAD
+from bitdance.cli.options import DTYPE_HELP, DTYPE_NAMES, QUANTIZE, QUANTIZE_HEAD
 
 OWN = "own"
 
@@ -36,7 +35,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--sampler", help="default euler_maruyama")
     parser.add_argument("--preset", nargs="+", default=[OWN], help="one or more; own (the default): the model's settings")
     parser.add_argument("--batch", type=number("batch_size"), nargs="+", default=[1], metavar="N", help="pictures at once")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, help=f"one or more; {DTYPE_HELP}")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPE_NAMES, help=f"one or more; {DTYPE_HELP}")
     parser.add_argument("--quantize", choices=QUANTIZE, help="the LLM's matrices in 8 or 4 bits")
     parser.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="the head's matrices in 8 bits")
     parser.add_argument("--no-compile", action="store_true", help="on CUDA: no torch.compile, no CUDA graphs")
@@ -53,32 +52,34 @@ def run(argv: Sequence[str]) -> int:
 
     import torch
 
-    from bitdance.bench.peak import Peak
     from bitdance.bench.report import shown
-    from bitdance.bench.shapes import SHAPES, Shape
     from bitdance.bench.study import Study
-    from bitdance.sampling import Sampling, choose
+    from bitdance.costs.peak import Peak
+    from bitdance.costs.shapes import SHAPES
+    from bitdance.folder.config import ModelConfig
+    from bitdance.heads.diffusion.settings import Sampling, choose
+    from bitdance.networks.precision import resolve_dtype, usable_device
     from lfq_tokenizer.files import write_text
     from lfq_tokenizer.json_file import json_text
 
     if options.shape is None:
-        shape = Shape.of_folder(options.model or "demo")
+        model = ModelConfig.of_folder(options.model or "demo")
     elif options.shape in SHAPES:
-        shape = SHAPES[options.shape]
+        model = SHAPES[options.shape]
     else:
         raise ValueError(f"shape = {options.shape!r:.80}; allowed are {', '.join(SHAPES)}")
-    height, width = options.height or shape.size[0], options.width or shape.size[1]
-    shape.check_size(height, width)
+    height, width = options.height or model.size[0], options.width or model.size[1]
+    model.check_size(height, width)
     said = {"steps": options.steps, "guidance": options.guidance}
-    own = choose(shape.defaults, **said)
+    own = choose(model.defaults, **said)
     presets = {
-        name: choose(shape.defaults, None if name == OWN else name, **said, sampler=options.sampler) for name in options.preset
+        name: choose(model.defaults, None if name == OWN else name, **said, sampler=options.sampler) for name in options.preset
     }
     device = torch.device(usable_device(options.device))
     asked = options.dtype or ["bfloat16" if options.floor else None]
-    dtypes = asked if options.floor else list(dict.fromkeys(usable_dtype(name, str(device)) for name in asked))
+    dtypes = asked if options.floor else list(dict.fromkeys(resolve_dtype(name, str(device)) for name in asked))
     study = Study(
-        shape,
+        model,
         height,
         width,
         dtypes,
@@ -90,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
         False if options.no_compile else None,
     )
     if options.floor:
-        found = study.floor(Peak.parse(options.floor))
+        found = study.roofline(Peak.parse(options.floor))
     else:
         if options.threads:
             torch.set_num_threads(options.threads)

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bitdance.cli import Parser, UsageError, print_json, print_page
+from bitdance.generator import FAMILIES
 from lfq_tokenizer.text import listed
-
-# family → module with PARTS and convert(file, out, parts) → facts
-FAMILIES = {"imagenet": "bitdance.kinds.class_patch.convert"}
 
 
 def run(argv: Sequence[str]) -> int:

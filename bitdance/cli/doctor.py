@@ -10,12 +10,10 @@ import importlib.util
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from bitdance.cli import Parser, print_json
 from bitdance.cli.batch import add_options, check_unused, show
-from bitdance.cli.memory import GB, free_main_memory
 
 OPTIONAL = {
     "flash_attn": "attention in training on NVIDIA GPUs of compute capability 9 and 10: flash-attn-4",
@@ -25,7 +23,6 @@ OPTIONAL = {
     "torchmetrics": "SSIM and Fréchet distances of tokenizers",
     "resvg_py": "drawing icon sets",
 }
-BUNDLED = Path(__file__).parent.parent / "pretrained" / "demo"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -60,6 +57,7 @@ def run(argv: Sequence[str]) -> int:
 def examine() -> dict[str, Any]:
     """Everything that `doctor --json` prints. Needs of published models are computed, not measured."""
     from bitdance import __version__
+    from bitdance.folder.parts import DEMO, LM_CONFIG
 
     devices = [{**device, **_dtypes(device["device"])} for device in _devices()]
     by_preference = sorted(devices, key=lambda device: (device["device"] == "cpu", -(device["free_bytes"] or 0)))
@@ -82,7 +80,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "attention": _attention(),
         "optional": {name: importlib.util.find_spec(name) is not None for name in OPTIONAL},
-        "bundled_model": (BUNDLED / "config.json").is_file(),
+        "bundled_model": (DEMO / LM_CONFIG).is_file(),
         "fits": fits,
         "published": [{"setting": name, "needs_bytes": needed} for name, needed in needs[best].items()],
     }
@@ -90,23 +88,23 @@ def examine() -> dict[str, Any]:
 
 def published(kind: str) -> dict[str, int]:
     """Settings of the published 64-token model for one picture → bytes on a device of this kind, from the largest down."""
-    from bitdance.bench.shapes import SHAPES
-    from bitdance.cli.needs import Setting, needs
+    from bitdance.costs.memory import BatchSpec, needs
+    from bitdance.costs.shapes import SHAPES
 
     settings = {
-        "1024×1024, float32": Setting(1024, 1024, dtype="float32", device=kind),
-        "1024×1024, bfloat16": Setting(1024, 1024, device=kind),
-        "512×512, bfloat16": Setting(512, 512, device=kind),
-        "1024×1024, bfloat16, --quantize int8": Setting(1024, 1024, device=kind, quantize="int8"),
-        "1024×1024, bfloat16, --quantize int4": Setting(1024, 1024, device=kind, quantize="int4"),
-        "512×512, bfloat16, --quantize int4": Setting(512, 512, device=kind, quantize="int4"),
+        "1024×1024, float32": BatchSpec(1024, 1024, dtype="float32", device=kind),
+        "1024×1024, bfloat16": BatchSpec(1024, 1024, device=kind),
+        "512×512, bfloat16": BatchSpec(512, 512, device=kind),
+        "1024×1024, bfloat16, --quantize int8": BatchSpec(1024, 1024, device=kind, quantize="int8"),
+        "1024×1024, bfloat16, --quantize int4": BatchSpec(1024, 1024, device=kind, quantize="int4"),
+        "512×512, bfloat16, --quantize int4": BatchSpec(512, 512, device=kind, quantize="int4"),
     }
     return {f"14B-64x, {name}": needs(SHAPES["14b-64x"], setting).peak for name, setting in settings.items()}
 
 
 def _dtypes(device: str) -> dict[str, Any]:
     """The quick dtype of a device and, where bfloat16 is slow, how many times as long as float32 it takes."""
-    from bitdance.precision import quick_dtype, slow_bfloat16
+    from bitdance.networks.precision import quick_dtype, slow_bfloat16
 
     return {"quick_dtype": quick_dtype(device), "bfloat16_times_float32": slow_bfloat16(device)}
 
@@ -129,6 +127,8 @@ def _version(package: str) -> str | None:
 def _devices() -> list[dict[str, Any]]:
     import torch
 
+    from bitdance.costs.memory import free_main_memory
+
     cpu = {
         "device": "cpu",
         "name": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
@@ -148,7 +148,7 @@ def _attention() -> list[str]:
     """Names of the attention backends that this build of torch has, and whether training has the FLASH kernel."""
     import torch
 
-    from bitdance.attention import without_flash
+    from bitdance.networks.attention import without_flash
 
     names = ["sdpa math"]
     if torch.cuda.is_available():
@@ -162,4 +162,4 @@ def _attention() -> list[str]:
 
 
 def _gb(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / GB:.1f} GB"
+    return "unknown" if count is None else f"{count / 1e9:.1f} GB"

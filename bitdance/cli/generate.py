@@ -12,114 +12,93 @@ a file; picture k of a prompt (--images-per-prompt, or "n") has seed + k, as in 
 
 import argparse
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitdance.cli import Parser, UsageError, report
-from bitdance.cli.devices import DTYPE_HELP, DTYPES, usable_device, usable_dtype
-from bitdance.jobs import Job, Jobs, Settings, job_hash, parse_shard
-from bitdance.prompt_file import KEYS, PromptFile, Request, checked_prompt, requests_from_arguments
+from bitdance.cli import Parser, UsageError, print_page, report
+from bitdance.cli.options import DTYPE_HELP, DTYPE_NAMES, PRESETS, QUANTIZE, QUANTIZE_HEAD, SAMPLERS
+from bitdance.cli.progress import Progress
+from bitdance.cli.stop import Stopped, StopSignals
+from bitdance.jobs.job import Job, JobDefaults, Jobs, Request, checked_prompt, parse_shard, requests_from_arguments
+from bitdance.jobs.prompt_file import KEYS, PromptFile
 from bitdance.values import check_interval, check_number, from_text, shown
+from lfq_tokenizer.files import DiskFull
 
 if TYPE_CHECKING:
-    from bitdance.adapters import Adapter
+    from bitdance.folder.adapters import Adapter
+    from bitdance.jobs.outputs import Failures, OutputFolder
+    from bitdance.jobs.runner import RunSpec
 
-# those of `bitdance.sampler` and `bitdance.sampling`, known without torch, so that --help is quick
-SAMPLERS = ("euler_maruyama", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde")
-PRESETS = ("published", "balanced", "fast")
-QUANTIZE, QUANTIZE_HEAD = ("int8", "int4"), ("int8", "fp8")  # those of `bitdance.quantize`, known without torch
 BATCH_SIZE = 8
-
-
-@dataclass(frozen=True)
-class Order:
-    """All that `generate` was asked for, checked: the jobs of this shard, and what to make them with."""
-
-    jobs: Collection[Job]  # of this shard
-    rules: Any  # what the model's kind knows
-    sampling: Any  # its settings, but for steps and guidance, which are those of the job
-    model: str  # as the user named it
-    folder: Path
-    fingerprint: str
-    device: str
-    dtype: str
-    batch_size: int
-    shard: tuple[int, int]
-    output: Path
-    grid: bool
-    compile: bool | None
-    sizes: frozenset[tuple[int, int, bool]]  # (height, width, guided) of all jobs
-    quantize: str | None = None
-    quantize_head: str | None = None
-    offload: bool = False
-    quiet: bool = False
-    verbose: bool = False
-    adapter: "Adapter | None" = None
-
-    @property
-    def quantized(self) -> dict[str, str]:
-        """What was asked for under `quantize` and `quantize_head`; {} without, as pictures ever said."""
-        kinds = {"quantize": self.quantize, "quantize_head": self.quantize_head}
-        return {name: kind for name, kind in kinds.items() if kind}
-
-    @property
-    def loading(self) -> dict[str, Any]:
-        """Arguments of `load_model` that change the weights."""
-        lora = {} if self.adapter is None else {"lora": self.adapter.folder, "lora_scale": self.adapter.strength}
-        return {"quantize": self.quantize, "quantize_head": self.quantize_head, **lora}
-
-    def hash(self, job: Job) -> str:
-        """What a finished picture of this job carries, so that another run knows it."""
-        words = self.sampling.words | self.quantized | _adapter_words(self.adapter)
-        words.pop("lora", None)  # its name changes no picture
-        return job_hash(job, self.fingerprint, self.dtype, words)
-
-    def metadata(self, job: Job) -> dict[str, Any]:
-        """What the PNG of a job says. No absolute path and no time: the same job gives the same file."""
-        from bitdance import __version__
-
-        return {
-            **job.words,
-            "seed": job.seed,
-            "height": job.height,
-            "width": job.width,
-            "steps": job.steps,
-            "guidance": job.guidance,
-            **self.sampling.words,
-            "model": "demo" if self.model == "demo" else self.folder.resolve().name,
-            "model_fingerprint": self.fingerprint,
-            "dtype": self.dtype,
-            **self.quantized,
-            **_adapter_words(self.adapter),
-            "version": __version__,
-            "job_hash": self.hash(job),
-        }
-
-
-class Conditions:
-    """Requests with what the model's kind makes of their conditions; like the requests, they can be iterated more than once."""
-
-    def __init__(self, requests: Iterable[Request], resolve: Callable[[Request], Iterator[Request]]) -> None:
-        self._requests, self._resolve = requests, resolve
-
-    def __iter__(self) -> Iterator[Request]:
-        for request in self._requests:
-            yield from self._resolve(request)
+WINDOW = 4096  # jobs that are sorted into batches together
 
 
 def run(argv: Sequence[str]) -> int:
     """Make the pictures; the exit code is that of the command."""
     options = parser().parse_intermixed_args(argv)
-    order = read_order(options)
-    from bitdance.cli.making import make  # torch and the model only now
+    return make(read_spec(options))
 
-    return make(order)
+
+def make(spec: "RunSpec") -> int:
+    """Make what is missing. 0 all done, 1 some failed (failures.jsonl), 128 + signal when stopped."""
+    from bitdance.jobs.outputs import OutputFolder
+    from bitdance.jobs.runner import BatchRunner
+
+    output = OutputFolder(spec.output, spec.model, spec.shard)
+    output.check_writable()
+    runner = BatchRunner(spec, output, lambda path, seconds: print_page([f"{path}: {seconds:.2f} s"] if spec.verbose else []))
+    with StopSignals() as stop:
+        try:
+            with output.held(), Progress(len(spec.jobs), spec.quiet) as progress:
+                pipe = None
+                for jobs in _windows(spec.jobs):
+                    todo = output.missing(jobs, spec.hash)
+                    progress.skip(len(jobs) - len(todo))
+                    if todo:
+                        pipe = pipe or spec.rules.load(spec)
+                        runner.make(pipe, todo, stop.held, progress.show)
+                output.write_failures(runner.failures)
+                shown_on_grid = spec.grid and output.write_grid(spec.jobs, [job for job, _ in runner.failures])
+        except Stopped as stopped:
+            if runner.failures:
+                output.write_failures(runner.failures)
+            report(f"{stopped} after {runner.made} of {len(spec.jobs)} pictures; the same command goes on from there", "stopped")
+            return stopped.code
+        except DiskFull as error:
+            report(f"{error}; {runner.made} pictures are kept, the same command goes on from there")
+            return 1
+        except OSError as error:
+            report(
+                f"{error.strerror or error} ({error.filename or spec.output}); {runner.made} pictures are kept, "
+                "the same command goes on from there"
+            )
+            return 1
+    return conclude(spec, output, runner.made, runner.failures, progress.before, shown_on_grid)
+
+
+def _windows(jobs: Iterable[Job]) -> Iterator[list[Job]]:
+    """Jobs by the thousand: inside a window they are sorted into batches, and no more than one of them is held."""
+    iterator = iter(jobs)
+    while window := list(islice(iterator, WINDOW)):
+        yield window
+
+
+def conclude(spec: "RunSpec", output: "OutputFolder", made: int, failures: "Failures", before: int, grid: bool) -> int:
+    """Say what is there now; the exit code. `before`: pictures that were there already."""
+    count = len(spec.jobs) - len(failures)
+    if not spec.quiet:
+        lines = [f"{count} picture{'' if count == 1 else 's'} in {spec.output} ({made} made, {before} there before)"]
+        print_page([*lines, *([f"grid: {output.grid}"] if grid else [])])
+    if failures:
+        report(f"{len(failures)} of {len(spec.jobs)} pictures failed: {failures[0][1]}; all are listed in {output.failures}")
+        return 1
+    return 0
 
 
 def parser(prog: str = "bitdance generate") -> Parser:
-    """The options that `read_order` reads; `examples/ray_generate.py` adds its own."""
+    """The options that `read_spec` reads; `examples/ray_generate.py` adds its own."""
     parser = Parser(
         prog=prog,
         description="Pictures from prompts: one PNG each, and a line in manifest.jsonl. Finished pictures are skipped.",
@@ -149,7 +128,7 @@ def parser(prog: str = "bitdance generate") -> Parser:
     parser.add_argument("--batch-size", metavar="B", help=f"pictures made at once (default: {BATCH_SIZE})")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     parser.add_argument("--no-compile", action="store_true", help="on cuda: no torch.compile, no CUDA graphs")
-    parser.add_argument("--dtype", choices=DTYPES, help=DTYPE_HELP)
+    parser.add_argument("--dtype", choices=DTYPE_NAMES, help=DTYPE_HELP)
     parser.add_argument("--quantize", choices=QUANTIZE, help="LLM in 8 or 4 bits: half or a quarter of bfloat16's memory")
     parser.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="head in 8 bits")
     parser.add_argument("--lora", metavar="DIR", help="folder of an adapter (bitdance export RUN DIR --adapter) to the model")
@@ -162,7 +141,7 @@ def parser(prog: str = "bitdance generate") -> Parser:
     return parser
 
 
-def read_order(options: argparse.Namespace) -> Order:
+def read_spec(options: argparse.Namespace) -> "RunSpec":
     """Check all that can be checked without loading weights; ValueError or FileNotFoundError name what is wrong."""
     shard = parse_shard(options.shard)
     batch_size = BATCH_SIZE if options.batch_size is None else from_text("batch_size", options.batch_size, "--batch-size")
@@ -171,9 +150,11 @@ def read_order(options: argparse.Namespace) -> Order:
     requests = _requests(options, picture)
     model = options.model or _model_of(picture, options.source)
 
-    from bitdance.checkpoint import resolve
+    from bitdance.folder.config import resolve  # torch only now
     from bitdance.generator import module_of
-    from bitdance.quantize import check_kinds
+    from bitdance.jobs.runner import RunSpec
+    from bitdance.networks.precision import resolve_dtype, usable_device
+    from bitdance.networks.quantize import check_quantization
 
     folder = resolve(model)
     rules = module_of(folder).rules(folder)
@@ -181,32 +162,32 @@ def read_order(options: argparse.Namespace) -> Order:
         if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')} is not for the kind of model in {model}; leave it out")
     height, width = rules.default_size
-    sampling = rules.sampling(_said(options, picture), options.preset, bool(picture))
+    settings = rules.sampling(_overrides(options, picture), options.preset, bool(picture))
     values: dict[str, Any] = {
         "height": height,
         "width": width,
-        "steps": sampling.steps,
-        "guidance": float(sampling.guidance),
+        "steps": settings.steps,
+        "guidance": float(settings.guidance),
         **{key: picture[key] for key in ("height", "width", "steps", "guidance") if key in picture},
         **flags,
     }
     values.setdefault("seeds", (picture["seed"],) if "seed" in picture else (0,))
-    jobs = Jobs(Conditions(requests, rules.requests), Settings(**values), rules.check_size, shard)
+    jobs = Jobs(requests, JobDefaults(**values), rules.check_size, shard, rules.requests)
 
     device = usable_device(options.device)
-    dtype = usable_dtype(options.dtype or picture.get("dtype"), device)
+    dtype = resolve_dtype(options.dtype or picture.get("dtype"), device)
     quantized = {name: getattr(options, name) or picture.get(name) for name in ("quantize", "quantize_head")}
-    check_kinds(**quantized, device=device)
+    check_quantization(**quantized, device=device)
     if options.offload and device == "cpu":
         raise UsageError("--offload needs a device beside main memory; leave it out on cpu")
     adapter = _adapter(options, picture, folder)
     mark = rules.fingerprint()
     if picture.get("model_fingerprint", mark) != mark:
         report(f"{options.source} was made with other weights ({picture['model_fingerprint']}, not {mark})", "warning")
-    return Order(
+    return RunSpec(
         jobs=jobs,
         rules=rules,
-        sampling=sampling,
+        settings=settings,
         model=model,
         folder=folder,
         fingerprint=mark,
@@ -227,7 +208,7 @@ def read_order(options: argparse.Namespace) -> Order:
 
 
 def _adapter(options: argparse.Namespace, picture: dict[str, Any], model: Path) -> "Adapter | None":
-    """That of --lora. A picture of --from that was made with one is not made again without."""
+    """The adapter of --lora. A picture of --from that was made with one is not made again without."""
     if options.lora is None:
         if options.lora_scale is not None:
             raise UsageError("--lora-scale is the strength of an adapter; name that with --lora DIR")
@@ -235,7 +216,7 @@ def _adapter(options: argparse.Namespace, picture: dict[str, Any], model: Path) 
             name = picture.get("lora", "")
             raise UsageError(f"{options.source} was made with the adapter {name!r}; say where that is with --lora DIR")
         return None
-    from bitdance.adapters import Adapter
+    from bitdance.folder.adapters import Adapter
 
     said = options.lora_scale
     scale = picture.get("lora_scale", 1.0) if said is None else from_text("lora_scale", said, "--lora-scale")
@@ -246,28 +227,27 @@ def _adapter(options: argparse.Namespace, picture: dict[str, Any], model: Path) 
     return adapter
 
 
-def _adapter_words(adapter: "Adapter | None") -> dict[str, Any]:
-    return {} if adapter is None else adapter.words
-
-
-def _said(options: argparse.Namespace, picture: dict[str, Any]) -> dict[str, Any]:
-    """Settings that were said beside steps and guidance: flags, else the picture of --from (unless a preset is named)."""
-    said: dict[str, Any] = {}
+def _overrides(options: argparse.Namespace, picture: dict[str, Any]) -> dict[str, Any]:
+    """The settings beside steps and guidance that override the model's: flags, else the picture of --from (unless a preset is
+    named)."""
+    overrides: dict[str, Any] = {}
     if picture and options.preset is None:
-        said = {name: picture[name] for name in ("sampler", "guidance_interval", "last_steps", "cfg_schedule") if name in picture}
+        overrides = {
+            name: picture[name] for name in ("sampler", "guidance_interval", "last_steps", "cfg_schedule") if name in picture
+        }
     for name in ("sampler", "cfg_schedule"):
         if getattr(options, name) is not None:
-            said[name] = getattr(options, name)
+            overrides[name] = getattr(options, name)
     if options.guidance_interval is not None:
         pair = [from_text("guidance_interval", text, "--guidance-interval") for text in options.guidance_interval]
-        said["guidance_interval"] = check_interval(pair, "--guidance-interval")
+        overrides["guidance_interval"] = check_interval(pair, "--guidance-interval")
     if options.last_steps is not None:
-        said["last_steps"] = from_text("last_steps", options.last_steps, "--last-steps")
-    return said
+        overrides["last_steps"] = from_text("last_steps", options.last_steps, "--last-steps")
+    return overrides
 
 
 def _flags(options: argparse.Namespace) -> dict[str, Any]:
-    """Values of the flags that were given, under the names of `Settings`."""
+    """Values of the flags that were given, under the names of `JobDefaults`."""
     flags = {
         name: from_text(name, getattr(options, name), f"--{name}")
         for name in ("height", "width", "steps", "guidance")
@@ -323,7 +303,7 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
         settings["guidance_interval"] = check_interval(found["guidance_interval"], source)
     words = ("model", "model_fingerprint", "lora", "lora_fingerprint", "cfg_schedule")
     settings |= {name: found[name] for name in words if isinstance(found.get(name), str)}
-    for name, allowed in (("dtype", DTYPES[:3]), ("quantize", QUANTIZE), ("quantize_head", QUANTIZE_HEAD)):
+    for name, allowed in (("dtype", DTYPE_NAMES[:3]), ("quantize", QUANTIZE), ("quantize_head", QUANTIZE_HEAD)):
         if found.get(name) in allowed:
             settings[name] = found[name]
     return settings

@@ -3,7 +3,6 @@ made."""
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,41 +24,31 @@ def run(argv: Sequence[str]) -> int:
     if path.suffix.lower() == ".png" or path.is_file():
         if options.prompts:
             raise UsageError(f"--prompts lists what a model knows; {options.what} is a picture")
-        return _show(_picture(path), options)
+        from bitdance.picture import read_metadata
 
-    from bitdance.checkpoint import HEAD_CONFIG, TOKENIZER_CONFIG, read_extras, resolve
+        return _show(read_metadata(path), options)
+
+    from bitdance.folder.config import resolve
+    from bitdance.folder.parts import is_tokenizer_alone, read_extras
+    from bitdance.generator import module_of
 
     folder = resolve(options.what)
     if options.prompts:
         return _show_prompts(options.what, read_extras(folder).get("prompts"), options.json)
-    alone = (folder / TOKENIZER_CONFIG).is_file() and not (folder / HEAD_CONFIG).is_file()
-    if alone and "kind" not in read_extras(folder):
-        return _show(_tokenizer(folder), options)
-    from bitdance.generator import module_of
-
-    return _show(module_of(folder).info(folder), options)
-
-
-def _picture(path: Path) -> dict[str, Any]:
-    from bitdance.picture import read_metadata
-
-    return read_metadata(path)
+    return _show(_tokenizer(folder) if is_tokenizer_alone(folder) else module_of(folder).info(folder), options)
 
 
 def _tokenizer(folder: Path) -> dict[str, Any]:
-    """Of a folder that holds a tokenizer and nothing else, as training and converting one leave it."""
-    from bitdance.checkpoint import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS
-    from bitdance.fingerprint import fingerprint
+    """The facts about a folder that holds a tokenizer and nothing else, as training and converting one leave it."""
+    from bitdance.folder.fingerprint import fingerprint
+    from bitdance.folder.parts import TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, count_parameters, file_sizes
     from lfq_tokenizer import TokenizerConfig
     from lfq_tokenizer.json_file import read_json
-    from lfq_tokenizer.weights import read_shapes
 
-    config = TokenizerConfig.from_published(read_json(folder / TOKENIZER_CONFIG))
-    shapes = read_shapes(folder / TOKENIZER_WEIGHTS)
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    config, files = TokenizerConfig.from_published(read_json(folder / TOKENIZER_CONFIG)), file_sizes(folder)
     return {
         "tokenizer": "generative decoder" if config.gan_decoder else "plain decoder",
-        "parameters": sum(math.prod(shape) for shape in shapes.values()),
+        "parameters": count_parameters(folder / TOKENIZER_WEIGHTS),
         "bits_per_token": config.z_channels,
         "downsampling": config.downsampling,
         "bits_per_pixel": config.z_channels / config.downsampling**2,

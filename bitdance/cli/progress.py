@@ -31,12 +31,12 @@ class Progress:
         self._bar.close()
 
     def skip(self, count: int) -> None:
-        """So many pictures need not be made."""
+        """Leave out pictures that need not be made."""
         self.before += count
         self._bar.total = self._bar.total and max(self.total - self.before, 1)
 
     def show(self, done: float) -> None:
-        """So many pictures are made; the one at work counts by its finished share."""
+        """Show how many pictures are made; the one at work counts by its finished share."""
         self._done = max(self._done, done)
         self._bar.update(self._done - self._bar.n)
         now = time.monotonic()

@@ -12,7 +12,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args(argv)
 
-    from bitdance.checkpoint import resolve
+    from bitdance.folder.config import resolve
     from bitdance.generator import module_of
 
     folder = resolve(options.model)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdance.cli import Parser, UsageError, number, print_json, print_page
-from bitdance.cli.devices import DTYPE_HELP, DTYPES, usable_device, usable_dtype
-from bitdance.cli.generate import QUANTIZE, QUANTIZE_HEAD
+from bitdance.cli.options import DTYPE_HELP, DTYPE_NAMES, QUANTIZE, QUANTIZE_HEAD
 from lfq_tokenizer.text import SHOWN, listed
 
 PICTURES = 2  # that two renditions are compared on, unless --pictures says otherwise
@@ -27,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     """Examine, compare, print."""
     options = _options(argv)
 
-    from bitdance.checkpoint import check_folder, resolve
+    from bitdance.folder.config import check_folder, resolve
     from bitdance.generator import kind_of, module_of
 
     folder = resolve(options.model)
@@ -72,10 +71,10 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
         "The reference is OTHER or, without --against, MODEL itself. It makes pictures, and both predict every block given the "
         "reference's earlier bits and the same random draws.",
     )
-    group.add_argument("--dtype", choices=DTYPES, help=f"of MODEL; {DTYPE_HELP}")
+    group.add_argument("--dtype", choices=DTYPE_NAMES, help=f"of MODEL; {DTYPE_HELP}")
     group.add_argument("--quantize", choices=QUANTIZE, help="MODEL's LLM in 8 or 4 bits")
     group.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="MODEL's head in 8 bits")
-    group.add_argument("--against-dtype", choices=DTYPES, help="of the reference; default: bfloat16 on cuda, else float32")
+    group.add_argument("--against-dtype", choices=DTYPE_NAMES, help="of the reference; default: bfloat16 on cuda, else float32")
     prompts = group.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="of the pictures, may be repeated")
     prompts.add_argument("--prompts", metavar="FILE", help="one prompt per line; default: what the model knows, or four of ours")
@@ -101,23 +100,25 @@ def _wants_agreement(options: argparse.Namespace) -> bool:
 
 def _plan(options: argparse.Namespace) -> dict[str, Any]:
     """Device and dtypes. UsageError, before anything is read, when nothing differs between the two."""
+    from bitdance.networks.precision import resolve_dtype, usable_device
+
     device = usable_device(options.device)
-    dtype, other = usable_dtype(options.dtype, device), usable_dtype(options.against_dtype, device)
+    dtype, other = resolve_dtype(options.dtype, device), resolve_dtype(options.against_dtype, device)
     if options.against is None and dtype == other and not (options.quantize or options.quantize_head):
         raise UsageError(
             f"both sides would be the same model in {dtype}; add --against OTHER, --dtype, --quantize or --quantize-head"
         )
-    from bitdance.quantize import check_kinds
+    from bitdance.networks.quantize import check_quantization
 
-    check_kinds(options.quantize, options.quantize_head, device)
+    check_quantization(options.quantize, options.quantize_head, device)
     given = _prompts(options)
     return {"device": device, "dtype": dtype, "against_dtype": other, "prompts": given}
 
 
 def _prompts(options: argparse.Namespace) -> list[str]:
-    """Those of the command line, [] where there are none."""
-    from bitdance.prompt import check_prompt
-    from bitdance.prompt_file import PromptFile
+    """The prompts of the command line, [] where there are none."""
+    from bitdance.jobs.prompt_file import PromptFile
+    from bitdance.sequence.prompt import check_prompt
 
     if options.prompts:
         return [request.prompt for request in PromptFile.open(options.prompts, None)]
@@ -130,9 +131,10 @@ def _agreement(folder: Path, reference: Path, options: argparse.Namespace, plan:
     """One model in memory at a time."""
     import torch
 
-    from bitdance.checkpoint import load_model
-    from bitdance.sampling import choose
-    from bitdance.sizes import check_size, default_size, read_extras
+    from bitdance.folder.checkpoint import load_model
+    from bitdance.folder.parts import read_extras
+    from bitdance.folder.sizes import check_size, default_size
+    from bitdance.heads.diffusion.settings import choose
     from bitdance.verify.agree import agreement, forced_predictions, reference_bits
 
     extras, wished = read_extras(reference), default_size(reference)

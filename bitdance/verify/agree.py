@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitdance.block_sampler import BlockSampler
 from bitdance.generate import generate_bits
+from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.diffusion.sampler import draws
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.model import BitDanceModel
-from bitdance.patches import PatchPlan
-from bitdance.positions import sincos_2d
-from bitdance.prompt import conditional_ids, unconditional_ids
-from bitdance.sampler import draws
-from bitdance.sampling import Sampling
-from bitdance.sequence import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.positions import sincos_2d
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 
 
 @torch.no_grad()

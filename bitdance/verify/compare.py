@@ -8,15 +8,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bitdance.checkpoint import LM_CONFIG
+from bitdance.folder.parts import HEAD_CONFIG, LM_CONFIG, TOKENIZER_CONFIG
+from bitdance.folder.stored import PIECE
 from bitdance.foreign import load_text_tokenizer
-from bitdance.formats.stored import PIECE
-from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
-from bitdance.verify.examine import Place, places_of
+from bitdance.verify.examine import TensorLocation, places_of
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
 
-Places = Mapping[tuple[str, str], Place]
+Places = Mapping[tuple[str, str], TensorLocation]
 TEXTS = (
     "a red fox in the snow, 35 mm photograph",
     "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich",
@@ -75,7 +74,7 @@ def difference(one: Tensor, other: Tensor) -> tuple[float | None, float | None]:
     return greatest, total / max(one.numel(), 1)
 
 
-def _row(ours: Place, theirs: Place) -> dict[str, Any]:
+def _row(ours: TensorLocation, theirs: TensorLocation) -> dict[str, Any]:
     with safe_open(str(ours.file), framework="pt") as one, safe_open(str(theirs.file), framework="pt") as other:
         a, b = one.get_tensor(ours.name), other.get_tensor(theirs.name)
     same = a.shape == b.shape
@@ -117,6 +116,6 @@ def _flat(value: Any, before: str = "") -> dict[str, Any]:
 
 
 def _texts(first: Path, second: Path) -> list[str]:
-    """Those of a few texts of which the two text tokenizers make other tokens; user text and special tokens alike."""
+    """The texts, of a few, of which the two text tokenizers make different tokens; user text and special tokens alike."""
     one, other = map(load_text_tokenizer, (first, second))
     return [text for text in TEXTS if one(text)["input_ids"] != other(text)["input_ids"]]

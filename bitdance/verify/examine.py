@@ -11,21 +11,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from bitdance.bench.shapes import SHAPES
-from bitdance.checkpoint import (
-    HEAD_WEIGHTS,
+from bitdance.costs.shapes import SHAPES
+from bitdance.folder.config import check_folder
+from bitdance.folder.fingerprint import fingerprint
+from bitdance.folder.parts import (
+    HEAD,
+    HEAD_CONFIG,
     LM_CONFIG,
     LM_INDEX,
     LM_WEIGHTS,
-    PROJECTOR_WEIGHTS,
-    TOKENIZER_WEIGHTS,
-    check_folder,
+    PROJECTOR,
+    STEMS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    part_files,
+    weight_files,
 )
-from bitdance.cli.model_files import parts
-from bitdance.fingerprint import fingerprint
-from bitdance.formats.stored import PIECE
-from bitdance.head import HeadConfig
-from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
+from bitdance.folder.stored import PIECE
+from bitdance.heads.diffusion.network import HeadConfig
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.files import sha256
 from lfq_tokenizer.json_file import read_json
@@ -47,7 +50,7 @@ BACKBONE_14B, HEAD_14B, PROJECTOR_14B = 13_212_482_560, 1_758_464_032, 26_388_48
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor lies."""
 
     part: str
@@ -135,12 +138,12 @@ def value_range(tensor: Tensor) -> tuple[float, float, int]:
     return low, high, wrong
 
 
-def places_of(folder: Path) -> dict[tuple[str, str], Place]:
+def places_of(folder: Path) -> dict[tuple[str, str], TensorLocation]:
     """(part, name) → where it lies, for every tensor of a folder that `check_folder` accepts."""
     return {
-        (part.name, name): Place(part.name, name, file)
-        for part in parts(folder)
-        for file in part.files
+        (part, name): TensorLocation(part, name, file)
+        for part, files in part_files(folder).items()
+        for file in files
         for name in read_shapes(file)
     }
 
@@ -150,7 +153,7 @@ def _structure(folder: Path) -> tuple[list[str], list[str]]:
     problems: list[str] = []
     warnings: list[str] = []
     try:
-        files = {file for part in parts(folder) for file in part.files}
+        files = {file for listed_files in part_files(folder).values() for file in listed_files if file.is_file()}
     except (ValueError, OSError, KeyError, TypeError, AttributeError):
         files = set()  # a file is missing or broken, which check_folder says better
     try:
@@ -177,12 +180,12 @@ def _index(folder: Path) -> list[str]:
     return [f"{LM_INDEX} names the wrong file for {listed(wrong, ', ')}"] if wrong else []
 
 
-def _readable(parts_of: Mapping[str, list[Path]], problems: list[str]) -> Iterator[Place]:
+def _readable(parts_of: Mapping[str, list[Path]], problems: list[str]) -> Iterator[TensorLocation]:
     """Tensors of the files that are there and whole; a missing or broken one has been told of, or is now."""
     for name, files in parts_of.items():
         for file in files:
             try:
-                yield from (Place(name, tensor, file) for tensor in read_shapes(file))
+                yield from (TensorLocation(name, tensor, file) for tensor in read_shapes(file))
             except (ValueError, OSError) as error:
                 if not any(file.name in problem for problem in problems):
                     problems.append(str(error))
@@ -190,19 +193,15 @@ def _readable(parts_of: Mapping[str, list[Path]], problems: list[str]) -> Iterat
 
 def _files(folder: Path) -> dict[str, list[Path]]:
     """Part → its files, also where the folder is incomplete."""
-    named = {"head": HEAD_WEIGHTS, "projector": PROJECTOR_WEIGHTS, "tokenizer": TOKENIZER_WEIGHTS}
-    backbone = [folder / LM_WEIGHTS]
-    if not backbone[0].is_file() and (folder / LM_INDEX).is_file():
-        try:
-            backbone = [folder / file for file in sorted(set(read_weight_map(folder / LM_INDEX).values()))]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            backbone = []
-    return {"backbone": backbone, **{part: [folder / file] for part, file in named.items()}}
+    try:
+        return part_files(folder)
+    except (ValueError, KeyError, TypeError, AttributeError):  # of the backbone's index, which has been told of
+        return {part: weight_files(folder, STEMS[part]) for part in (HEAD, PROJECTOR, TOKENIZER)}
 
 
-def _tensors(places: list[Place]) -> Iterator[tuple[Place, Tensor]]:
+def _tensors(places: list[TensorLocation]) -> Iterator[tuple[TensorLocation, Tensor]]:
     """One after the other, mapped from its file."""
-    by_file: dict[Path, list[Place]] = {}
+    by_file: dict[Path, list[TensorLocation]] = {}
     for place in places:
         by_file.setdefault(place.file, []).append(place)
     for file, inside in by_file.items():
@@ -211,7 +210,7 @@ def _tensors(places: list[Place]) -> Iterator[tuple[Place, Tensor]]:
                 yield place, opened.get_tensor(place.name)
 
 
-def _parts(places: list[Place], known: Mapping[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
+def _parts(places: list[TensorLocation], known: Mapping[str, tuple[str, int]]) -> dict[str, dict[str, Any]]:
     shapes = {file: read_shapes(file) for file in {place.file for place in places}}
     counts: dict[str, Counter[bool]] = {}  # by whether the tensor is a table of the vocabulary
     for place in places:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from bitdance.flow import SCHEDULES
+from bitdance.heads.diffusion.flow import SCHEDULES
 from bitdance.kinds.class_patch.config import MODES, ClassPatchConfig
 from bitdance.kinds.class_patch.settings import SCHEDULES as CFG_SCHEDULES
 from bitdance.values import RANGES, Range

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bitdance.folder.sizes import TOKENIZER_CONFIG
 from bitdance.kinds.class_patch.config import ClassPatchConfig
 from bitdance.kinds.class_patch.draws import ClassDraws
 from bitdance.kinds.class_patch.model import ClassPatchModel
-from bitdance.precision import quick_dtype
-from bitdance.sizes import TOKENIZER_CONFIG
+from bitdance.networks.precision import quick_dtype
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.json_file import read_config, read_json
 from stages.class_patch.config import ClassTrainingConfig

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from PIL import Image
 
-from bitdance.sizes import Size, SizeRule, sizes_at
+from bitdance.folder.sizes import Size, SizeRule, sizes_at
 
 NEAR = 1.25  # ready-made bits belong to a resolution when their side, √area, is within this factor of it
 

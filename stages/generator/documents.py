@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitdance.draws import ImageDraws
-from bitdance.head import HeadConfig
-from bitdance.patches import PatchPlan
-from bitdance.prompt import SpecialTokens, conditional_ids, unconditional_ids
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.noise import ImageNoise
+from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.prompt import SpecialTokens, conditional_ids, unconditional_ids
 from lfq_tokenizer import LFQTokenizer
 from stages.config import GeneratorTraining
 from stages.data.buckets import Buckets, fit
@@ -115,8 +115,8 @@ class Documents:
         else:
             ids = unconditional_ids(self.text_tokenizer)
         bits_Chw, pixels_3HW = self._picture(sample, resolution)
-        draws = ImageDraws.draw(bits_Chw[0].numel(), self.head, flip_max, generator)
-        pieces: list[TextPiece | ImagePiece] = [TextPiece(ids, predict=bool(caption)), ImagePiece(bits_Chw, draws=draws)]
+        draws = ImageNoise.draw(bits_Chw[0].numel(), self.head, flip_max, generator)
+        pieces: list[TextPiece | ImagePiece] = [TextPiece(ids, predict=bool(caption)), ImagePiece(bits_Chw, noise=draws)]
         return Drawn(sample.key, pieces, pixels_3HW, sample.targets)
 
     def _picture(self, sample: Sample, resolution: int) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685) through peft: the model of `generator.init` stays as it is, and small matrices beside it learn.
 
-checkpoint/adapter/     the averaged adapter in peft's layout, see `bitdance/adapters.py`; there is no model/ beside it
+checkpoint/adapter/     the averaged adapter in peft's layout, see `bitdance/folder/adapters.py`; there is no model/ beside it
 checkpoint/resume/      the adapter's weights, moments and averages; the frozen weights are those of `generator.init`
 """
 
@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from bitdance.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX, adaptable
-from bitdance.checkpoint import DEMO, load_model
-from bitdance.fingerprint import fingerprint
-from bitdance.head import HeadConfig
+from bitdance.folder.adapters import PREFIX, adaptable
+from bitdance.folder.checkpoint import load_model
+from bitdance.folder.fingerprint import fingerprint
+from bitdance.folder.parts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEMO, EXTRAS_FILE, read_extras
+from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.quantize import quietly
-from bitdance.sizes import EXTRAS_FILE, read_extras
+from bitdance.networks.quantize import quietly
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.text import SHOWN
 from lfq_tokenizer.weights import write_safetensors

@@ -16,14 +16,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from bitdance.checkpoint import save_model
+from bitdance.folder.checkpoint import save_model
+from bitdance.folder.sizes import rule_of_model
 from bitdance.generate import generate_bits
-from bitdance.kernels import use_fused_kernels
+from bitdance.heads.diffusion.settings import choose
 from bitdance.model import BitDanceModel
+from bitdance.networks.kernels import use_fused_kernels
 from bitdance.picture import grid, to_pil
-from bitdance.prompt import conditional_ids, unconditional_ids
-from bitdance.sampling import choose
-from bitdance.sizes import rule_of_model
+from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.text import decoded, text_lines
 from stages import processes

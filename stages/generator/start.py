@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from bitdance.backbone import Backbone
-from bitdance.checkpoint import load_model
+from bitdance.folder.checkpoint import load_model
 from bitdance.foreign import build_config, load_text_tokenizer
-from bitdance.head import BinaryDiffusionHead, HeadConfig
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.projector import Projector
-from bitdance.prompt import add_image_tokens, build_text_tokenizer
+from bitdance.networks.backbone import Backbone
+from bitdance.networks.projector import Projector
+from bitdance.sequence.prompt import add_image_tokens, build_text_tokenizer
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.files import check_links
 from lfq_tokenizer.json_file import read_config, read_json

@@ -33,8 +33,8 @@ from torch.nn.functional import cross_entropy
 from bitdance import load_pipeline
 from bitdance.cli import Parser
 from bitdance.kinds.class_patch.facts import fingerprint
+from bitdance.networks.precision import quick_dtype
 from bitdance.picture import grid, to_uint8, write_png
-from bitdance.precision import quick_dtype
 from lfq_tokenizer.files import whole_file
 from lfq_tokenizer.text import printable
 from stages.checkpoint import model_folder

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bitdance.jobs import parse_shard
+from bitdance.jobs.job import parse_shard
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from bitdance.draws import ImageDraws
-from bitdance.head import HeadConfig
-from bitdance.sequence import TrainingBatch
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.sequence.batch import TrainingBatch
+from bitdance.sequence.noise import ImageNoise
 from lfq_tokenizer import TokenizerConfig
 from stages.config import DataConfig, DeepSpeedConfig, GeneratorTraining, RunConfig, TrainingConfig
 from stages.plan import memory
@@ -82,7 +82,7 @@ CASES = (
 def batch_of(case: Case, workload: Workload, shape: Shape, special: Any) -> TrainingBatch:
     """The fullest micro-step, with its draws."""
     batch = workload.batch(workload.fullest(case.pictures), special, shape.tokenizer.z_channels, 1)
-    batch.draws = ImageDraws.draw(batch.image_bits_NC.shape[0], shape.head, 0.1, torch.Generator().manual_seed(0))
+    batch.noise = ImageNoise.draw(batch.image_bits_NC.shape[0], shape.head, 0.1, torch.Generator().manual_seed(0))
     return batch
 
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitdance.bench.work import evaluations
+from bitdance.costs.work import evaluations
+from bitdance.heads.diffusion.settings import PRESETS, Sampling, choose
 from bitdance.pipeline import BitDancePipeline
-from bitdance.sampling import PRESETS, Sampling, choose
 from lfq_tokenizer.files import write_text
 from stages.checkpoint import model_folder
 from stages.measure.prompts import Gallery, follow, open_gallery

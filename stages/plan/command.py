@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bitdance.precision import quick_dtype
+from bitdance.networks.precision import quick_dtype
 from bitdance.values import Range
 from stages.config import AUTO, TrainingConfig, as_dict
 

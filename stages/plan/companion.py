@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance.model import BitDanceModel
-from bitdance.sequence import TrainingBatch
+from bitdance.sequence.batch import TrainingBatch
 from stages.config import GeneratorTraining
 from stages.plan import memory
 from stages.plan.flops import Document, document_flops

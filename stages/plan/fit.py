@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from bitdance.prompt import SpecialTokens
+from bitdance.sequence.prompt import SpecialTokens
 from stages.config import TrainingConfig
 from stages.plan import memory
 from stages.plan.companion import Companion

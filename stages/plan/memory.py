@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bitdance.draws import ImageDraws
 from bitdance.model import BitDanceModel
-from bitdance.sequence import TrainingBatch
+from bitdance.sequence.batch import TrainingBatch
+from bitdance.sequence.noise import ImageNoise
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.config import DeepSpeedConfig, GeneratorTraining
 from stages.plan.shape import Shape
@@ -185,22 +185,22 @@ def drop(parameter: Tensor) -> None:
 
 def _fake_batch(batch: TrainingBatch, shape: Shape, fake: FakeTensorMode) -> TrainingBatch:
     """The shapes of `batch`, with its draws. All its image tokens are generated ones."""
-    parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "draws"}
+    parts = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "noise"}
     N, head = batch.image_bits_NC.shape[0], shape.head
     assert len(batch.generated_K) == N
     blocks = N // head.parallel_num
     made = {name: fake.from_tensor(part) if isinstance(part, Tensor) else part for name, part in parts.items()}
     with fake:
-        draws = ImageDraws(
+        draws = ImageNoise(
             torch.empty(N, head.ch_target, dtype=torch.bool),
             torch.empty(head.diff_batch_mul, blocks),
             torch.empty(head.diff_batch_mul, blocks, head.parallel_num, head.ch_target),
         )
-        return TrainingBatch(**made, draws=draws)
+        return TrainingBatch(**made, noise=draws)
 
 
 def _tensors(batch: TrainingBatch) -> list[Tensor]:
-    return [part for part in vars(batch).values() if isinstance(part, Tensor)] + list(vars(batch.draws).values())
+    return [part for part in vars(batch).values() if isinstance(part, Tensor)] + list(vars(batch.noise).values())
 
 
 def tokenizer_peak(config: TokenizerConfig, pictures: int, height: int, width: int, decode: bool) -> float:

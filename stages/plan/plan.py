@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitdance.sizes import rule_of_model
+from bitdance.folder.sizes import rule_of_model
 from stages.config import TrainingConfig
 from stages.data.buckets import Buckets
 from stages.data.mixture import Mixture

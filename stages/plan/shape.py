@@ -9,14 +9,13 @@ from unittest.mock import patch
 
 import torch
 
-from bitdance.backbone import Backbone
-from bitdance.checkpoint import LM_CONFIG
+from bitdance.folder.parts import HEAD_CONFIG, LM_CONFIG, TOKENIZER_CONFIG
 from bitdance.foreign import load_text_tokenizer
-from bitdance.head import BinaryDiffusionHead, HeadConfig
+from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.model import BitDanceModel
-from bitdance.projector import Projector
-from bitdance.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
-from bitdance.sizes import HEAD_CONFIG, TOKENIZER_CONFIG
+from bitdance.networks.backbone import Backbone
+from bitdance.networks.projector import Projector
+from bitdance.sequence.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.json_file import read_config, read_json
 from stages.chain import check_backbone, stage_head

@@ -10,8 +10,8 @@ from math import gcd, isqrt
 
 import torch
 
-from bitdance.prompt import SpecialTokens
-from bitdance.sequence import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.prompt import SpecialTokens
 from stages.config import TrainingConfig
 from stages.data.mixture import spread
 from stages.plan.flops import Document

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitdance.head import HeadConfig
-from bitdance.patches import PatchPlan
+from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.sequence.patches import PatchPlan
 from bitdance.values import Range, shown
 from lfq_tokenizer import limits
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitdance.flips import draw_flips
-from bitdance.head import draw_noise
+from bitdance.heads.diffusion.network import draw_noise
 from bitdance.kinds.class_patch.config import ClassPatchConfig
+from bitdance.sequence.perturbation import draw_perturbation
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ClassDraws:
         """For B pictures, in the published order: flips and dropped classes (in training only), times, noise."""
         flipped = dropped = None
         if training:
-            flipped = draw_flips((B, config.num_tokens, config.latent_dim), config.perturb_rate, generator)
+            flipped = draw_perturbation((B, config.num_tokens, config.latent_dim), config.perturb_rate, generator)
             device = generator.device if generator is not None else None
             if config.class_dropout_prob > 0:
                 dropped = torch.rand(B, generator=generator, device=device) < config.class_dropout_prob

@@ -1,16 +1,15 @@
 """What `bitdance info` and `bitdance verify` say of a folder with a class-conditional model."""
 
-import math
 from pathlib import Path
 from typing import Any
 
-from bitdance.fingerprint import fingerprint_of
-from bitdance.formats.stored import open_stored
+from bitdance.folder.fingerprint import fingerprint_of
+from bitdance.folder.parts import TOKENIZER_CONFIG, count_parameters, file_sizes
+from bitdance.folder.stored import open_stored
 from bitdance.kinds.class_patch.config import ClassPatchConfig, published_name
 from bitdance.kinds.class_patch.folder import CLASSES, CONFIG, KIND, WEIGHTS, check_folder
-from bitdance.sizes import TOKENIZER_CONFIG
 from bitdance.verify.compare import compared
-from bitdance.verify.examine import TOKENIZERS, Place, examined
+from bitdance.verify.examine import TOKENIZERS, TensorLocation, examined
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.json_file import read_config
 from lfq_tokenizer.text import listed
@@ -27,8 +26,7 @@ COUNTS = {"B-1x": 242_373_152, "B-4x": 260_102_432, "B-16x": 260_111_648, "L-1x"
 def info(folder: Path) -> dict[str, Any]:
     """Facts told from configs and headers."""
     found = check_folder(folder)
-    parts = {part: _parameters(folder / file) for part, file in FILES.items()}
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    parts, files = {part: count_parameters(folder / file) for part, file in FILES.items()}, file_sizes(folder)
     return {
         "kind": KIND,
         "published": published_name(found.config),
@@ -72,7 +70,7 @@ def examine(folder: Path, own: Path | None = None) -> dict[str, Any]:
 def compare(folder: Path, other: Path) -> dict[str, Any]:
     """Two folders, tensor by tensor; see `bitdance.verify.compare`. Names of classes that differ show among the configs."""
     places = [
-        {(part, name): Place(part, name, one / file) for part, file in FILES.items() for name in read_shapes(one / file)}
+        {(part, name): TensorLocation(part, name, one / file) for part, file in FILES.items() for name in read_shapes(one / file)}
         for one in (folder, other)
     ]
     configs = [name for name in (CONFIG, TOKENIZER_CONFIG, CLASSES) if all((one / name).is_file() for one in (folder, other))]
@@ -86,7 +84,3 @@ def fingerprint(folder: Path) -> str:
     tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
     decides = ("n_head", "parallel_num", "parallel_mode", "time_shift")  # the others show in the shapes
     return fingerprint_of(tensors, {**{name: getattr(config, name) for name in decides}, TOKENIZER: tokenizer.to_published()})
-
-
-def _parameters(path: Path) -> int:
-    return sum(math.prod(shape) for shape in read_shapes(path).values())

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitdance.folder.parts import EXTRAS_FILE, TOKENIZER_CONFIG, read_extras
 from bitdance.kinds.class_patch.classes import ClassNames
 from bitdance.kinds.class_patch.config import ClassPatchConfig
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import choose
-from bitdance.sizes import EXTRAS_FILE, TOKENIZER_CONFIG, read_extras
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.files import check_links, check_room, whole_folder
 from lfq_tokenizer.json_file import read_config, write_json

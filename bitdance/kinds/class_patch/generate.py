@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from bitdance.block_sampler import BlockSampler
+from bitdance.heads.diffusion.block_sampler import BlockSampler
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import ClassSettings
 from bitdance.loop import Noise, OnBlock, predict

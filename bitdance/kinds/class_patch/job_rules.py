@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bitdance.folder.sizes import Size
+from bitdance.jobs.job import Request
 from bitdance.kinds.class_patch.facts import fingerprint
 from bitdance.kinds.class_patch.folder import check_folder
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
 from bitdance.kinds.class_patch.settings import ClassSettings, choose
-from bitdance.prompt_file import Request
-from bitdance.sizes import Size
 from bitdance.values import check_number
 
 ALL = "all"

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bitdance.head import BinaryDiffusionHead
+from bitdance.heads.diffusion.network import BinaryDiffusionHead
 from bitdance.kinds.class_patch.config import ClassPatchConfig
 from bitdance.kinds.class_patch.draws import ClassDraws
 from bitdance.kinds.class_patch.network import NORM_EPS, Layer, Memory, SwiGLU, initialise
 from bitdance.kinds.class_patch.rotary import turns
-from bitdance.mask import dense_mask
+from bitdance.sequence.mask import dense_mask
 
 
 class ClassPatchModel(nn.Module):

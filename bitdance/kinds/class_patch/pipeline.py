@@ -16,14 +16,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from bitdance.block_sampler import BlockSampler
-from bitdance.coding import FORMS, PictureCoding, check_form
-from bitdance.kernels import use_onednn
+from bitdance.coding import FORMS, PictureCoding, check_form, generators_for
+from bitdance.heads.diffusion.block_sampler import BlockSampler
 from bitdance.kinds.class_patch.folder import KIND, ClassModel, load, save
-from bitdance.kinds.class_patch.generate import generate_bits
-from bitdance.kinds.class_patch.settings import choose
-from bitdance.precision import AUTO, DTYPES, wanted_dtype
-from bitdance.seeds import generators_for
+from bitdance.kinds.class_patch.generate import OnBlock, generate_bits
+from bitdance.kinds.class_patch.settings import ClassSettings, choose
+from bitdance.networks.kernels import use_onednn
+from bitdance.networks.precision import AUTO, DTYPES, wanted_dtype
 from bitdance.values import check_number
 
 OUTPUT_TYPES = (*FORMS, "tokens", "bits")
@@ -105,6 +104,28 @@ class ClassPipeline(PictureCoding):
         """From a callback: no more work on picture `i` of the batch; the others go on, and their bits stay what they would be."""
         self._cancelled.add(i)
 
+    def generate(
+        self,
+        classes: Sequence[int],
+        height: int,
+        width: int,
+        settings: ClassSettings,
+        generators: Sequence[torch.Generator],
+        on_block: OnBlock | None = None,
+    ) -> Tensor:
+        """One picture per class → bits (B,C,h,w) in {-1,+1}: what a call does once all is checked, for callers that have
+        checked it. Height and width are the model's."""
+        self._cancelled.clear()
+        return generate_bits(
+            self.model.network,
+            classes,
+            settings,
+            generators,
+            on_block,
+            block_sampler=self._block_sampler,
+            cancelled=self._cancelled,
+        )
+
     def __call__(
         self,
         class_label: int | str | Sequence[int | str] | None = None,
@@ -165,7 +186,6 @@ class ClassPipeline(PictureCoding):
         check_form(output_type, OUTPUT_TYPES, callback_on_step_end)
         generators, seeds = generators_for(len(classes), seed, generator)
 
-        self._cancelled.clear()
         options = {"desc": "blocks", "disable": not sys.stderr.isatty(), **self._progress}
         with tqdm(total=self.model.network.config.num_blocks, **options) as bar:
 
@@ -174,14 +194,6 @@ class ClassPipeline(PictureCoding):
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, done - 1, done / total, {"tokens": bits_BChw})
 
-            bits_BChw = generate_bits(
-                self.model.network,
-                classes,
-                settings,
-                generators,
-                on_block,
-                block_sampler=self._block_sampler,
-                cancelled=self._cancelled,
-            )
+            bits_BChw = self.generate(classes, self.model.side, self.model.side, settings, generators, on_block)
         images = None if output_type in ("tokens", "bits") else self.decode(bits_BChw, generators, output_type)
         return ClassOutput(images, bits_BChw, seeds, classes)

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from bitdance.heads.diffusion.settings import Sampling
 from bitdance.kinds.class_patch.config import PUBLISHED
-from bitdance.sampling import Sampling
 from bitdance.values import shown
 
 SCHEDULES = ("linear", "constant")

@@ -1,0 +1,1 @@
+"""Heads: hidden states of a block in, bits out."""
