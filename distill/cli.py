@@ -10,7 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from stages.cli import guarded, training_parser
+from stages.cli import training_parser
+from stages.command import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:

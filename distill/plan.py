@@ -17,6 +17,7 @@ from distill.config import DistillConfig, DistillTraining
 from distill.growth import check_sides
 from lfq_tokenizer.json_file import read_config
 from stages.config import GeneratorTraining, SourceConfig
+from stages.plan.command import plan_of_generator
 from stages.plan.command import show as show_plan
 from stages.plan.companion import Companion
 from stages.plan.shape import Shape, folder_here
@@ -27,7 +28,8 @@ ASSUMED = 16  # tokens per step of a teacher that is not here, as published
 def show(config: DistillConfig, arguments: argparse.Namespace) -> int:
     """Print the plan. ValueError where the config, what is here of it, or the numbers given beside it do not fit."""
     student, teacher = shapes(config)
-    return show_plan(_with_samples(config), arguments, student, companion(config, teacher))
+    config = _with_samples(config)
+    return show_plan(*plan_of_generator(config, arguments, student, companion(config, teacher)), config, arguments.json)
 
 
 def shapes(config: DistillConfig) -> tuple[Shape, Shape]:

@@ -1,6 +1,7 @@
 """What the engine asks of a recipe. A recipe knows the model and the data; the engine knows neither."""
 
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,18 +69,17 @@ class Recipe(Protocol):
 Losses = tuple[Tensor, dict[str, Tensor], Tensor | None]  # loss, scalars, what the opponent judges
 
 
+# The package of a recipe. It offers `recipe(config)`, what the engine trains, and `plan(config, arguments)`, the plan of a run as
+# JSON values and as text.
+RECIPES = {"tokenizer": "stages.tokenizer", "generator": "stages.generator", "class_patch": "stages.class_patch"}
+
+
+def package_of(config: TrainingConfig) -> Any:
+    """The package of the recipe that `config.recipe` names."""
+    return import_module(RECIPES[config.recipe])
+
+
 def build_recipe(config: TrainingConfig) -> Recipe:
     """The recipe that `config.recipe` names."""
-    from stages.class_patch.config import ClassTrainingConfig
-
-    if config.recipe == "tokenizer":
-        from stages.tokenizer.recipe import TokenizerRecipe
-
-        return TokenizerRecipe(config)
-    if isinstance(config, ClassTrainingConfig):
-        from stages.class_patch.recipe import ClassPatchRecipe
-
-        return ClassPatchRecipe(config)
-    from stages.generator.recipe import GeneratorRecipe
-
-    return GeneratorRecipe(config)
+    made: Recipe = package_of(config).recipe(config)
+    return made

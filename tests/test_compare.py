@@ -14,8 +14,8 @@ from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
 from stages.measure import compare
 from stages.measure.bottlenecks import BOTTLENECKS, build_bottleneck
-from stages.measure.compare import Setting, load_one
 from stages.measure.compare_report import report, table
+from stages.measure.compare_train import Setting, load_one
 
 pytestmark = pytest.mark.slow
 

@@ -1,1 +1,17 @@
 """Recipe 'class_patch': pictures with class labels → a class-conditional model (`bitdance.kinds.class_patch`)."""
+
+from typing import Any
+
+
+def recipe(config: Any) -> Any:
+    """A `ClassPatchRecipe`."""
+    from stages.class_patch.recipe import ClassPatchRecipe
+
+    return ClassPatchRecipe(config)
+
+
+def plan(config: Any, arguments: Any) -> tuple[dict[str, Any], str]:
+    """Work, hours and memory of a run."""
+    from stages.class_patch.plan import plan_of_classes
+
+    return plan_of_classes(config, arguments)

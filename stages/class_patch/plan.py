@@ -82,7 +82,7 @@ class Plan:
         yield f"assumed: {'; '.join([*self.assumed, f'a peak of {peak}'])}"
 
 
-def show(config: ClassTrainingConfig, arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def plan_of_classes(config: ClassTrainingConfig, arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The plan as JSON values and as text. ValueError where the config says too little, or contradicts itself."""
     described = (arguments.processes, arguments.gpu_memory, arguments.peak_tflops, arguments.mfu)
     here = not torch.cuda.is_available() and all(value is None for value in described)

@@ -103,7 +103,7 @@ def _add_pack(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer a parsed `data` command; 0, or 2 with a message for what the user can mend."""
-    from stages.cli import guarded
+    from stages.command import guarded
 
     return guarded("bitdance data", lambda _: {"pack": _pack, "index": _index, "inspect": _inspect}[args.data_action](args), [])
 

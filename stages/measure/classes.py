@@ -181,9 +181,9 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
     """All figures as JSON values; see the module."""
     folder = model_folder(arguments.model)
     pipe = load_pipeline(folder, "cpu", arguments.dtype)
-    if pipe.kind != "class_patch":
+    names, tokenizer = getattr(pipe, "names", None), pipe.model.tokenizer
+    if names is None:
         raise ValueError(f"--model {arguments.model}: a {pipe.kind} model; measure classes looks at models of classes")
-    names, tokenizer = pipe.names, pipe.model.tokenizer
     cache = Path(arguments.cache)
     cache.mkdir(parents=True, exist_ok=True)
     dtype = quick_dtype("cpu")

@@ -1,4 +1,4 @@
-"""Table and plots of the comparison that `compare.py` trains."""
+"""Table and plots of the comparison that `compare_train.py` trains."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lfq_tokenizer.files import whole_path, write_text
 from lfq_tokenizer.json_file import read_json, write_json
-from stages.measure.compare import load_one, load_pictures
+from stages.measure.compare_train import load_one, load_pictures
 from stages.measure.reconstruction import Reconstruction
 from stages.tokenizer.perceptual import LPIPS
 

@@ -11,6 +11,7 @@ import torch
 from bitdance.networks.precision import quick_dtype
 from bitdance.values import Range
 from stages.config import AUTO, TrainingConfig, as_dict
+from stages.recipe import Recipe
 
 if TYPE_CHECKING:
     from stages.plan.companion import Companion
@@ -22,31 +23,16 @@ FLAGS = {"memory": "--gpu-memory", "tflops": "--peak-tflops"}
 CPU_MFU = 0.4
 
 
-def show(
-    config: TrainingConfig,
-    arguments: argparse.Namespace,
-    shape: "Shape | None" = None,
-    companion: "Companion | None" = None,
-) -> int:
-    """Print the plan; for `shape` and `companion` see `make_plan`. ValueError where the config or the numbers given beside it
-    cannot be."""
-    from stages.class_patch.config import ClassTrainingConfig
-
-    if isinstance(config, ClassTrainingConfig):
-        from stages.class_patch.plan import show as plan_of_classes
-
-        plan, text = plan_of_classes(config, arguments)
-    elif config.recipe == "tokenizer":
-        plan, text = _tokenizer(config)
-    else:
-        plan, text = _generator(config, arguments, shape, companion)
-    print(json.dumps({**plan, "config": as_dict(config)}, indent=2, default=str) if arguments.json else text)
+def show(plan: dict[str, Any], text: str, config: TrainingConfig, as_json: bool) -> int:
+    """Print a plan, as JSON with the config beside it."""
+    print(json.dumps({**plan, "config": as_dict(config)}, indent=2, default=str) if as_json else text)
     return 0
 
 
-def _generator(
-    config: TrainingConfig, arguments: argparse.Namespace, shape: "Shape | None", companion: "Companion | None"
+def plan_of_generator(
+    config: TrainingConfig, arguments: argparse.Namespace, shape: "Shape | None" = None, companion: "Companion | None" = None
 ) -> tuple[dict[str, Any], str]:
+    """For `shape` and `companion` see `make_plan`. ValueError where the config or the numbers given beside it cannot be."""
     from stages.plan import report
     from stages.plan.plan import make_plan
 
@@ -90,11 +76,8 @@ def processor() -> "Machine":
     return Machine((1,), memory, peak_flops(torch.device("cpu"), quick_dtype("cpu")) / 1e12, CPU_MFU)
 
 
-def _tokenizer(config: TrainingConfig) -> tuple[dict[str, Any], str]:
-    """Everything is built and opened, so that what is missing is found here."""
-    from stages.recipe import build_recipe
-
-    recipe = build_recipe(config)
+def plan_of_parts(recipe: Recipe) -> tuple[dict[str, Any], str]:
+    """Parameters by part, and the data. Everything is built and opened, so that what is missing is found here."""
     networks = dict(recipe.module.named_children()) | ({"opponent": recipe.opponent.module} if recipe.opponent else {})
     parts = {name: {"all": _numbers(module), "trained": _numbers(module, trained=True)} for name, module in networks.items()}
     lines = [f"tokenizer: parameters{'':15}{'all':>18}{'trained':>18}"]
