@@ -5,19 +5,20 @@ Tensors are streamed from file to file; only the merging of an adapter holds a w
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from bitdance.folder.checkpoint import save_model
 from bitdance.folder.config import resolve
 from bitdance.folder.conversion import EXPORT_DTYPES, convert
-from bitdance.folder.parts import TOKENIZER
+from bitdance.folder.parts import TOKENIZER, read_extras
 from bitdance.folder.source import StoredModel
 from bitdance.folder.stored import pieces
+from bitdance.generator import kind_of, module_of
 from lfq_tokenizer.files import check_room, clear_leftovers, fsync, temporary_beside, whole_folder
 from lfq_tokenizer.json_file import read_json
 from stages import checkpoint
@@ -49,17 +50,37 @@ def export_checkpoint(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; choose another folder")
     number = EXPORT_DTYPES[dtype] if dtype else None
+    if (folder := _folder(path)) and (own := getattr(module_of(folder), "export", None)):
+        others = {"--format": format != "official", "--decoder": decoder, "--weights": weights != "ema", "--base": base}
+        for flag, given in others.items():
+            if given:
+                raise ValueError(f"{flag} is not for a model of this kind ({kind_of(folder)}); leave it out")
+        own(folder, out, number, _extras(extras, read_extras(folder)))
+        return
     with _opened(path, out, weights, base) as source:
         if weights == "raw" and number is None:
             number = torch.float32  # as resume/ has them, whatever model/ says
         if extras is not None:
-            known, more = source.bitdance_json(), read_json(extras)
-            if not isinstance(more, dict) or not isinstance(more.get("card", {}), dict):
-                raise ValueError(f"--extras {extras}: a JSON object is allowed, with an object `card` in it if any")
-            source.extras = {**known, **more, "card": {**known.get("card", {}), **more.get("card", {})}}
+            source.extras = _extras(extras, source.bitdance_json())
         if decoder is not None:
             _take_decoder(source, StoredModel.open(checkpoint.model_folder(decoder)), decoder)
         convert(source, out, format, number)
+
+
+def _folder(path: Path) -> Path | None:
+    """The model folder that is exported; None where there is none yet: an adapter, or what is an error later."""
+    saved = (path / "manifest.json").is_file() or any(path.glob("step_*"))
+    folder = checkpoint.newest(path) / "model" if saved else path
+    return folder if folder.is_dir() else None
+
+
+def _extras(path: Path | None, known: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder's `bitdance.json` knows, with what the file of `--extras` adds. ValueError names the file."""
+    more = {} if path is None else read_json(path)
+    if not isinstance(more, dict) or not isinstance(more.get("card", {}), dict):
+        raise ValueError(f"--extras {path}: a JSON object is allowed, with an object `card` in it if any")
+    card = {**known.get("card", {}), **more.get("card", {})}
+    return {**known, **more, **({"card": card} if card else {})}
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from class_model import golden_model, golden_tokenizer
 import bitdance.generator
 from bitdance import BitDancePipeline, load_pipeline
 from bitdance.cli import main
+from bitdance.kinds.class_patch import costs
 from bitdance.kinds.class_patch.classes import ClassEntry, ClassNames
-from bitdance.kinds.class_patch.folder import ClassModel, save
+from bitdance.kinds.class_patch.folder import ClassModel, check_folder, save
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
@@ -240,9 +241,10 @@ def test_info_tells_what_the_folder_holds(folder: Path, capsys: Any) -> None:
 
 
 def test_commands_for_text_models_refuse_the_folder_by_its_kind(folder: Path, tmp_path: Path, capsys: Any) -> None:
-    for argv in (["bench", "--model", str(folder)], ["export", str(folder), str(tmp_path / "o"), "--format", "diffusers"]):
-        assert main(argv) == 2
-        assert "holds a model of kind 'class_patch', not 'next_patch'" in capsys.readouterr().err
+    assert main(["bench", "--model", str(folder)]) == 2
+    assert "holds a model of kind 'class_patch', not 'next_patch'" in capsys.readouterr().err
+    assert main(["export", str(folder), str(tmp_path / "o"), "--format", "diffusers"]) == 2
+    assert "--format is not for a model of this kind (class_patch)" in capsys.readouterr().err
 
 
 def test_half_precision_makes_pictures(folder: Path) -> None:
@@ -289,3 +291,20 @@ def test_two_folders_are_compared_tensor_by_tensor(folder: Path, tmp_path: Path,
     found = json.loads(capsys.readouterr().out)
     assert found["problems"] == ["1 tensors are more than 0.5 apart: generator norm.weight"]
     assert found["difference"]["configs"]["classes.json 3"] == [None, "cat"]
+
+
+def test_what_does_not_fit_into_the_memory_is_refused_before_it_is_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = check_folder(folder)
+    one, eight = (costs.needed(found, batch, 4, True) for batch in (1, 800))
+    assert one < eight
+    command = ["generate", "--class", "all", "--images-per-prompt", "80", "--model", str(folder), "-o", str(tmp_path / "o")]
+    command += ["--batch-size", "800", "--device", "cpu"]
+    monkeypatch.setattr(costs, "free_bytes", lambda device: (one + eight) // 2)
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "needs about" in said and "add --batch-size" in said
+    monkeypatch.setattr(costs, "free_bytes", lambda device: 10)
+    assert main(command) == 2
+    assert "use a machine with more memory" in capsys.readouterr().err

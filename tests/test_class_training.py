@@ -17,6 +17,7 @@ from stages import checkpoint
 from stages.class_patch.config import ClassPatchTraining, ClassTrainingConfig
 from stages.class_patch.feed import ClassFeed
 from stages.class_patch.recipe import ClassPatchRecipe
+from stages.cli import export
 from stages.config import DataConfig, DeepSpeedConfig, OptimizerConfig, RunConfig, load_config
 from stages.data.crops import square_crop
 from stages.data.folder import FolderOptions, FolderSource
@@ -183,6 +184,22 @@ def test_what_is_saved_makes_pictures_of_its_classes(home: Path, environment: An
     recipe = ClassPatchRecipe(going_on)
     for name, tensor in pipe.model.network.state_dict().items():
         assert torch.equal(recipe.module.model.state_dict()[name], tensor), name
+
+
+def test_a_run_is_exported_in_another_dtype_with_further_facts(home: Path, tmp_path: Path, environment: Any) -> None:  # noqa: F811
+    settings = config(home, "bits", "exported", steps=1)
+    train(ClassPatchRecipe(settings), settings)
+    facts = tmp_path / "facts.json"
+    facts.write_text('{"card": {"by": "me"}}')
+    run, out = str(home / "exported"), str(tmp_path / "out")
+    assert export([run, out, "--dtype", "bfloat16", "--extras", str(facts)]) == 0
+    pipe = load_pipeline(out, "cpu", torch.bfloat16)
+    assert pipe.model.extras["card"]["by"] == "me" and pipe.model.extras["card"]["recipe"] == "class_patch"
+    whole = load_pipeline(checkpoint.model_folder(run), "cpu")
+    for name, tensor in whole.model.network.state_dict().items():
+        assert torch.equal(pipe.model.network.state_dict()[name], tensor.bfloat16()), name
+    assert export([run, out]) == 2  # nothing is overwritten
+    assert export([run, str(tmp_path / "other"), "--format", "diffusers"]) == 2 and not (tmp_path / "other").exists()
 
 
 def test_zero_2_in_one_process_learns_the_same(home: Path, environment: Any) -> None:  # noqa: F811

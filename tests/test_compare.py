@@ -12,7 +12,7 @@ from PIL import Image
 from stages.config import TokenizerTraining
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
-from stages.measure import compare
+from stages.measure import compare, compare_train
 from stages.measure.bottlenecks import BOTTLENECKS, build_bottleneck
 from stages.measure.compare_report import report, table
 from stages.measure.compare_train import Setting, load_one
@@ -92,7 +92,7 @@ def test_runs_are_trained_once_measured_and_reported(tmp_path: Path, shards: dic
 def test_all_runs_see_the_same_pictures() -> None:
     pictures = [torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8) for _ in range(2)]
     setting = Setting(crop=16, batch_size=4)
-    first, again, later = (compare._batch(pictures, setting, step) for step in (3, 3, 4))
+    first, again, later = (compare_train._batch(pictures, setting, step) for step in (3, 3, 4))
     assert torch.equal(first, again) and not torch.equal(first, later) and first.shape == (4, 3, 16, 16)
 
 

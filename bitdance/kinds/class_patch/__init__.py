@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+from bitdance.kinds.class_patch.export import export
 from bitdance.kinds.class_patch.facts import compare, examine, info
 from bitdance.kinds.class_patch.folder import check_folder
 from bitdance.kinds.class_patch.job_rules import JobRules as rules
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
 
 load_pipeline = ClassPipeline.from_pretrained
-__all__ = ["compare", "examine", "info", "load_pipeline", "rules", "sizes"]
+__all__ = ["compare", "examine", "export", "info", "load_pipeline", "rules", "sizes"]
 
 
 def sizes(folder: Path) -> dict[str, Any]:

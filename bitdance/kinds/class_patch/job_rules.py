@@ -6,10 +6,12 @@ from typing import Any
 
 from bitdance.folder.sizes import Size
 from bitdance.jobs.job import Request
+from bitdance.kinds.class_patch.costs import check_memory
 from bitdance.kinds.class_patch.facts import fingerprint
 from bitdance.kinds.class_patch.folder import check_folder
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
 from bitdance.kinds.class_patch.settings import ClassSettings, choose
+from bitdance.networks.precision import DTYPES
 from bitdance.values import check_number
 
 ALL = "all"
@@ -64,5 +66,7 @@ class JobRules:
         return fingerprint(self.folder)
 
     def load(self, order: Any) -> ClassPipeline:
-        """The pipeline of an order."""
+        """The pipeline of a run. ValueError, before a weight is read, when its batches do not fit into the memory."""
+        batch, guided = min(order.batch_size, len(order.jobs)), any(guided for _, _, guided in order.sizes)
+        check_memory(self._found, batch, DTYPES[order.dtype].itemsize, guided, order.device, order.model)
         return ClassPipeline.from_pretrained(self.folder, order.device, order.dtype, generation_only=True)
