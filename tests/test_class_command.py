@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from class_model import golden_model, golden_tokenizer
 from PIL import Image
 
 from bitdance import load_pipeline
 from bitdance.cli import main
+from bitdance.jobs.job import Job
+from bitdance.jobs.npz import write_npz
 from bitdance.kinds.class_patch.classes import ClassEntry, ClassNames
 from bitdance.kinds.class_patch.folder import ClassModel, save
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
@@ -141,3 +144,46 @@ def test_a_text_model_refuses_classes(tmp_path: Path, capsys: Any) -> None:
     ):
         assert main(["generate", *arguments, "--model", TEXT_MODEL, "-o", str(tmp_path / "o"), "--device", "cpu"]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_all_pictures_become_one_shuffled_npz(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["--class", "all", "--images-per-prompt", "2", "--npz"]
+    assert generate(folder, tmp_path, *arguments) == 0
+    found = np.load(tmp_path / "samples.npz", allow_pickle=False)
+    assert found["arr_0"].shape == (20, 64, 64, 3) and found["arr_0"].dtype == np.uint8
+    assert sorted(found["arr_1"].tolist()) == sorted([*range(10)] * 2) and found["arr_1"].tolist() != sorted(found["arr_1"])
+    known = {Image.open(tmp_path / row["file"]).tobytes(): row["class"] for row in manifest(tmp_path)}
+    assert [known[picture.tobytes()] for picture in found["arr_0"]] == found["arr_1"].tolist()
+    first = (tmp_path / "samples.npz").read_bytes()
+    (tmp_path / "samples.npz").unlink()
+    (tmp_path / manifest(tmp_path)[3]["file"]).unlink()
+    assert generate(folder, tmp_path, *arguments) == 0  # the missing one is made again
+    assert (tmp_path / "samples.npz").read_bytes() == first
+
+
+def test_an_npz_that_cannot_be_is_refused_before_anything_is_made(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    assert generate(folder, tmp_path / "a", "--class", "all", "--npz", "--shard", "0/2") == 2
+    assert "it holds all pictures; run once more without --shard" in capsys.readouterr().err
+    monkeypatch.setattr("lfq_tokenizer.files._free", lambda target: 1000)
+    assert generate(folder, tmp_path / "b", "--class", "all", "--npz") != 0
+    assert "make room first" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_a_set_with_gaps_is_no_set(tmp_path: Path) -> None:
+    jobs = [Job(i, f"{i}.png", "", i, 8, 8, 1, 1.0, i, "x") for i in range(3)]
+    for job in jobs[:2]:
+        Image.new("RGB", (8, 8)).save(tmp_path / job.file)
+    with pytest.raises(ValueError, match="1 of 3 pictures are missing, 2.png first"):
+        write_npz(jobs, tmp_path)
+    assert not (tmp_path / "samples.npz").exists()
+
+
+def test_classes_at_random_are_always_the_same(folder: Path, tmp_path: Path) -> None:
+    for out in ("one", "other"):
+        assert generate(folder, tmp_path / out, "--class", "random:6", "--steps", "1") == 0
+    rows, again = manifest(tmp_path / "one"), manifest(tmp_path / "other")
+    assert [row["seed"] for row in rows] == list(range(6)) and len({row["class"] for row in rows}) > 1
+    assert [(row["file"], row["class"]) for row in rows] == [(row["file"], row["class"]) for row in again]

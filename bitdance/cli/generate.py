@@ -43,11 +43,14 @@ def run(argv: Sequence[str]) -> int:
 
 def make(spec: "RunSpec") -> int:
     """Make what is missing. 0 all done, 1 some failed (failures.jsonl), 128 + signal when stopped."""
+    from bitdance.jobs.npz import check_npz, write_npz
     from bitdance.jobs.outputs import OutputFolder
     from bitdance.jobs.runner import BatchRunner
 
     output = OutputFolder(spec.output, spec.model, spec.shard)
     output.check_writable()
+    if spec.npz:
+        check_npz(spec.jobs, spec.sizes, spec.shard, spec.output)
     runner = BatchRunner(spec, output, lambda path, seconds: print_page([f"{path}: {seconds:.2f} s"] if spec.verbose else []))
     with StopSignals() as stop:
         try:
@@ -60,6 +63,8 @@ def make(spec: "RunSpec") -> int:
                         pipe = pipe or spec.rules.load(spec)
                         runner.make(pipe, todo, stop.held, progress.show)
                 output.write_failures(runner.failures)
+                if spec.npz and not runner.failures:
+                    write_npz(spec.jobs, spec.output)
                 shown_on_grid = spec.grid and output.write_grid(spec.jobs, [job for job, _ in runner.failures])
         except Stopped as stopped:
             if runner.failures:
@@ -107,7 +112,11 @@ def parser(prog: str = "bitdance generate") -> Parser:
     parser.add_argument("prompt", nargs="*", help='one or more prompts; "" is a picture without a prompt')
     parser.add_argument("--prompts", metavar="FILE", help=".jsonl (one object per line), .txt (one prompt per line), - (stdin)")
     parser.add_argument(
-        "--class", dest="classes", nargs="+", metavar="N|NAME|all", help="of a class model: numbers, names, or all of them"
+        "--class",
+        dest="classes",
+        nargs="+",
+        metavar="N|NAME|all|random:COUNT",
+        help="of a class model: numbers, names, all, or COUNT at random",
     )
     parser.add_argument("--from", dest="source", metavar="PICTURE.png", help="prompt and settings of a finished picture")
     parser.add_argument("-o", "--output", metavar="DIR", default="out", help="folder for the pictures (default: out)")
@@ -136,6 +145,7 @@ def parser(prog: str = "bitdance generate") -> Parser:
     parser.add_argument("--offload", action="store_true", help="model in main memory, on the device what a phase needs")
     parser.add_argument("--shard", metavar="I/N", default="0/1", help="only pictures I, I+N, I+2N, … of the whole list")
     parser.add_argument("--grid", action="store_true", help="also write grid.png, all pictures on one sheet")
+    parser.add_argument("--npz", action="store_true", help="also write samples.npz, all pictures shuffled, for ADM's evaluator")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but errors and warnings")
     parser.add_argument("-v", "--verbose", action="store_true", help="a line for each picture")
     return parser
@@ -197,6 +207,7 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
         shard=shard,
         output=Path(options.output),
         grid=options.grid,
+        npz=options.npz,
         compile=False if options.no_compile else None,
         sizes=frozenset(jobs.sizes),
         offload=options.offload,

@@ -139,6 +139,7 @@ class RunSpec:
     quantize: str | None = None
     quantize_head: str | None = None
     offload: bool = False
+    npz: bool = False
     quiet: bool = False
     verbose: bool = False
     adapter: "Adapter | None" = None

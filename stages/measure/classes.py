@@ -221,10 +221,11 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
         )
         rows.append(found)
         if arguments.grid is not None:
-            first = [c + len(names) * k for c in range(len(names)) for k in range(SHOWN)]
+            there = max(1, min(SHOWN, len(pictures.class_N) // len(names)))
+            first = [c + len(names) * k for c in range(len(names)) for k in range(there)]
             path = Path(arguments.grid)
             path = path.with_name(f"{path.stem}-{guidance:g}{path.suffix}") if len(arguments.guidance) > 1 else path
-            write_png(grid(list(map(Image.fromarray, pictures.levels_NHW3[first])), columns=SHOWN * 5), path)
+            write_png(grid(list(map(Image.fromarray, pictures.levels_NHW3[first])), columns=max(1, there) * 5), path)
     return {
         "model": str(arguments.model),
         "fingerprint": fingerprint(folder),

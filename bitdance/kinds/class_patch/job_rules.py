@@ -1,8 +1,11 @@
 """What `bitdance generate` asks of a class-conditional model."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from bitdance.folder.sizes import Size
 from bitdance.jobs.job import Request
@@ -15,6 +18,7 @@ from bitdance.networks.precision import DTYPES
 from bitdance.values import check_number
 
 ALL = "all"
+_RANDOM = re.compile("random:([1-9][0-9]{0,6})")
 
 
 class JobRules:
@@ -46,11 +50,16 @@ class JobRules:
         return choose(defaults, preset, schedule, **said)
 
     def requests(self, request: Request) -> Iterator[Request]:
-        """The request with its class's number and name, or one for each class ("all"). ValueError for a prompt, and for what is
-        no class."""
+        """The request with its class's number and name, one for each class ("all"), or so many of classes drawn at random with
+        seeds that count up ("random:50000"; always the same). ValueError for a prompt, and for what is no class."""
         if request.label is None:
             raise ValueError(f"{request.source}: this model makes pictures of classes; give --class N|NAME|all, no prompt")
         names = self._found.names
+        if isinstance(request.label, str) and (found := _RANDOM.fullmatch(request.label)):
+            first = request.seed or 0
+            for k, drawn in enumerate(np.random.default_rng(0).integers(len(names), size=int(found[1])).tolist()):
+                yield request._replace(label=drawn, name=names.name(drawn), seed=first + k, n=1)
+            return
         if request.label == ALL:
             numbers = list(range(len(names)))
         else:
