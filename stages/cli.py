@@ -41,7 +41,7 @@ def _train(argv: list[str]) -> int:
     if arguments.dry_run:
         from stages.plan.command import show
 
-        plan, text = package_of(config).plan(config, arguments)
+        plan, text = package_of(config).plan_run(config, arguments)
         return show(plan, text, config, arguments.json)
     from stages.engine import train as run
 

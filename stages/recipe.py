@@ -69,8 +69,8 @@ class Recipe(Protocol):
 Losses = tuple[Tensor, dict[str, Tensor], Tensor | None]  # loss, scalars, what the opponent judges
 
 
-# The package of a recipe. It offers `recipe(config)`, what the engine trains, and `plan(config, arguments)`, the plan of a run as
-# JSON values and as text.
+# The package of a recipe. It offers `build_recipe(config)`, what the engine trains, and `plan_run(config, arguments)`, the plan
+# as JSON values and as text.
 RECIPES = {"tokenizer": "stages.tokenizer", "generator": "stages.generator", "class_patch": "stages.class_patch"}
 
 
@@ -81,5 +81,5 @@ def package_of(config: TrainingConfig) -> Any:
 
 def build_recipe(config: TrainingConfig) -> Recipe:
     """The recipe that `config.recipe` names."""
-    made: Recipe = package_of(config).recipe(config)
+    made: Recipe = package_of(config).build_recipe(config)
     return made

@@ -3,14 +3,14 @@
 from typing import Any
 
 
-def recipe(config: Any) -> Any:
+def build_recipe(config: Any) -> Any:
     """A `ClassPatchRecipe`."""
     from stages.class_patch.recipe import ClassPatchRecipe
 
     return ClassPatchRecipe(config)
 
 
-def plan(config: Any, arguments: Any) -> tuple[dict[str, Any], str]:
+def plan_run(config: Any, arguments: Any) -> tuple[dict[str, Any], str]:
     """Work, hours and memory of a run."""
     from stages.class_patch.plan import plan_of_classes
 

@@ -3,15 +3,15 @@
 from typing import Any
 
 
-def recipe(config: Any) -> Any:
+def build_recipe(config: Any) -> Any:
     """A `TokenizerRecipe`."""
     from stages.tokenizer.recipe import TokenizerRecipe
 
     return TokenizerRecipe(config)
 
 
-def plan(config: Any, arguments: Any) -> tuple[dict[str, Any], str]:
+def plan_run(config: Any, arguments: Any) -> tuple[dict[str, Any], str]:
     """Parameters and data of a run."""
     from stages.plan.command import plan_of_parts
 
-    return plan_of_parts(recipe(config))
+    return plan_of_parts(build_recipe(config))
