@@ -47,7 +47,7 @@ def generate_bits(
     predictor = _Predictor(model, prompts, plan, sampling.guided, enter)
     blocks = [(sampling, steps) for steps in sampling.block_steps(plan.num_blocks)]
     given = None if noise is None else (lambda rows: noise())
-    return predict(predictor, sample, plan, blocks, generators, on_block, given, cancelled)
+    return predict(predictor, sample, plan, blocks, model.head.config.ch_target, generators, on_block, given, cancelled)
 
 
 class _Predictor:

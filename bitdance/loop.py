@@ -43,6 +43,7 @@ def predict(
     sample: BlockSampler,
     plan: PatchPlan,
     blocks: Sequence[tuple[Sampling, int]],
+    bits: int,
     generators: Sequence[torch.Generator],
     on_block: OnBlock | None = None,
     noise: Noise | None = None,
@@ -50,8 +51,9 @@ def predict(
 ) -> Tensor:
     """One picture per generator → bits (B,C,h,w) in {-1,+1}, float32, on the device of the conditions.
 
-    `blocks`: sampling and solver steps of each. Where guidance acts in some blocks, the others are sampled for the unconditional
-    rows too, on their own: each branch then goes on from its own bits, as in the published code. Otherwise both read the same.
+    `blocks`: sampling and solver steps of each; `bits` per token. Where guidance acts in some blocks, the others are sampled for
+    the unconditional rows too, on their own: each branch then goes on from its own bits, as in the published code. Otherwise
+    both read the same.
 
     Picture i draws from `generators[i]` alone, per block the initial noise and one draw per stochastic step, of (1,P,C), or
     (2,P,C) where both branches are sampled; so it does not depend on its neighbours. `noise(rows)` replaces these draws by
@@ -59,7 +61,7 @@ def predict(
     positions being 0; what it raises ends the run, and pictures whose number it adds to `cancelled` are not worked on any more.
     The network is called M times.
     """
-    B, M, C = len(generators), len(blocks), sample.head.config.ch_target
+    B, M, C = len(generators), len(blocks), bits
     P = plan.h * plan.w // M
     cond_RPD = predictor.begin()
     branches, alive = len(cond_RPD) // B, list(range(B))

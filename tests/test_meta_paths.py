@@ -109,9 +109,9 @@ def test_a_picture_is_read_once_at_its_end(sampler: str, guidance: float) -> Non
     assert device.reads == {BINARIZE: 1}
     assert device.copies == {
         "bitdance/generate.py:__init__": 2,  # ids and padding of the prompts
-        "bitdance/sequence/patches.py:coordinates": 2,
+        "bitdance/sequence/patches.py:coordinates": 1,
         "bitdance/sequence/positions.py:_sincos_1d": 1,  # kept for all pictures
-        "bitdance/generate.py:_to": 6,  # a block's draws, from the host's generators, pinned on CUDA
+        "bitdance/loop.py:_to": 6,  # a block's draws, from the host's generators, pinned on CUDA
     }
 
 
@@ -128,7 +128,7 @@ def test_with_generators_of_the_device_nothing_is_sent_in_the_loop() -> None:
     with MetaDevice() as device:
         noise = lambda: torch.empty(2, 4, BITS, device="meta")  # noqa: E731
         generate_bits(model, PROMPTS, 4, 4, Sampling(2, 3.0), seeded(2), noise=noise)
-    assert "bitdance/generate.py:_to" not in device.copies and device.reads == {BINARIZE: 1}
+    assert "bitdance/loop.py:_to" not in device.copies and device.reads == {BINARIZE: 1}
 
 
 def test_the_yardstick_reads_nothing() -> None:

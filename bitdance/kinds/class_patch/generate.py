@@ -31,10 +31,8 @@ def generate_bits(
     if len(generators) != len(classes) or not classes:
         raise ValueError(f"{len(classes)} classes and {len(generators)} generators; give one generator per class")
     sample = block_sampler or BlockSampler(model.head, compile=False)
-    predictor = _Predictor(model, classes, settings.guided)
-    return predict(
-        predictor, sample, model.config.plan, settings.blocks(model.config.num_blocks), generators, on_block, noise, cancelled
-    )
+    predictor, c = _Predictor(model, classes, settings.guided), model.config
+    return predict(predictor, sample, c.plan, settings.blocks(c.num_blocks), c.latent_dim, generators, on_block, noise, cancelled)
 
 
 class _Predictor:
