@@ -295,14 +295,19 @@ SCHEMAS = {"class_patch": "stages.class_patch.config.ClassTrainingConfig"}
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainingConfig:
     """The config of `bitdance train`, of whatever recipe; see `read_config`."""
-    module, _, name = SCHEMAS.get(str(read_values(path, overrides).get("recipe")), "").rpartition(".")
-    return read_config(path, overrides, getattr(import_module(module), name) if module else TrainingConfig)
+    values = read_values(path, overrides)
+    module, _, name = SCHEMAS.get(str(values.get("recipe")), "").rpartition(".")
+    return _checked(path, values, getattr(import_module(module), name) if module else TrainingConfig)
 
 
 def read_config(path: Path | str, overrides: Sequence[str], schema: type[Schema]) -> Schema:
     """Read a TOML config, its one parent and the dotted overrides (`a.b=value`). ValueError names the file and the key, or the
     command that the config is meant for."""
-    values = read_values(path, overrides)
+    return _checked(path, read_values(path, overrides), schema)
+
+
+def _checked(path: Path | str, values: Mapping[str, Any], schema: type[Schema]) -> Schema:
+    """The config of these values."""
     recipe = values.get("recipe")
     if recipe in COMMANDS and recipe not in schema.RECIPES:
         raise ValueError(f"{path}: recipe = {recipe!r} is trained by another command: {COMMANDS[recipe]} {path}")

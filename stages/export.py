@@ -55,6 +55,8 @@ def export_checkpoint(
         for flag, given in others.items():
             if given:
                 raise ValueError(f"{flag} is not for a model of this kind ({kind_of(folder)}); leave it out")
+        if folder != path:
+            checkpoint.verify(folder.parent)
         own(folder, out, number, _extras(extras, read_extras(folder)))
         return
     with _opened(path, out, weights, base) as source:
