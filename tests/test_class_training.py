@@ -200,6 +200,8 @@ def test_a_run_is_exported_in_another_dtype_with_further_facts(home: Path, tmp_p
         assert torch.equal(pipe.model.network.state_dict()[name], tensor.bfloat16()), name
     assert export([run, out]) == 2  # nothing is overwritten
     assert export([run, str(tmp_path / "other"), "--format", "diffusers"]) == 2 and not (tmp_path / "other").exists()
+    (checkpoint.step_folder(home / "exported", 1) / "model" / "classes.json").write_text("{}")  # damaged
+    assert export([run, str(tmp_path / "other")]) == 2 and not (tmp_path / "other").exists()
 
 
 def test_zero_2_in_one_process_learns_the_same(home: Path, environment: Any) -> None:  # noqa: F811

@@ -204,9 +204,8 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
     rows = [row("test pictures", judged, judged_NF, far=False)]
     rows.append(row("training pictures (floor)", Pictures(known.levels_NHW3[:count], known.class_N[:count]), known_NF[:count]))
     say("reconstructions")
-    some = Pictures(
-        judged.levels_NHW3[:: len(judged.class_N) // count][:count], judged.class_N[:: len(judged.class_N) // count][:count]
-    )
+    stride = len(judged.class_N) // count
+    some = Pictures(judged.levels_NHW3[::stride][:count], judged.class_N[::stride][:count])
     back = Pictures(_reconstructed(tokenizer, some.levels_NHW3), some.class_N)
     rows.append(row("reconstructions of test pictures", back, features(back.levels_NHW3)))
     settings = {} if arguments.steps is None else {"num_inference_steps": arguments.steps}
