@@ -31,10 +31,10 @@ def _distill(argv: list[str]) -> int:
         return show(config, arguments)
     if arguments.write_samples or arguments.write_targets:
         from bitdance.jobs.job import parse_shard
-        from distill.writing import Order, write
+        from distill.writing import WriteSpec, write
 
         kind = "samples" if arguments.write_samples else "targets"
-        order = Order(
+        spec = WriteSpec(
             kind=kind,
             out=arguments.write_samples or arguments.write_targets,
             count=arguments.count,
@@ -43,11 +43,11 @@ def _distill(argv: list[str]) -> int:
             shard=parse_shard(arguments.shard),
             steps=arguments.steps,
         )
-        return write(config, order)
-    from distill.recipe import DistillRecipe
-    from stages.engine import train
+        return write(config, spec)
+    from distill.recipe import build_recipe
+    from stages.engine.loop import train
 
-    return train(DistillRecipe(config), config, arguments.resume)
+    return train(build_recipe(config), config, arguments.resume)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from bitdance.model import BitDanceModel
 from distill.growth import check_sides
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_config
-from stages.chain import SHOWN, encoder_hash
+from stages.recipes.chain import SHOWN, encoder_hash
 
 BACKBONE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 

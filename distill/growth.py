@@ -41,7 +41,7 @@ def grow(model: BitDanceModel, patch_side: int, teacher: Mapping[str, Any] | Non
         table_VD[list(special.query_ids[: P - 1])] = _queries(table_VD, special, old, patch_side).to(table_VD.dtype)
     head.config = dataclasses.replace(head.config, parallel_num=P)
     grown = BitDanceModel(model.tokenizer, text_tokenizer, model.projector, backbone, head).train(model.training)
-    grown.extras = _extras(grown, getattr(model, "extras", None) or {}, teacher)
+    grown.extras = _extras(grown, model.extras, teacher)
     return grown
 
 

@@ -54,9 +54,9 @@ from distill.config import DistillTraining
 from distill.documents import DistillBatch
 from distill.teacher import Teacher
 from stages.config import GeneratorTraining
-from stages.generator.documents import GeneratorBatch
-from stages.generator.objective import GeneratorObjective, by_noise_level
-from stages.tokenizer.held import Held
+from stages.recipes.frozen import Frozen
+from stages.recipes.generator.documents import GeneratorBatch
+from stages.recipes.generator.objective import GeneratorObjective, by_noise_level
 
 
 class DistillObjective(GeneratorObjective):
@@ -72,7 +72,7 @@ class DistillObjective(GeneratorObjective):
     ) -> None:
         super().__init__(model, training)
         self.distill, self.teacher_block = distill, teacher_block
-        self.teacher = Held(teacher)
+        self.teacher = Frozen(teacher)
 
     def vision(self, losses: TrainingLosses, batch: GeneratorBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """bits_weight · loss against true bits + teacher_weight · w(t, s) · loss against the teacher's prediction."""
@@ -94,7 +94,7 @@ class DistillObjective(GeneratorObjective):
         return learned, scalars | by_noise_level("teacher", teachers_RP, losses.time_rows)
 
     def target(self, batch: GeneratorBatch) -> Tensor:
-        """(rows, P, C) what the teacher predicts at the student's draws."""
+        """(rows, P, C) what the teacher predicts at the student's times and noise."""
         assert isinstance(batch, DistillBatch)
         if batch.targets_SMPC is not None:
             return batch.targets_SMPC.float().flatten(0, 1)

@@ -97,7 +97,7 @@ def _with_block(training: GeneratorTraining, T: int) -> GeneratorTraining:
 
 
 def _with_samples(config: DistillConfig) -> DistillConfig:
-    """The sources as `DistillRecipe.open_sources` weighs them, written down as if they were those of the config."""
+    """The sources as `distill.recipe.weighed_sources` weighs them, written down as if they were those of the config."""
     weights, data = config.distill.objectives, config.data
     if not weights.samples:
         return config

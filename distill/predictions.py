@@ -10,67 +10,68 @@ import torch
 from bitdance.model import Attention
 from bitdance.sequence.batch import ImagePiece
 from bitdance.sequence.patches import PatchPlan
-from distill.desk import Desk
-from distill.targets import Targets, cached_draws, settings
+from distill.context import TeacherContext
+from distill.documents import TeacherLayout
+from distill.targets import Targets, cached_noise, settings
 from distill.teacher import Teacher
-from distill.view import teacher_views
 from stages.data.bits import pack_bits
 from stages.data.sample import CaptionedPicture
-from stages.generator.documents import Drawn, slot_generator
+from stages.feed import sample_generator
+from stages.recipes.generator.documents import Example
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """A document of one slot, the seed of its times and noise, and what goes into its sample."""
+    """The example of one index, the seed of its times and noise, and what goes into its sample."""
 
-    slot: int
+    index: int
     seed: int
-    document: Drawn
+    example: Example
     caption: str
     attributes: dict[str, Any]
 
     @property
     def image(self) -> ImagePiece:
-        image = self.document.pieces[-1]
+        image = self.example.pieces[-1]
         assert isinstance(image, ImagePiece)
         return image
 
 
 class Predictions:
-    """A `PictureSource`: for each slot the bits of its picture, one of its captions, and the teacher's predictions at times and
+    """A `PictureSource`: for each index the bits of its picture, one of its captions, and the teacher's predictions at times and
     noise that the student will meet again.
     """
 
-    def __init__(self, desk: Desk, slots: range, batch_size: int) -> None:
-        self.desk, self.slots, self.batch_size, self.expected = desk, slots, batch_size, len(slots)
-        self._teacher, self._digest = Teacher(desk.teacher, desk.distill.guidance), hashlib.sha256()
+    def __init__(self, context: TeacherContext, indices: range, batch_size: int) -> None:
+        self.context, self.indices, self.batch_size, self.expected = context, indices, batch_size, len(indices)
+        self._teacher, self._digest = Teacher(context.teacher, context.distill.guidance), hashlib.sha256()
 
     def __iter__(self) -> Iterator[CaptionedPicture]:
-        for start in range(0, len(self.slots), self.batch_size):
-            yield from self._predicted([self._asked(slot) for slot in self.slots[start : start + self.batch_size]])
+        for start in range(0, len(self.indices), self.batch_size):
+            yield from self._predicted([self._asked(index) for index in self.indices[start : start + self.batch_size]])
 
-    def _asked(self, slot: int) -> Asked:
-        desk, generator = self.desk, slot_generator(self.desk.seed, slot)
-        place = desk.mixture.at(slot)
-        sample = desk.sources[place.source].data.take(place.number)
+    def _asked(self, index: int) -> Asked:
+        context, generator = self.context, sample_generator(self.context.seed, index)
+        reference = context.mixture.at(index)
+        sample = context.sources[reference.source].data.take(reference.number)
         caption = sample.captions[int(torch.rand((), generator=generator) * len(sample.captions))]
         seed = int(torch.randint(2**53, (), generator=generator))
-        document = desk.documents.document(sample, place.resolution, caption, 0.0, generator)
-        text, image = document.pieces
+        example = context.documents.with_noise(sample, reference.resolution, caption, 0.0, generator)
+        text, image = example.pieces
         assert isinstance(image, ImagePiece) and image.noise is not None
-        draws = cached_draws(desk.head, image.bits_Chw[0].numel(), seed, image.noise.flipped_NC)
-        document = dataclasses.replace(document, pieces=[text, dataclasses.replace(image, noise=draws)])
-        return Asked(slot, seed, document, caption, sample.attributes)
+        noise = cached_noise(context.head, image.bits_Chw[0].numel(), seed, image.noise.flipped_NC)
+        example = dataclasses.replace(example, pieces=[text, dataclasses.replace(image, noise=noise)])
+        return Asked(index, seed, example, caption, sample.attributes)
 
     @torch.no_grad()
     def _predicted(self, group: list[Asked]) -> Iterator[CaptionedPicture]:
-        desk, head, documents = self.desk, self.desk.head, self.desk.documents
-        drawn = [asked.document for asked in group]
-        batch = documents.batch(drawn)  # one document a row, so that pictures stand in the order of the documents
-        views = teacher_views(drawn, batch.sequence, desk.teacher, documents.packed, desk.distill.folded)
-        views = [view.to(desk.device) for view in views]
-        sequence = batch.to(desk.device).encoded(desk.tokenizer, head.patch_side)
-        attention: Attention = "flex" if desk.device.type == "cuda" else "dense"
+        context, head, documents = self.context, self.context.head, self.context.documents
+        examples = [asked.example for asked in group]
+        batch = documents.batch(examples)  # one a row, so that pictures stand in the order of the examples
+        layout = TeacherLayout.of(context.teacher, context.distill.folded)
+        views = [view.to(context.device) for view in layout.views(examples, batch.sequence, documents.packed)]
+        sequence = batch.to(context.device).encoded(context.tokenizer, head.patch_side)
+        attention: Attention = "flex" if context.device.type == "cuda" else "dense"
         predicted = self._teacher.predict(views, sequence, attention).cpu()
         x_hat_SMPC, bits_NC = predicted.unflatten(0, (head.diff_batch_mul, -1)), sequence.image_bits_NC.cpu()
         grids = [asked.image.bits_Chw.shape[1:] for asked in group]
@@ -80,10 +81,10 @@ class Predictions:
         )
         for asked, (h, w), x_hat, own_NC in parts:
             bits = pack_bits(PatchPlan(h, w, head.patch_side).unorder(own_NC[None])[0])
-            targets = Targets(asked.seed, settings(head, desk.distill.guidance), x_hat).to_bytes()
+            targets = Targets(asked.seed, settings(head, context.distill.guidance), x_hat).to_bytes()
             self._digest.update(bits + targets)
-            key, captions = f"{asked.slot:09d}", [asked.caption]
+            key, captions = f"{asked.index:09d}", [asked.caption]
             yield CaptionedPicture(key, None, captions, asked.attributes, encoded=bits, ending="bits", targets=targets)
 
     def describe(self) -> dict[str, Any]:
-        return {"name": "targets", "sha256": self._digest.hexdigest(), **self.desk.origin()}
+        return {"name": "targets", "sha256": self._digest.hexdigest(), **self.context.origin()}

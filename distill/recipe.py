@@ -1,11 +1,9 @@
-"""Recipe 'distill': that of a generator (`stages/generator/recipe.py`) which starts by growing and has a teacher beside it."""
+"""The recipe of distillation: a generator's, with a model that grew out of a teacher and the teacher beside it."""
 
 import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
 from math import isqrt
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,105 +12,78 @@ from bitdance.folder.parts import HEAD_CONFIG
 from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.model import BitDanceModel
 from distill.config import DistillConfig
-from distill.documents import DistillBatch
+from distill.documents import CachedLayout, TeacherLayout
 from distill.fit import check_teacher
 from distill.growth import check_sides, grow
 from distill.objective import DistillObjective
-from distill.targets import check_targets, joined, with_cached_draws
+from distill.targets import check_targets
 from distill.teacher import Teacher, origin
-from distill.view import teacher_views
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_config
-from stages.chain import check_chain
-from stages.checkpoint import model_folder
 from stages.data.mixture import Source
 from stages.data.shards import ShardDataset, ShardIndex
-from stages.generator.documents import Drawn, GeneratorBatch
-from stages.generator.recipe import GeneratorRecipe, open_sources
-from stages.generator.start import start_model, with_sides
+from stages.engine.checkpoint import model_folder
+from stages.recipes.chain import check_chain
+from stages.recipes.generator.documents import Documents
+from stages.recipes.generator.feed import Layout
+from stages.recipes.generator.recipe import GeneratorRecipe, fresh_model, open_sources, texts
+from stages.recipes.generator.start import start_model, with_sides
 
-PLACES = ("teacher", "samples", "device")  # of this machine
+PATHS = ("teacher", "samples", "device")  # of this machine
 
 
-class DistillRecipe(GeneratorRecipe):
-    """See `stages.recipe.Recipe`. ValueError where teacher, student and config do not fit."""
+def build_recipe(config: DistillConfig) -> GeneratorRecipe:
+    """What the engine trains. ValueError where teacher, student and config do not fit."""
+    distill, folder = config.distill, model_folder(config.distill.teacher)
+    T = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict).parallel_num
+    check_sides(isqrt(T), isqrt(config.block_size))
+    sources = weighed_sources(config)
+    student = fresh_model(config, lambda dtype: _student(config, folder, sources, dtype))
+    teacher = Teacher.load(distill) if distill.objectives.teacher and not distill.cached else None
+    lay_out: Layout = Documents.batch
+    if teacher is not None:
+        lay_out = TeacherLayout.of(teacher.model, distill.folded)
+    elif distill.objectives.teacher:
+        lay_out = CachedLayout(distill.guidance)
+    return GeneratorRecipe(
+        config,
+        sources,
+        student,
+        DistillObjective(student, config.generator, distill, T, teacher),
+        lay_out,
+        beside=[] if teacher is None else [teacher.model] * (2 if distill.folded else 1),
+        defaults={"guidance_scale": 1.0} if distill.folded else {},  # guidance that is folded in must not be added again
+        card={"distill": {name: value for name, value in dataclasses.asdict(distill).items() if name not in PATHS}},
+    )
 
-    def __init__(self, config: DistillConfig) -> None:
-        self.distill, self.block_size = config.distill, config.block_size
-        check_sides(isqrt(self.teacher_block_size), isqrt(self.block_size))
-        super().__init__(config)
 
-    @cached_property
-    def teacher_folder(self) -> Path:
-        return model_folder(self.distill.teacher)
+def weighed_sources(config: DistillConfig) -> list[Source]:
+    """Real pictures and the teacher's own, each as often as its objective weighs; with neither objective, real ones."""
+    distill, weights, sources = config.distill, config.distill.objectives, []
+    if weights.data or not weights.samples:
+        real = open_sources(config.data)
+        together = sum(source.weight for source in real)
+        sources += [Source(source.data, (weights.data or 1.0) * source.weight / together) for source in real]
+    if weights.samples:
+        sources.append(Source(ShardDataset(ShardIndex.open(distill.samples)), weights.samples))
+    if distill.cached:
+        for source in sources:
+            source.data.accept = check_targets  # a broken member costs its sample
+    return sources
 
-    @cached_property
-    def teacher_block_size(self) -> int:
-        """Tokens per step of the teacher."""
-        return read_config(self.teacher_folder / HEAD_CONFIG, HeadConfig.from_dict).parallel_num
 
-    def open_sources(self) -> list[Source]:
-        """Real pictures and the teacher's own stand in the row as often as their objectives weigh; with neither, real ones."""
-        weights, sources = self.distill.objectives, []
-        if weights.data or not weights.samples:
-            real = open_sources(self.config.data)
-            together = sum(source.weight for source in real)
-            sources += [Source(source.data, (weights.data or 1.0) * source.weight / together) for source in real]
-        if weights.samples:
-            sources.append(Source(ShardDataset(ShardIndex.open(self.distill.samples)), weights.samples))
-        if self.distill.cached:
-            for source in sources:
-                source.data.accept = check_targets  # a broken member costs its sample
-        return sources
-
-    def start(self, dtype: torch.dtype) -> BitDanceModel:
-        """The student: grown out of the teacher, or `generator.init`."""
-        training = self.training
-        if training.init:
-            model = start_model(training, self._texts, dtype)
-            check_teacher(model, self.teacher_folder, f"distill.teacher = {self.distill.teacher!r}")
-            return model
-        teacher = load_model(self.teacher_folder, device="cpu", dtype=torch.float32).train()
-        model = grow(teacher, isqrt(self.block_size), origin(self.distill))
-        named = LFQTokenizer.from_pretrained(model_folder(training.tokenizer)).float() if training.tokenizer else None
-        model.head.config = check_chain(model, training, named, f"distill.teacher = {self.distill.teacher!r}")
-        if training.resolution_tokens > len(model.special.res_ids):
-            model = with_sides(model, training.resolution_tokens)
-        for part in (model.backbone, model.projector, model.head):
-            part.to(dtype)
+def _student(config: DistillConfig, teacher: Path, sources: Sequence[Source], dtype: torch.dtype) -> BitDanceModel:
+    """The student: `generator.init`, or grown out of the teacher."""
+    training, source = config.generator, f"distill.teacher = {config.distill.teacher!r}"
+    if training.init:
+        model = start_model(training, lambda: texts(sources, training), dtype)
+        check_teacher(model, teacher, source)
         return model
-
-    def objective(self, model: BitDanceModel) -> DistillObjective:
-        asked = self.distill.objectives.teacher and not self.distill.cached
-        teacher = Teacher.load(self.distill) if asked else None
-        return DistillObjective(model, self.training, self.distill, self.teacher_block_size, teacher)
-
-    def lay_out(self, drawn: Sequence[Drawn]) -> GeneratorBatch:
-        if not self.distill.objectives.teacher:
-            return super().lay_out(drawn)
-        if self.distill.cached:
-            cached = [with_cached_draws(document, self.documents.head, self.distill.guidance) for document in drawn]
-            batch = super().lay_out([document for document, _ in cached])
-            return DistillBatch(batch.sequence, batch.pixels, [], joined([targets for _, targets in cached], batch.sequence))
-        batch = super().lay_out(drawn)
-        assert isinstance(self.module, DistillObjective)
-        teacher = self.module.teacher.module.model
-        views = teacher_views(drawn, batch.sequence, teacher, self.documents.packed, self.distill.folded)
-        return DistillBatch(batch.sequence, batch.pixels, views)
-
-    def defaults(self) -> dict[str, Any]:
-        """Where guidance is folded into the student, none is to be added."""
-        return super().defaults() | ({"guidance_scale": 1.0} if self.distill.folded else {})
-
-    def settings(self) -> dict[str, Any]:
-        distill = dataclasses.asdict(self.distill)
-        return super().settings() | {"distill": {name: value for name, value in distill.items() if name not in PLACES}}
-
-    def token_flops(self, model: BitDanceModel, encodes: bool = True) -> float:
-        """With the passes of the teacher."""
-        own = super().token_flops(model, encodes)
-        assert isinstance(self.module, DistillObjective)
-        teacher = self.module.teacher.module
-        if teacher is None:
-            return own
-        return own + (2 if self.distill.folded else 1) * super().token_flops(teacher.model, encodes=False)
+    model = grow(load_model(teacher, device="cpu", dtype=torch.float32).train(), isqrt(config.block_size), origin(config.distill))
+    named = LFQTokenizer.from_pretrained(model_folder(training.tokenizer)).float() if training.tokenizer else None
+    model.head.config = check_chain(model, training, named, source)
+    if training.resolution_tokens > len(model.special.res_ids):
+        model = with_sides(model, training.resolution_tokens)
+    for part in (model.backbone, model.projector, model.head):
+        part.to(dtype)
+    return model

@@ -24,15 +24,15 @@ from bitdance.folder.sizes import rule_of_model
 from bitdance.picture import grid, write_png
 from bitdance.pipeline import BitDancePipeline
 from lfq_tokenizer.files import write_text
-from stages.checkpoint import model_folder
 from stages.config import GeneratorTraining
 from stages.data.buckets import Buckets
 from stages.data.mixture import Mixture, Source
 from stages.data.shards import ShardDataset, ShardIndex
-from stages.generator.documents import Documents
-from stages.generator.judging import heldout_losses
-from stages.generator.objective import GeneratorObjective
+from stages.engine.checkpoint import model_folder
 from stages.measure.prompts import follow, open_gallery
+from stages.recipes.generator.documents import Documents
+from stages.recipes.generator.objective import GeneratorObjective
+from stages.recipes.generator.validation import heldout_losses
 
 SEED = 100  # of the first picture of a row
 COLUMNS = 12

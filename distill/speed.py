@@ -29,7 +29,7 @@ PROMPT = "a fox, 3D style, on a blue background"
 
 def images_per_second(pipe: BitDancePipeline, side: int, steps: int, batch: int) -> float:
     """Of one batch after the other, without writing PNG files."""
-    defaults = (getattr(pipe.model, "extras", None) or {}).get("defaults", {})
+    defaults = pipe.model.extras.get("defaults", {})
     contender = pipeline(pipe, choose(defaults, steps=steps), side, side, batch, PROMPT)
     take_turns([contender], RUNS)
     return batch / statistics.median(sum(run.values()) - run["png"] for run in contender.wall)

@@ -12,7 +12,7 @@ from bitdance.sequence.batch import TrainingBatch
 from distill.config import DistillTraining
 from distill.view import TeacherView
 from lfq_tokenizer.entropy import without_autocast
-from stages.checkpoint import model_folder
+from stages.engine.checkpoint import model_folder
 
 
 class Teacher:

@@ -13,16 +13,15 @@ from math import isqrt
 import torch
 from torch import Tensor
 
-from bitdance.model import BitDanceModel
 from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
 from bitdance.sequence.noise import ImageNoise
-from bitdance.sequence.prompt import SpecialTokens, unconditional_ids
-from stages.generator.documents import Drawn
+from bitdance.sequence.prompt import SpecialTokens
+from stages.recipes.generator.documents import Example
 
 
 @dataclass
 class TeacherView:
-    """`batch` is laid out for blocks of T tokens, without bits and draws; its image token j is the student's `order_N[j]`."""
+    """`batch` is laid out for blocks of T tokens, without bits and noise; its image token j is the student's `order_N[j]`."""
 
     batch: TrainingBatch
     order_N: Tensor
@@ -37,59 +36,51 @@ class TeacherView:
 
     def seen(self, student: TrainingBatch) -> TrainingBatch:
         """The teacher's batch with the student's bits, all of them true, and its times and noise. It predicts no text."""
-        draws = student.noise
-        assert draws is not None, "training documents bring their draws"
-        P = draws.noise_SMPC.shape[2]
+        noise = student.noise
+        assert noise is not None, "training examples bring their noise"
+        P = noise.noise_SMPC.shape[2]
         bits_NC = student.image_bits_NC[self.order_N]
-        time_SN = draws.time_SM.repeat_interleave(P, dim=1)[:, self.order_N]
-        noise_SNC = draws.noise_SMPC.flatten(1, 2)[:, self.order_N]
+        time_SN = noise.time_SM.repeat_interleave(P, dim=1)[:, self.order_N]
+        noise_SNC = noise.noise_SMPC.flatten(1, 2)[:, self.order_N]
         clean_NC = torch.zeros_like(bits_NC, dtype=torch.bool)
         own = ImageNoise(clean_NC, time_SN[:, :: self.T].contiguous(), noise_SNC.unflatten(1, (-1, self.T)))
         no_text = {"label_ids_T": self.batch.label_ids_T[:0], "label_index_T": self.batch.label_index_T[:0]}
         return replace(self.batch, image_bits_NC=bits_NC, noise=own, **no_text)
 
-    def as_student(self, rows_KTC: Tensor, draws: ImageNoise) -> Tensor:
+    def as_student(self, rows_KTC: Tensor, noise: ImageNoise) -> Tensor:
         """Rows of the teacher's blocks, (S·N/T, T, C), as rows of the student's, (S·N/P, P, C)."""
-        S, P = draws.time_SM.shape[0], draws.noise_SMPC.shape[2]
+        S, P = noise.time_SM.shape[0], noise.noise_SMPC.shape[2]
         own_SNC = rows_KTC.unflatten(0, (S, -1)).flatten(1, 2)
         student_SNC = torch.empty_like(own_SNC)
         student_SNC[:, self.order_N.to(own_SNC.device)] = own_SNC
         return student_SNC.unflatten(1, (-1, P)).flatten(0, 1)
 
 
-def teacher_views(
-    drawn: Sequence[Drawn], student: TrainingBatch, teacher: BitDanceModel, packed: dict[str, int], guided: bool
-) -> list[TeacherView]:
-    """With the prompts of the documents and, where predictions are to be `guided`, once more without; see `teacher_view`."""
-    texts = [None, unconditional_ids(teacher.text_tokenizer)] if guided else [None]
-    return [teacher_view(drawn, student, teacher.block_size, teacher.special, packed, text) for text in texts]
-
-
 def teacher_view(
-    drawn: Sequence[Drawn],
+    examples: Sequence[Example],
     student: TrainingBatch,
     T: int,
     special: SpecialTokens,
     packed: dict[str, int],
     text: Sequence[int] | None = None,
 ) -> TeacherView:
-    """The view of a teacher of T tokens per block, with its own special tokens, on the documents `drawn`, of which `student` was
+    """The view of a teacher of T tokens per block, with its own special tokens, on the `examples`, of which `student` was
     made. `packed` is what `build_batch` takes to pack rows; `text` are ids in the place of every prompt. ValueError for a side
     that the teacher has no token for."""
     documents: list[list[TextPiece | ImagePiece]] = []
-    for document in drawn:
+    for example in examples:
         pieces: list[TextPiece | ImagePiece] = []
-        for piece in document.pieces:
+        for piece in example.pieces:
             if isinstance(piece, TextPiece):
                 pieces.append(TextPiece(piece.ids if text is None else text))
             else:
                 pieces.append(ImagePiece(piece.bits_Chw))
         documents.append(pieces)
     batch = build_batch(documents, isqrt(T), special, **packed)
-    return TeacherView(batch, _matching(_places(batch), _places(student)), T)
+    return TeacherView(batch, _matching(_positions(batch), _positions(student)), T)
 
 
-def _places(batch: TrainingBatch) -> Tensor:
+def _positions(batch: TrainingBatch) -> Tensor:
     """(N,) of each image token a number that tells picture, row and column."""
     side = 1 << 16
     return (batch.image_N * side + batch.image_row_N) * side + batch.image_col_N

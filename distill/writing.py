@@ -1,6 +1,6 @@
 """What the teacher does ahead of training, written as shards: its own pictures (`samples`) or its predictions (`targets`).
 
-Both run through the row of slots that training would run through and write `FOLDER/00000/`, `FOLDER/00001/`, …, each of them a
+Both run through the row of samples that training would run through and write `FOLDER/00000/`, `FOLDER/00001/`, …, each of them a
 whole pack of shards or absent. A folder that is there is skipped, so the command may be stopped and run again, and many machines
 may share the work.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.config import DistillConfig
-from distill.desk import Desk
+from distill.context import TeacherContext
 from distill.predictions import Predictions
 from distill.samples import Samples
 from lfq_tokenizer.lock import FolderLock
@@ -18,8 +18,8 @@ from stages.data.sample import PictureSource
 
 
 @dataclass(frozen=True)
-class Order:
-    """`count` samples, or as many as the data has; `steps` of the sampler, or as many as the teacher's defaults say."""
+class WriteSpec:
+    """What to write: `count` samples, or as many as the data has; `steps` of the sampler, or those of the teacher's defaults."""
 
     kind: str  # "samples" or "targets"
     out: Path
@@ -36,28 +36,28 @@ class Order:
                 raise ValueError(f"--{name.replace('_', '-')} {value}: give at least 1")
 
 
-def write(config: DistillConfig, order: Order) -> int:
+def write(config: DistillConfig, spec: WriteSpec) -> int:
     """Make the folders of this shard that are missing. ValueError where data, teacher and config do not fit, or another command
     is at work on this shard."""
-    desk = Desk(config)
-    count = order.count or len(desk.mixture)
-    order.out.mkdir(parents=True, exist_ok=True)
-    with FolderLock(order.out, f".lock-{order.shard[0]}-of-{order.shard[1]}"):  # who has another shard is no rival
-        _write(desk, count, order)
+    context = TeacherContext(config)
+    count = spec.count or len(context.mixture)
+    spec.out.mkdir(parents=True, exist_ok=True)
+    with FolderLock(spec.out, f".lock-{spec.shard[0]}-of-{spec.shard[1]}"):  # who has another shard is no rival
+        _write(context, count, spec)
     return 0
 
 
-def _write(desk: Desk, count: int, order: Order) -> None:
-    for number in range(order.shard[0], -(-count // order.per_folder), order.shard[1]):
-        folder = order.out / f"{number:05d}"
+def _write(context: TeacherContext, count: int, spec: WriteSpec) -> None:
+    for number in range(spec.shard[0], -(-count // spec.per_folder), spec.shard[1]):
+        folder = spec.out / f"{number:05d}"
         if (folder / MANIFEST).is_file():
             print(f"{folder}: is there")
             continue
-        slots = range(number * order.per_folder, min(count, (number + 1) * order.per_folder))
+        indices = range(number * spec.per_folder, min(count, (number + 1) * spec.per_folder))
         source: PictureSource
-        if order.kind == "samples":
-            source = Samples(desk, slots, order.batch_size, order.steps)
+        if spec.kind == "samples":
+            source = Samples(context, indices, spec.batch_size, spec.steps)
         else:
-            source = Predictions(desk, slots, order.batch_size)
-        report = pack(source, folder, PackOptions(samples_per_shard=order.per_folder, progress=True))
-        print(f"{folder}: {report['samples']} {order.kind}")
+            source = Predictions(context, indices, spec.batch_size)
+        report = pack(source, folder, PackOptions(samples_per_shard=spec.per_folder, progress=True))
+        print(f"{folder}: {report['samples']} {spec.kind}")

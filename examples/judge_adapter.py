@@ -18,7 +18,7 @@ from twenty_pictures import zorb
 from bitdance import BitDancePipeline
 from stages.data.captions import PALETTE, article
 from stages.measure.prompts import background_of
-from stages.tokenizer.recipe import as_images
+from stages.recipes.tokenizer.feed import as_images
 
 BATCH, SIDE = 20, 96
 

@@ -43,7 +43,7 @@ def _train(argv: list[str]) -> int:
 
         plan, text = package_of(config).plan_run(config, arguments)
         return show(plan, text, config, arguments.json)
-    from stages.engine import train as run
+    from stages.engine.loop import train as run
 
     recipe = build_recipe(config)
     return run(recipe, config, arguments.resume)
@@ -70,7 +70,7 @@ def training_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 def tokenizer(argv: Sequence[str] | None = None) -> int:
     """`bitdance tokenizer encode|decode|eval|convert|lpips`."""
-    from stages.tokenizer.cli import main
+    from stages.recipes.tokenizer.cli import main
 
     return guarded("bitdance tokenizer", main, argv)
 

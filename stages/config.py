@@ -290,7 +290,7 @@ Schema = TypeVar("Schema", bound=TrainingConfig)
 
 
 # The schema of a recipe that has a section of its own, by the recipe's name; it lies with the recipe.
-SCHEMAS = {"class_patch": "stages.class_patch.config.ClassTrainingConfig"}
+SCHEMAS = {"class_patch": "stages.recipes.class_patch.config.ClassTrainingConfig"}
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainingConfig:

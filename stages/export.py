@@ -21,9 +21,9 @@ from bitdance.folder.stored import pieces
 from bitdance.generator import kind_of, module_of
 from lfq_tokenizer.files import check_room, clear_leftovers, fsync, temporary_beside, whole_folder
 from lfq_tokenizer.json_file import read_json
-from stages import checkpoint
+from stages.engine import checkpoint
+from stages.engine.run_folder import naming_full
 from stages.raw_weights import take_raw_weights
-from stages.run_folder import naming_full
 
 Weights = Literal["ema", "raw"]
 
@@ -106,7 +106,7 @@ def _opened(path: Path, out: Path, weights: Weights, base: str | None) -> Iterat
         return
     if weights == "raw":
         raise ValueError("--weights raw: a checkpoint of [generator.lora] is merged as its adapter/ has it")
-    from stages.generator.lora import merged_model
+    from stages.recipes.generator.lora import merged_model
 
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     clear_leftovers(out.absolute().parent, out.name)

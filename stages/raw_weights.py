@@ -15,7 +15,7 @@ from bitdance.folder.source import StoredModel
 from bitdance.folder.stored import LazyTensor, StoredTensor, open_stored, read_metadata
 from lfq_tokenizer.json_file import read_json
 from lfq_tokenizer.text import listed
-from stages.resume_state import read_places
+from stages.engine.resume_state import read_places
 
 KINDS = ("weight", "frozen", "buffer")
 # What the modules of the recipes call the parts. The tokenizer of a generator's run does not train: it stays as model/ has it.

@@ -18,7 +18,7 @@ from stages.data.caption_text import BrokenCaption, captions_of_record, captions
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.sample import CaptionedPicture
 from stages.data.shards import ShardDataset, ShardIndex
-from stages.tokenizer.input import TokenizerInput
+from stages.recipes.tokenizer.input import TokenizerInput
 
 PICTURE = io.BytesIO()
 Image.new("RGB", (16, 16), "red").save(PICTURE, "PNG")

@@ -10,8 +10,8 @@ from tiny_model import BITS, HIDDEN, QWEN3, tiny_model
 
 from bitdance.model import BitDanceModel
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
-from stages.chain import check_bits, check_chain, encoder_hash, next_card, tokenizer_hash
 from stages.config import DataConfig, GeneratorTraining, OptimizerConfig, RunConfig, TrainingConfig
+from stages.recipes.chain import check_bits, check_chain, encoder_hash, next_card, tokenizer_hash
 
 
 def tokenizer(seed: int = 0, bits: int = BITS) -> LFQTokenizer:
@@ -107,8 +107,8 @@ def test_bits_of_another_encoder_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_hash_in_pack_json_is_that_of_the_chain() -> None:
-    from stages.tokenizer.coding import EncodedInput
-    from stages.tokenizer.input import TokenizerInput
+    from stages.recipes.tokenizer.coding import EncodedInput
+    from stages.recipes.tokenizer.input import TokenizerInput
 
     class Nothing(TokenizerInput):
         def __init__(self) -> None: ...

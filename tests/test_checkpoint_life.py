@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lfq_tokenizer import files
-from stages import checkpoint
-from stages.checkpoint import INCOMPLETE, complete, find, model_folder, newest, save, step_folder, verify
-from stages.run_folder import owned
+from stages.engine import checkpoint
+from stages.engine.checkpoint import INCOMPLETE, complete, find, model_folder, newest, save, step_folder, verify
+from stages.engine.run_folder import owned
 
 pytestmark = pytest.mark.slow
 
@@ -169,7 +169,7 @@ def test_a_disk_without_room_is_said_before_anything_is_written(tmp_path, monkey
 KILLED = """
 import os, sys
 from pathlib import Path
-from stages.checkpoint import save
+from stages.engine.checkpoint import save
 
 def write(folder):
     (folder / "model.safetensors").write_text("half")

@@ -13,19 +13,19 @@ from test_engine import assert_same, environment, metrics  # noqa: F401 (a fixtu
 from bitdance import load_pipeline
 from bitdance.kinds.class_patch.draws import ClassDraws
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
-from stages import checkpoint
-from stages.class_patch.config import ClassPatchTraining, ClassTrainingConfig
-from stages.class_patch.feed import ClassFeed
-from stages.class_patch.recipe import ClassPatchRecipe
 from stages.cli import export
 from stages.config import DataConfig, DeepSpeedConfig, OptimizerConfig, RunConfig, load_config
 from stages.data.crops import square_crop
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
-from stages.engine import train
-from stages.loader import step_generator
-from stages.tokenizer.coding import encode_input
-from stages.tokenizer.input import TokenizerInput
+from stages.engine import checkpoint
+from stages.engine.loader import step_generator
+from stages.engine.loop import train
+from stages.recipes.class_patch.config import ClassPatchTraining, ClassTrainingConfig
+from stages.recipes.class_patch.feed import ClassFeed
+from stages.recipes.class_patch.recipe import ClassPatchRecipe
+from stages.recipes.tokenizer.coding import encode_input
+from stages.recipes.tokenizer.input import TokenizerInput
 
 pytestmark = pytest.mark.slow
 

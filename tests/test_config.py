@@ -14,8 +14,8 @@ from distill.config import DistillConfig
 from distill.config import load_config as load_distill_config
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.entropy import check_groups
-from stages.class_patch.config import ClassTrainingConfig
 from stages.config import TrainingConfig, as_dict, load_config
+from stages.recipes.class_patch.config import ClassTrainingConfig
 from stages.schema import DECLARED
 
 ROOT = Path(__file__).parent.parent

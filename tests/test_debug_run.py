@@ -16,9 +16,9 @@ from bitdance.cli import main as bitdance
 from bitdance.picture import to_pil
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.weights import read_safetensors
-from stages.checkpoint import step_folder, verify
 from stages.data.cli import main as data
 from stages.data.shards import ShardDataset, ShardIndex
+from stages.engine.checkpoint import step_folder, verify
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ def test_encoded_shards_hold_the_bits_of_the_pictures_and_their_captions(place: 
     tokenizer = LFQTokenizer.from_pretrained(step_folder(place / "tokenizer", 6) / "model")
     pictures, encoded = (ShardDataset(ShardIndex.open(place / name)) for name in ("shards", "bits"))
     assert len(pictures) == len(encoded) == 12
-    from stages.tokenizer.recipe import as_images
+    from stages.recipes.tokenizer.feed import as_images
 
     for i in range(12):
         before, after = pictures[i], encoded[i]

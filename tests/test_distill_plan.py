@@ -24,12 +24,12 @@ from distill.teacher import Teacher
 from distill.view import teacher_view
 from lfq_tokenizer import TokenizerConfig
 from stages.config import load_config as load_stage
-from stages.generator.documents import Drawn
 from stages.plan import memory
 from stages.plan.companion import Companion
 from stages.plan.flops import Document, document_flops
 from stages.plan.plan import Machine, make_plan
 from stages.plan.shape import Shape, count
+from stages.recipes.generator.documents import Example
 
 pytestmark = pytest.mark.slow
 
@@ -74,7 +74,7 @@ def test_a_companion_adds_itself_and_changes_nothing_else() -> None:
     before, after = alone.columns[0], both.columns[0]
     added = {"other (frozen)": other.gpu, "a pass of the other": after.memory["a pass of the other"]}
     assert after.memory == before.memory | added
-    assert after.judging - before.judging == other.gpu > 0
+    assert after.validation - before.validation == other.gpu > 0
     # its pass adds to what is kept, and counts where that is more than the backward pass
     kept, on_top = before.memory["activations kept"], before.memory["on top at the peak"]
     peak = max(kept + on_top, kept + added["a pass of the other"])
@@ -89,7 +89,7 @@ def test_flops_of_the_teacher_are_those_that_torch_counts(guided: bool) -> None:
     batch = build_batch([document], 4, student.special)
     batch.noise = ImageNoise.draw(h * w, student.head.config, 0.1, torch.Generator().manual_seed(0))
     texts = [None, [6] * text] if guided else [None]
-    views = [teacher_view([Drawn("a", document, None)], batch, 4, student.special, {}, ids) for ids in texts]
+    views = [teacher_view([Example("a", document, None)], batch, 4, student.special, {}, ids) for ids in texts]
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # attention as matrix products: torch does not count the fused kernel of a CPU
         Teacher(model, guidance=2.0).predict(views, batch, "dense")
@@ -172,7 +172,7 @@ def test_the_published_recipe_is_planned_without_any_folder(planned: Plan) -> No
     # the header says what the plan says
     header = " ".join(PUBLISHED.read_text().split("extends")[0].split())
     hours = {c["processes"]: f"{c['hours']:,.0f}" for c in plan["columns"]}
-    gib = [f"{plan['columns'][0][part] / 2**30:.0f}" for part in ("training", "judging")]
+    gib = [f"{plan['columns'][0][part] / 2**30:.0f}" for part in ("training", "validation")]
     assert f"{hours[64]} on 64 H100 at an MFU of 40 % (512: {hours[512]}; 8: {hours[8]})" in header
     assert f"a GPU of 64: {gib[0]} GiB in training; {gib[1]} GiB to judge and save" in header
 

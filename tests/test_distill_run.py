@@ -19,12 +19,12 @@ from bitdance import BitDancePipeline
 from bitdance.cli import main as bitdance
 from distill.cli import main as distill
 from distill.config import load_config
-from distill.recipe import DistillRecipe
+from distill.recipe import build_recipe
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors
-from stages.checkpoint import complete, newest, verify
 from stages.data.cli import main as data
 from stages.data.shards import ShardDataset, ShardIndex
+from stages.engine.checkpoint import complete, newest, verify
 
 pytestmark = pytest.mark.slow
 
@@ -196,11 +196,11 @@ def test_the_teachers_pictures_hold_its_guided_bits_and_where_they_come_from(pla
     made = ShardDataset(ShardIndex.open([str(folder) for folder in folders]))
     assert len(made) == 14
     pipe = BitDancePipeline.from_pretrained(newest(place / "teacher") / "model", device="cpu", dtype="float32")
-    from stages.generator.documents import slot_generator
+    from stages.feed import sample_generator
 
     for number in (0, 7, 13):
         sample = made[number]
-        generator = slot_generator(0, number)
+        generator = sample_generator(0, number)
         torch.rand((), generator=generator)  # the choice of the caption
         steps = pipe.model.extras["defaults"]["num_inference_steps"]
         alone = pipe(sample.captions[0], num_inference_steps=steps, guidance_scale=2.0, generator=generator, output_type="bits")
@@ -244,8 +244,8 @@ def test_several_sources_stand_in_the_row_as_often_as_they_weigh(place: Path) ->
         "distill.objectives={data=1.0, teacher=0.0, samples=3.0}", f"distill.samples={json.dumps([str(place / 'samples')])}"
     )
     parts = [part for part in [*arguments(place)[1:], *changes] if part != "--set"]
-    recipe = DistillRecipe(load_config(CONFIG, parts))
-    sources = [recipe.mixture.at(slot).source for slot in range(400)]
+    recipe = build_recipe(load_config(CONFIG, parts))
+    sources = [recipe.mixture.at(index).source for index in range(400)]
     assert sources.count(0) == 100 and sources.count(1) == 300
 
 

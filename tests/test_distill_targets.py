@@ -10,9 +10,9 @@ from tiny_model import tiny_model
 
 from bitdance.sequence.batch import ImagePiece
 from distill.growth import grow
-from distill.targets import MAGIC, Targets, cached_draws, joined, settings, with_cached_draws
+from distill.targets import MAGIC, Targets, cached_noise, joined, settings, with_cached_noise
 from distill.teacher import Teacher
-from stages.generator.documents import Drawn
+from stages.recipes.generator.documents import Example
 
 HEAD = grow(tiny_model(P=4, diff_batch_mul=3), 4).head.config
 
@@ -55,11 +55,11 @@ def test_damaged_targets_are_refused_whatever_was_done_to_them() -> None:
             Targets.from_bytes(data)
 
 
-def cached(document: Drawn, seed: int, teacher: Teacher, student: object) -> Drawn:
+def cached(document: Example, seed: int, teacher: Teacher, student: object) -> Example:
     """The document with what the teacher says of it at the times and noise of `seed`."""
     image = document.pieces[1]
     assert isinstance(image, ImagePiece) and image.noise is not None
-    draws = cached_draws(HEAD, image.bits_Chw[0].numel(), seed, image.noise.flipped_NC)
+    draws = cached_noise(HEAD, image.bits_Chw[0].numel(), seed, image.noise.flipped_NC)
     alone = dataclasses.replace(document, pieces=[document.pieces[0], dataclasses.replace(image, noise=draws)])
     view, batch = view_of(student, teacher.model, [alone])  # type: ignore[arg-type]
     rows = teacher.predict([view], batch, "dense").unflatten(0, (HEAD.diff_batch_mul, -1))
@@ -72,7 +72,7 @@ def test_cached_predictions_equal_live_ones_at_the_same_noise(row: int) -> None:
     student = grow(tiny_model(P=4, diff_batch_mul=3), 4)
     teacher = Teacher(tiny_model(P=4, seed=5, diff_batch_mul=3))
     documents = [cached(d, 100 + k, teacher, student) for k, d in enumerate(drawn(student))]
-    pairs = [with_cached_draws(document, HEAD, 1.0) for document in documents]
+    pairs = [with_cached_noise(document, HEAD, 1.0) for document in documents]
     own = [document for document, _ in pairs]
     view, batch = view_of(student, teacher.model, own, row)
     live = teacher.predict([view], batch, "dense").unflatten(0, (3, -1))
@@ -90,12 +90,12 @@ def test_targets_of_other_noise_or_guidance_are_refused() -> None:
     student = grow(tiny_model(P=4, diff_batch_mul=3), 4)
     (document,) = drawn(student, [(8, 8)])
     with pytest.raises(ValueError, match=r"d0 has no targets.*--write-targets"):
-        with_cached_draws(document, HEAD, 1.0)
+        with_cached_noise(document, HEAD, 1.0)
     fitting = dataclasses.replace(document, targets=some((3, 4, 16, 6)).to_bytes())
-    with_cached_draws(fitting, HEAD, 1.0)
+    with_cached_noise(fitting, HEAD, 1.0)
     with pytest.raises(ValueError, match=r"guidance = 1.0, the config says 2.0"):
-        with_cached_draws(fitting, HEAD, 2.0)
+        with_cached_noise(fitting, HEAD, 2.0)
     with pytest.raises(ValueError, match=r"P_mean = 0.0, the config says -0.8"):
-        with_cached_draws(fitting, dataclasses.replace(HEAD, P_mean=-0.8), 1.0)
+        with_cached_noise(fitting, dataclasses.replace(HEAD, P_mean=-0.8), 1.0)
     with pytest.raises(ValueError, match="another size"):
-        with_cached_draws(dataclasses.replace(document, targets=some((3, 2, 16, 6)).to_bytes()), HEAD, 1.0)
+        with_cached_noise(dataclasses.replace(document, targets=some((3, 2, 16, 6)).to_bytes()), HEAD, 1.0)

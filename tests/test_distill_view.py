@@ -17,14 +17,14 @@ from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from distill.growth import grow
 from distill.teacher import Teacher
 from distill.view import TeacherView, teacher_view
-from stages.generator.documents import Drawn
+from stages.recipes.generator.documents import Example
 
 REPEATS = 3
 GRIDS = ((8, 8), (4, 8), (8, 12))
 PROMPTS = ("a red cube on a table", "", "a blue ball")
 
 
-def drawn(model: BitDanceModel, grids: Any = GRIDS, seed: int = 0) -> list[Drawn]:
+def drawn(model: BitDanceModel, grids: Any = GRIDS, seed: int = 0) -> list[Example]:
     """Documents as training draws them for `model`, the second one without a prompt."""
     documents = []
     for k, (h, w) in enumerate(grids):
@@ -32,7 +32,7 @@ def drawn(model: BitDanceModel, grids: Any = GRIDS, seed: int = 0) -> list[Drawn
         draws = ImageNoise.draw(h * w, model.head.config, 0.1, generator)
         text = conditional_ids(model.text_tokenizer, PROMPTS[k])
         image = ImagePiece(random_bits(h, w, seed + k), noise=draws)
-        documents.append(Drawn(f"d{k}", [TextPiece(text, predict=True), image], None))
+        documents.append(Example(f"d{k}", [TextPiece(text, predict=True), image], None))
     return documents
 
 
@@ -42,13 +42,13 @@ def pair(request: pytest.FixtureRequest) -> tuple[BitDanceModel, BitDanceModel]:
     return tiny_model(P=p * p, diff_batch_mul=REPEATS), grow(tiny_model(P=p * p, seed=1, diff_batch_mul=REPEATS), kp)
 
 
-def view_of(student: BitDanceModel, teacher: BitDanceModel, documents: list[Drawn], row: int = 0, text: Any = None) -> Any:
+def view_of(student: BitDanceModel, teacher: BitDanceModel, documents: list[Example], row: int = 0, text: Any = None) -> Any:
     packed = {"token_budget": row, "multiple_of": 1} if row else {}
     batch = build_batch([d.pieces for d in documents], student.patch_side, student.special, **packed)
     return teacher_view(documents, batch, teacher.block_size, student.special, packed, text), batch
 
 
-def one_by_one(student: BitDanceModel, teacher: BitDanceModel, document: Drawn, text: Any = None) -> Tensor:
+def one_by_one(student: BitDanceModel, teacher: BitDanceModel, document: Example, text: Any = None) -> Tensor:
     """(S, tokens in the student's order, C): the same, put together on the grid for one document alone."""
     image = document.pieces[1]
     assert isinstance(image, ImagePiece) and image.noise is not None

@@ -1,4 +1,4 @@
-"""The training loop, on a recipe that fits a line: resuming is exact, judging disturbs nothing, a stop loses nothing."""
+"""The training loop, on a recipe that fits a line: resuming is exact, validation disturbs nothing, a stop loses nothing."""
 
 import json
 import math
@@ -19,15 +19,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
-from stages import checkpoint, learner, resume_state, watch
 from stages.config import DataConfig, DeepSpeedConfig, OptimizerConfig, RunConfig, TrainingConfig
 from stages.data.order import EpochOrder
-from stages.ema import AveragedAdamW
-from stages.engine import train
-from stages.learner import learning_rate
-from stages.loader import step_generator
-from stages.recipe import Losses, Micro
-from stages.tracker import Tracker
+from stages.engine import checkpoint, learner, resume_state, step_metrics
+from stages.engine.ema import AveragedAdamW
+from stages.engine.learner import learning_rate
+from stages.engine.loader import step_generator
+from stages.engine.loop import train
+from stages.engine.tracker import Tracker
+from stages.feed import MicroBatch
+from stages.recipe import Discriminator, Losses
 
 pytestmark = pytest.mark.slow
 
@@ -55,46 +56,51 @@ class Line(nn.Module):
         return error_B2.square().mean(), {"absolute": error_B2.detach().abs().mean()}, None
 
 
-class LineRecipe:
-    """`before[n]` is called ahead of micro-step n of this object; what is random about a sample follows from its slot."""
-
-    opponent = None
-    flops = 100.0
+class LineFeed:
+    """`before[n]` is called ahead of micro-batch n of this object; what is random about a sample follows from its index."""
 
     def __init__(self, hash: str = "line", broken: frozenset[int] = frozenset()) -> None:
-        self.module: nn.Module = Line()
         self.length, self.hash, self.broken = SAMPLES, hash, broken
         self.order = EpochOrder(SAMPLES, 0)
         self.seen: list[list[int]] = []
         self.before: dict[int, Callable[[], Any]] = {}
         self.pause = 0.0
 
+    def batch(self, indices: range, generator: torch.Generator) -> MicroBatch:
+        self.before.get(len(self.seen), lambda: None)()
+        time.sleep(self.pause)
+        numbers = [self.order.at(index) for index in indices]
+        self.seen.append(numbers)
+        skipped = {"too small": 1} if self.order.at(0) in numbers else {}
+        names = [f"sample-{i}" for i in numbers]
+        return MicroBatch(self.rows(indices), names, skipped, tokens=3 * len(indices), positions=4 * len(indices))
+
+    def rows(self, indices: range) -> Tensor:
+        rows = []
+        for index in indices:
+            number = self.order.at(index)
+            x_3 = torch.sin(torch.arange(3) * (number + 1.0)) + 0.3 * torch.randn(3, generator=step_generator(9, index, 0))
+            y_2 = torch.stack([x_3.sum(), x_3[0] - 1 if number not in self.broken else torch.tensor(math.nan)])
+            rows.append(torch.cat([x_3, y_2]))
+        return torch.stack(rows)
+
+
+class LineRecipe:
+    discriminator: Discriminator | None = None
+    flops, base = 100.0, ""
+
+    def __init__(self, hash: str = "line", broken: frozenset[int] = frozenset()) -> None:
+        self.module: nn.Module = Line()
+        self.feed = LineFeed(hash, broken)
+
     def parts(self) -> dict[str, list[nn.Parameter]]:
         assert isinstance(self.module, Line)
         return {"first": [*self.module.first.parameters(), self.module.idle], "last": list(self.module.last.parameters())}
 
-    def batch(self, slots: range, generator: torch.Generator) -> Micro:
-        self.before.get(len(self.seen), lambda: None)()
-        time.sleep(self.pause)
-        indices = [self.order.at(slot) for slot in slots]
-        self.seen.append(indices)
-        skipped = {"too small": 1} if self.order.at(0) in indices else {}
-        names = [f"sample-{i}" for i in indices]
-        return Micro(self.rows(slots), names, skipped, tokens=3 * len(slots), positions=4 * len(slots))
-
-    def rows(self, slots: range) -> Tensor:
-        rows = []
-        for slot in slots:
-            index = self.order.at(slot)
-            x_3 = torch.sin(torch.arange(3) * (index + 1.0)) + 0.3 * torch.randn(3, generator=step_generator(9, slot, 0))
-            y_2 = torch.stack([x_3.sum(), x_3[0] - 1 if index not in self.broken else torch.tensor(math.nan)])
-            rows.append(torch.cat([x_3, y_2]))
-        return torch.stack(rows)
-
     def validate(self, module: nn.Module) -> dict[str, float]:
         torch.rand(7)  # a recipe may use the global source of random numbers; training must not
         module.eval()
-        loss, *_ = module(self.rows(range(4)), torch.Generator(), 0)
+        loss, *_ = module(self.feed.rows(range(4)), torch.Generator(), 0)
         return {"weight": float(sum(p.detach().abs().sum() for p in module.parameters())), "loss": float(loss.detach())}
 
     def sample(self, module: nn.Module) -> Image.Image:
@@ -251,19 +257,19 @@ def test_six_steps_equal_three_a_stop_and_three(tmp_path: Path, accumulation: in
     assert train(whole, config(tmp_path / "whole", **settings)) == 0
 
     first, second = LineRecipe(), LineRecipe()
-    first.before[3 * accumulation - 1] = stop  # with accumulation: between the halves of step 3
+    first.feed.before[3 * accumulation - 1] = stop  # with accumulation: between the halves of step 3
     assert train(first, config(tmp_path / "parts", **settings)) == 143
     assert [p.name for p in checkpoint.complete(tmp_path / "parts")] == ["step_00000003"]
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert train(second, config(tmp_path / "parts", **settings)) == 0
 
-    assert whole.seen == first.seen + second.seen and len(first.seen) == 3 * accumulation
+    assert whole.feed.seen == first.feed.seen + second.feed.seen and len(first.feed.seen) == 3 * accumulation
     assert_same(checkpoint.step_folder(tmp_path / "whole", 6), checkpoint.step_folder(tmp_path / "parts", 6))
     keys = ("step", "loss", "absolute", "lr", "grad_norm", "heldout/weight", "heldout/loss")
     rows = [[{k: row[k] for k in keys if k in row} for row in metrics(tmp_path / n)] for n in ("whole", "parts")]
     assert rows[0] == rows[1]
     assert train(second, config(tmp_path / "parts", **settings)) == 0  # nothing left to do
-    assert len(second.seen) == 3 * accumulation
+    assert len(second.feed.seen) == 3 * accumulation
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2, 3])
@@ -292,7 +298,7 @@ def test_without_averaging_the_weights_are_given_away(tmp_path: Path, zero_stage
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_judging_and_saving_do_not_disturb_training(tmp_path: Path, zero_stage: int) -> None:
+def test_validation_and_saving_do_not_disturb_training(tmp_path: Path, zero_stage: int) -> None:
     for name, every in (("often", 1), ("seldom", 6)):
         train(LineRecipe(), config(tmp_path / name, zero_stage, validate_every=every, sample_every=every, save_every=every))
     assert_same(*(checkpoint.step_folder(tmp_path / n, 6) for n in ("often", "seldom")))
@@ -306,10 +312,10 @@ def test_resume_says_where_to_start(tmp_path: Path) -> None:
         train(LineRecipe(), config(tmp_path / "a"), resume=str(tmp_path / "a" / "step_00000003"))
     recipe = LineRecipe()
     train(recipe, config(tmp_path / "b", steps=4), resume=str(tmp_path / "a" / "step_00000002"))
-    assert len(recipe.seen) == 2
+    assert len(recipe.feed.seen) == 2
     recipe = LineRecipe()
     train(recipe, config(tmp_path / "a", steps=1), resume="no")
-    assert len(recipe.seen) == 1
+    assert len(recipe.feed.seen) == 1
     assert checkpoint.find("auto", tmp_path / "a") == tmp_path / "a" / "step_00000001"
 
 
@@ -322,7 +328,7 @@ def test_other_data_or_another_batch_are_refused_on_resume(tmp_path: Path) -> No
         train(recipe := LineRecipe(), config(tmp_path, batch_size=8))
     with pytest.raises(ValueError, match="took 4 samples per step, this run takes 2 .* set run.accumulation = 2"):
         train(recipe := LineRecipe(), config(tmp_path, batch_size=2))
-    assert recipe.seen == []
+    assert recipe.feed.seen == []
 
 
 def test_a_damaged_checkpoint_is_refused_before_anything_is_built(tmp_path: Path) -> None:
@@ -347,7 +353,7 @@ def test_a_row_of_metrics_tells_of_its_own_step(tmp_path: Path, zero_stage: int)
     optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01)
     settings = config(tmp_path).optimizer
     for step in range(3):
-        batch = recipe.rows(range(4 * step, 4 * step + 4))
+        batch = recipe.feed.rows(range(4 * step, 4 * step + 4))
         loss, scalars, _ = module(batch, step_generator(0, step, 1), step)
         optimizer.zero_grad()
         loss.backward()
@@ -362,7 +368,7 @@ def test_a_row_of_metrics_tells_of_its_own_step(tmp_path: Path, zero_stage: int)
             assert row["lr"] == pytest.approx(learning_rate(settings, step, 3), rel=1e-5)
             assert row["epoch"] == pytest.approx(4 * (step + 1) / SAMPLES)
             assert row["packing"] == 0.75 and row["tokens_per_s"] == pytest.approx(3 * row["images_per_s"], rel=1e-4)
-            met = sum(judged.order.at(0) in seen for seen in judged.seen[: step + 1])
+            met = sum(judged.feed.order.at(0) in seen for seen in judged.feed.seen[: step + 1])
             assert row["skipped"] == row["skipped/too small"] == met > 0
             assert 0 < row["mfu"] < 1 and 0 <= row["data_wait"] < 1 and 0.01 < row["memory"] < 1000
     assert json.loads((tmp_path / "config.json").read_text())["run"]["steps"] == 3
@@ -371,7 +377,7 @@ def test_a_row_of_metrics_tells_of_its_own_step(tmp_path: Path, zero_stage: int)
 def test_a_loss_that_is_no_number_stops_and_names_the_batch(tmp_path: Path) -> None:
     first = LineRecipe()
     train(first, config(tmp_path / "good", steps=3))
-    in_the_third, before = first.seen[2][0], first.seen[0] + first.seen[1]
+    in_the_third, before = first.feed.seen[2][0], first.feed.seen[0] + first.feed.seen[1]
     assert in_the_third not in before, "choose another seed"
     recipe = LineRecipe(broken=frozenset({in_the_third}))
     with pytest.raises(FloatingPointError) as caught:
@@ -441,8 +447,8 @@ def test_no_run_reaches_more_than_the_peak(tmp_path: Path, monkeypatch: pytest.M
     """Even if that was measured while the machine had other work; and measuring takes no random number of the run."""
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    assert watch.peak_flops(torch.device("cpu"), "float32") > 1e8 and torch.equal(torch.get_rng_state(), before)
-    monkeypatch.setattr(watch, "peak_flops", lambda device, precision: 1.0)
+    assert step_metrics.peak_flops(torch.device("cpu"), "float32") > 1e8 and torch.equal(torch.get_rng_state(), before)
+    monkeypatch.setattr(step_metrics, "peak_flops", lambda device, precision: 1.0)
     train(LineRecipe(), config(tmp_path, steps=3))
     shares = [row["mfu"] for row in metrics(tmp_path) if "mfu" in row]
     assert len(shares) == 3 and max(shares) <= 1
@@ -453,7 +459,7 @@ def test_no_run_reaches_more_than_the_peak(tmp_path: Path, monkeypatch: pytest.M
 
 def main(out: str) -> int:
     recipe = LineRecipe()
-    recipe.pause = 0.05
+    recipe.feed.pause = 0.05
     return train(recipe, config(Path(out), steps=100_000, keep=1))
 
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from lfq_tokenizer import weights
 from lfq_tokenizer.lock import FolderLock
-from stages import checkpoint, processes
 from stages.config import DeepSpeedConfig, TrainingConfig
-from stages.engine import train
-from stages.recipe import Losses, Opponent
+from stages.engine import checkpoint, processes
+from stages.engine.loop import train
+from stages.recipe import Discriminator, Losses
 
 pytestmark = pytest.mark.slow
 
@@ -304,10 +304,10 @@ def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
         train(made, config(tmp_path))
 
 
-def test_an_opponent_is_refused_under_zero_3(tmp_path: Path) -> None:
+def test_a_discriminator_is_refused_under_zero_3(tmp_path: Path) -> None:
     made: Any = recipe()
-    made.opponent = Opponent(Line(), config(tmp_path).optimizer, 0)
-    with pytest.raises(ValueError, match="deepspeed.zero_stage = 3 does not train an opponent; use 0, 1 or 2"):
+    made.discriminator = Discriminator(Line(), config(tmp_path).optimizer, 0)
+    with pytest.raises(ValueError, match="deepspeed.zero_stage = 3 does not train a discriminator; use 0, 1 or 2"):
         train(made, config(tmp_path, 3))
 
 

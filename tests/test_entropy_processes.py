@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lfq_tokenizer.entropy import group_entropy
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
-from stages.processes import everyone, from_first, mean_over_processes, most_over_processes
+from stages.engine.processes import everyone, from_first, mean_over_processes, most_over_processes
 
 pytestmark = pytest.mark.slow
 

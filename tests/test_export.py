@@ -24,10 +24,10 @@ from bitdance.folder.source import StoredModel
 from bitdance.folder.stored import open_stored, pieces
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import write_safetensors
-from stages import checkpoint
 from stages.config import GeneratorTraining
+from stages.engine import checkpoint
 from stages.export import export_checkpoint
-from stages.generator.objective import GeneratorObjective
+from stages.recipes.generator.objective import GeneratorObjective
 
 pytestmark = pytest.mark.slow
 

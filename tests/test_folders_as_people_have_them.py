@@ -21,7 +21,7 @@ from stages.data.picture import ANIMATED
 from stages.data.sample import CaptionedPicture, Skipped
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.data.walk import listing
-from stages.tokenizer.input import TokenizerInput
+from stages.recipes.tokenizer.input import TokenizerInput
 
 pytestmark = pytest.mark.slow
 

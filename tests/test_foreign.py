@@ -26,7 +26,7 @@ from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_json
 from stages.cli import export
 from stages.config import GeneratorTraining
-from stages.generator.start import start_model
+from stages.recipes.generator.start import start_model
 
 pytestmark = pytest.mark.slow
 

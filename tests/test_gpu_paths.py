@@ -20,8 +20,8 @@ from bitdance.model import BitDanceModel
 from bitdance.sequence.batch import TrainingBatch, build_batch
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.config import GeneratorTraining
-from stages.generator.documents import GeneratorBatch
-from stages.generator.objective import GeneratorObjective
+from stages.recipes.generator.documents import GeneratorBatch
+from stages.recipes.generator.objective import GeneratorObjective
 
 pytestmark = pytest.mark.gpu
 PROMPTS = ["a red cube", "a blue ball on a table"]

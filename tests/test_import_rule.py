@@ -39,9 +39,9 @@ ROOMS: list[tuple[str, ...]] = [
 ROOMS_OF_STAGES = [
     ("command", "schema"),
     ("data",),
-    ("tables", "config", "processes", "partitions", "run_folder", "checkpoint", "ema", "recipe"),
-    ("learner", "loader", "tracker", "progress", "watch", "resume_state", "engine"),
-    ("chain", "tokenizer", "generator", "class_patch", "plan", "measure", "raw_weights", "export"),
+    ("tables", "config", "feed", "recipe"),
+    ("engine",),
+    ("recipes", "plan", "measure", "raw_weights", "export"),
     ("cli", "__main__"),
 ]
 HEAVY = ("deepspeed", "webdataset", "flash_attn", "liger_kernel", "gradio")

@@ -25,9 +25,9 @@ from bitdance.picture import read_metadata
 from lfq_tokenizer.files import temporary_beside
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors
-from stages.checkpoint import newest
 from stages.config import load_config
 from stages.data.cli import main as data
+from stages.engine.checkpoint import newest
 from stages.export import export_adapter, export_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -236,7 +236,7 @@ def test_an_adapter_goes_to_its_own_base_alone(adapter: Path, merged: Path, run:
     assert "has" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert stages.cli.export([str(merged), str(tmp_path / "out"), "--adapter"]) == 2
     with pytest.raises(ValueError, match="holds an adapter, not a model"):
-        stages.checkpoint.model_folder(run)
+        stages.engine.checkpoint.model_folder(run)
     with pytest.raises(FileNotFoundError, match="lacks adapter_config.json"):
         pipe.load_lora_weights(merged)
 

@@ -25,7 +25,7 @@ from bitdance.sequence.batch import TrainingBatch
 from bitdance.sequence.noise import ImageNoise
 from bitdance.sequence.prompt import conditional_ids, unconditional_ids
 from stages.config import TrainingConfig, load_config
-from stages.ema import AveragedAdamW
+from stages.engine.ema import AveragedAdamW
 from stages.plan import memory
 from stages.plan.flops import document_flops
 from stages.plan.shape import Shape

@@ -37,12 +37,12 @@ from distill.objective import DistillObjective
 from distill.teacher import Teacher
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.config import AdversaryTraining, GeneratorTraining, TokenizerTraining
-from stages.ema import AveragedAdamW
-from stages.generator.documents import GeneratorBatch
-from stages.generator.judging import heldout_losses
-from stages.generator.objective import GeneratorObjective
-from stages.tokenizer.adversary import Adversary
-from stages.tokenizer.recipe import TokenizerObjective
+from stages.engine.ema import AveragedAdamW
+from stages.recipes.generator.documents import GeneratorBatch
+from stages.recipes.generator.objective import GeneratorObjective
+from stages.recipes.generator.validation import heldout_losses
+from stages.recipes.tokenizer.adversary import Adversary
+from stages.recipes.tokenizer.recipe import TokenizerObjective
 
 pytestmark = pytest.mark.slow
 
@@ -224,7 +224,7 @@ def test_pixels_are_encoded_with_one_read_for_each_size() -> None:
     assert device.reads == {BINARIZE: 3}, "NaNs among the latents"
 
 
-def test_judging_reads_all_its_figures_at_once() -> None:
+def test_validation_reads_all_its_figures_at_once() -> None:
     model = on_meta(P=4, diff_batch_mul=REPEATS)
     objective, documents = GeneratorObjective(model, GeneratorTraining()), drawn(model)
 
@@ -250,7 +250,7 @@ def test_judging_reads_all_its_figures_at_once() -> None:
     with MetaDevice() as device:
         found = heldout_losses(objective, Documents(), Judged())  # type: ignore[arg-type]
     assert list(found) == ["vision", "text", "bit_accuracy", "vision/16", "vision/32"]
-    assert device.reads == {"stages/generator/judging.py:heldout_losses": 1}
+    assert device.reads == {"stages/recipes/generator/validation.py:heldout_losses": 1}
 
 
 @pytest.mark.parametrize("guided", [False, True])
@@ -290,4 +290,4 @@ def test_a_step_of_the_tokenizer_reads_only_whether_a_latent_is_a_number(generat
             learner.step()
     assert "adversarial" in scalars and made.shape == images.shape
     assert device.reads == {BINARIZE: 1}
-    assert device.copies == ({"stages/tokenizer/recipe.py:forward": 1} if generative else {})
+    assert device.copies == ({"stages/recipes/tokenizer/recipe.py:forward": 1} if generative else {})

@@ -1,4 +1,4 @@
-"""Which sample stands in a slot: shares hold, nothing comes twice in an epoch, and the slot number is all there is to know."""
+"""Which sample stands at an index: shares hold, nothing comes twice in an epoch, and the index number is all there is to know."""
 
 from collections import Counter
 from types import SimpleNamespace
@@ -52,18 +52,18 @@ def test_a_pattern_keeps_the_shares_and_spreads_them(shares: list[float]) -> Non
             assert abs(seen - share * place) < len(shares)  # at no point far from its share
 
 
-def test_two_seven_one_takes_ten_slots() -> None:
+def test_two_seven_one_takes_ten_indices() -> None:
     assert sorted(spread([0.2, 0.7, 0.1])) == [0] * 2 + [1] * 7 + [2]
 
 
 def test_resolutions_get_their_shares_and_only_samples_that_fit() -> None:
     mixture = Mixture([source(*SQUARES)], 1, {64: 2, 96: 7, 128: 1}, BUCKETS)
-    places = [mixture.at(slot) for slot in range(1000)]
-    assert Counter(place.resolution for place in places) == {64: 200, 96: 700, 128: 100}
+    references = [mixture.at(index) for index in range(1000)]
+    assert Counter(place.resolution for place in references) == {64: 200, 96: 700, 128: 100}
     # shrinking is allowed, enlarging is not
-    assert {p.number for p in places if p.resolution == 64} == set(range(12))
-    assert {p.number for p in places if p.resolution == 96} == set(range(5, 12))
-    assert {p.number for p in places if p.resolution == 128} == set(range(8, 12))
+    assert {p.number for p in references if p.resolution == 64} == set(range(12))
+    assert {p.number for p in references if p.resolution == 96} == set(range(5, 12))
+    assert {p.number for p in references if p.resolution == 128} == set(range(8, 12))
     assert len(mixture) == 12 + 7 + 4
 
 
@@ -76,19 +76,19 @@ def test_ready_made_bits_belong_to_the_resolution_of_their_size_alone() -> None:
     bits = [(8, 8, True), (12, 12, True), (8, 12, True), (10, 8, True)]  # in tokens; the last one cannot be cut into patches
     mixture = Mixture([source(*bits)], 1, {64: 1, 96: 1}, BUCKETS)
     found: dict[int, set[int]] = {}
-    for slot in range(20):
-        place = mixture.at(slot)
-        found.setdefault(place.resolution, set()).add(place.number)
+    for index in range(20):
+        reference = mixture.at(index)
+        found.setdefault(reference.resolution, set()).add(reference.number)
     assert found == {64: {0, 2}, 96: {1}}
     assert mixture.unused == {"bits of another size": 1}
 
 
 def test_each_stream_runs_through_its_samples_once_an_epoch() -> None:
     mixture = Mixture([source(*SQUARES)], 3, {64: 1, 128: 1}, BUCKETS)
-    of_128 = [p.number for slot in range(40) if (p := mixture.at(slot)).resolution == 128]
+    of_128 = [r.number for index in range(40) if (r := mixture.at(index)).resolution == 128]
     for epoch in range(5):
         assert sorted(of_128[4 * epoch : 4 * epoch + 4]) == [8, 9, 10, 11]
-    of_64 = [p.number for slot in range(48) if (p := mixture.at(slot)).resolution == 64]
+    of_64 = [r.number for index in range(48) if (r := mixture.at(index)).resolution == 64]
     assert sorted(of_64[:12]) == list(range(12)) and of_64[:12] != of_64[12:24]
 
 
@@ -103,25 +103,25 @@ def test_sources_get_their_weights_within_every_resolution_that_they_have() -> N
 def test_without_a_mix_every_sample_comes_in_its_own_size() -> None:
     sources = [source((50, 70), (10, 10)), source((9, 9), weight=3.0, hash="other")]
     mixture = Mixture(sources, 1)
-    places = [mixture.at(slot) for slot in range(8)]
-    assert Counter((p.source, p.number, p.resolution) for p in places) == {(0, 0, 0): 1, (0, 1, 0): 1, (1, 0, 0): 6}
+    references = [mixture.at(index) for index in range(8)]
+    assert Counter((p.source, p.number, p.resolution) for p in references) == {(0, 0, 0): 1, (0, 1, 0): 1, (1, 0, 0): 6}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_processes_share_the_row_without_overlap_whatever_their_number(world: int) -> None:
     mixture = Mixture([source(*SQUARES)], 5, {64: 2, 128: 1}, BUCKETS)
-    alone = [mixture.at(slot) for slot in range(36)]
+    alone = [mixture.at(index) for index in range(36)]
     size = 12 // world
     dealt = [
-        mixture.at(slot)
+        mixture.at(index)
         for step in range(3)
         for rank in range(world)
-        for slot in range((step * world + rank) * size, (step * world + rank + 1) * size)
+        for index in range((step * world + rank) * size, (step * world + rank + 1) * size)
     ]
     assert dealt == alone
 
 
-def test_a_slot_far_away_costs_nothing_and_is_the_same_in_a_new_object() -> None:
+def test_an_index_far_away_costs_nothing_and_is_the_same_in_a_new_object() -> None:
     def mixture(seed: int) -> Mixture:
         return Mixture([source(*SQUARES)], seed, {64: 2, 96: 7, 128: 1}, BUCKETS)
 
@@ -159,4 +159,4 @@ def test_held_out_samples_need_not_have_every_resolution() -> None:
 def test_a_resolution_with_share_0_is_known_and_not_used() -> None:
     """So a later stage can leave out what an earlier one had."""
     mixture = Mixture([source(*SQUARES)], 1, {64: 0, 96: 1, 128: 1}, BUCKETS)
-    assert Counter(mixture.at(slot).resolution for slot in range(100)) == {96: 50, 128: 50}
+    assert Counter(mixture.at(index).resolution for index in range(100)) == {96: 50, 128: 50}

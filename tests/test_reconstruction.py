@@ -14,7 +14,7 @@ import stages.measure.reconstruction as module
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.measure.frechet import FrechetDistance, FrechetFeatures, inception_features, lite0_features
 from stages.measure.reconstruction import Reconstruction, measure_tokenizer, ssim, tiled_lpips, to_levels
-from stages.tokenizer.perceptual import LPIPS, weight_shapes
+from stages.recipes.tokenizer.perceptual import LPIPS, weight_shapes
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,10 +17,10 @@ from PIL import Image
 from test_engine import LineRecipe, config, environment, metrics  # noqa: F401 (a fixture)
 
 from lfq_tokenizer import files, weights
-from stages import checkpoint, processes, run_folder
-from stages.engine import train
-from stages.run_folder import owned
-from stages.tracker import Tracker
+from stages.engine import checkpoint, processes, run_folder
+from stages.engine.loop import train
+from stages.engine.run_folder import owned
+from stages.engine.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 HOLD = """
 import sys, time
 from pathlib import Path
-from stages.run_folder import owned
+from stages.engine.run_folder import owned
 
 with owned(Path(sys.argv[1])):
     print("held", flush=True)
@@ -39,7 +39,7 @@ with owned(Path(sys.argv[1])):
 HOLD_WITH_LOADER = """
 import os, sys, time
 from pathlib import Path
-from stages.run_folder import owned
+from stages.engine.run_folder import owned
 
 with owned(Path(sys.argv[1])):
     if (loader := os.fork()) == 0:
@@ -127,7 +127,7 @@ def test_a_run_whose_launcher_was_killed_is_waited_for(
 def test_a_worker_notices_that_its_launcher_is_gone_saves_and_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "LAUNCHER", os.getppid())
     recipe = LineRecipe()
-    recipe.before[2] = lambda: monkeypatch.setattr(os, "getppid", lambda: 1)
+    recipe.feed.before[2] = lambda: monkeypatch.setattr(os, "getppid", lambda: 1)
     assert train(recipe, config(tmp_path)) == 128 + signal.SIGTERM
     assert checkpoint.verify(checkpoint.step_folder(tmp_path, 3)) == 3
 
@@ -197,7 +197,7 @@ def test_a_run_without_a_terminal_says_what_it_does(tmp_path: Path, capsys: pyte
     assert train(LineRecipe(), config(run, steps=6)) == 0
     assert "has its 6 steps already" in capsys.readouterr().err
     recipe = LineRecipe()
-    recipe.before[1] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    recipe.feed.before[1] = lambda: os.kill(os.getpid(), signal.SIGINT)
     assert train(recipe, config(tmp_path / "stopped", log_every=100)) == 130
     assert f"stopped by SIGINT: saved {tmp_path / 'stopped' / 'step_00000002'}; go on with the same" in capsys.readouterr().err
     assert train(LineRecipe(), config(tmp_path / "seldom", steps=9, log_every=100)) == 0
@@ -312,7 +312,7 @@ LOOK = "import sys, test_run_folder; test_run_folder.look_while_training(sys.arg
 
 def look_while_training(folder: str) -> None:
     recipe, found = LineRecipe(), []
-    recipe.before[2] = lambda: found.append(ports(os.getpid()))
+    recipe.feed.before[2] = lambda: found.append(ports(os.getpid()))
     train(recipe, config(Path(folder), zero_stage=2))
     with socket.socket() as one:  # what would be seen
         one.bind(("127.0.0.1", 0))

@@ -17,8 +17,8 @@ from test_debug_run import draw
 import stages.cli
 from bitdance.cli import main as bitdance
 from lfq_tokenizer.weights import read_safetensors
-from stages.checkpoint import complete, newest, verify
 from stages.data.cli import main as data
+from stages.engine.checkpoint import complete, newest, verify
 
 pytestmark = pytest.mark.slow
 

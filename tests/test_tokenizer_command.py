@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import stages.cli
-import stages.tokenizer.any_size
+import stages.recipes.tokenizer.any_size
 from bitdance.picture import to_pil
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
@@ -21,11 +21,11 @@ from stages.data.bits import pack_bits
 from stages.data.sample import Skipped
 from stages.data.shards import Sample, ShardDataset, ShardIndex
 from stages.measure.reconstruction import Reconstruction
-from stages.tokenizer.any_size import by_size
-from stages.tokenizer.coding import decode_pictures
-from stages.tokenizer.input import TokenizerInput
-from stages.tokenizer.perceptual import weight_shapes
-from stages.tokenizer.recipe import as_images
+from stages.recipes.tokenizer.any_size import by_size
+from stages.recipes.tokenizer.coding import decode_pictures
+from stages.recipes.tokenizer.feed import as_images
+from stages.recipes.tokenizer.input import TokenizerInput
+from stages.recipes.tokenizer.perceptual import weight_shapes
 
 pytestmark = pytest.mark.slow
 
@@ -327,7 +327,7 @@ def test_the_picture_shows_originals_over_reconstructions(run: Run, models: Any,
 
 
 def test_batches_have_one_size_keep_the_order_and_hold_little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.tokenizer.any_size, "WINDOW_PIXELS", 10 * 16)
+    monkeypatch.setattr(stages.recipes.tokenizer.any_size, "WINDOW_PIXELS", 10 * 16)
     drawn: list[int] = []
     ran: list[list[int]] = []
 
@@ -353,7 +353,7 @@ def test_batches_have_one_size_keep_the_order_and_hold_little(monkeypatch: pytes
 
 
 def test_large_pictures_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.tokenizer.any_size, "BATCH_PIXELS", 100)
+    monkeypatch.setattr(stages.recipes.tokenizer.any_size, "BATCH_PIXELS", 100)
     sizes: list[int] = []
 
     def work(batch: list[Sample]) -> list[int]:

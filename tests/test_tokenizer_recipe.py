@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.growth import grow_generative
-from stages import checkpoint
 from stages.config import (
     AdversaryTraining,
     DataConfig,
@@ -30,10 +29,11 @@ from stages.config import (
 )
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
-from stages.engine import train
-from stages.tokenizer.adversary import Adversary, PatchDiscriminator
-from stages.tokenizer.perceptual import weight_shapes
-from stages.tokenizer.recipe import TokenizerObjective, TokenizerRecipe
+from stages.engine import checkpoint
+from stages.engine.loop import train
+from stages.recipes.tokenizer.adversary import Adversary, PatchDiscriminator
+from stages.recipes.tokenizer.perceptual import weight_shapes
+from stages.recipes.tokenizer.recipe import TokenizerObjective, TokenizerRecipe
 
 pytestmark = pytest.mark.slow
 
@@ -179,7 +179,7 @@ def test_six_steps_with_an_adversary_equal_three_a_stop_and_three(
     )
     assert train(TokenizerRecipe(undisturbed), undisturbed) == 0
     recipe = TokenizerRecipe(settings)
-    batch, calls = recipe.batch, []
+    batch, calls = recipe.feed.batch, []
 
     def counted(*arguments: Any) -> Tensor:
         calls.append(1)
@@ -187,14 +187,14 @@ def test_six_steps_with_an_adversary_equal_three_a_stop_and_three(
             os.kill(os.getpid(), signal.SIGTERM)
         return batch(*arguments)
 
-    recipe.batch = counted  # type: ignore[method-assign]
+    recipe.feed.batch = counted  # type: ignore[method-assign]
     assert train(recipe, settings) == 143
     assert train(TokenizerRecipe(settings), settings) == 0
     whole, parts = (checkpoint.step_folder(tmp_path / name, 6) for name in ("whole", "parts"))
     assert_same(whole, parts)
     state = everything(whole)
     for name in ("exp_avg", "average_real", "discriminator.layers"):
-        assert any("opponent" in key and name in key for key in state), name
+        assert any("discriminator" in key and name in key for key in state), name
     rows = [row for row in metrics(tmp_path / "whole") if "loss" in row]
     assert ["logit_real" in row for row in rows] == [step >= start for step in range(6)]
     assert [{k: v for k, v in row.items() if k not in ("images_per_s", "data_wait", "memory")} for row in rows] == [
@@ -207,10 +207,10 @@ def test_six_steps_with_an_adversary_equal_three_a_stop_and_three(
 def test_an_adversary_that_breaks_stops_the_run_and_names_the_batch(tmp_path: Path, shards: str) -> None:
     settings = config(tmp_path, shards, {"weight": 0.1, "start": 2, **SMALL_CRITIC})
     recipe = TokenizerRecipe(settings)
-    assert recipe.opponent is not None
+    assert recipe.discriminator is not None
     with torch.no_grad():
-        next(recipe.opponent.module.parameters()).fill_(math.inf)
-    with pytest.raises(FloatingPointError, match=r"opponent's loss is nan at step 2; the batch was \S+-\S+") as caught:
+        next(recipe.discriminator.module.parameters()).fill_(math.inf)
+    with pytest.raises(FloatingPointError, match=r"discriminator's loss is nan at step 2; the batch was \S+-\S+") as caught:
         train(recipe, settings)
     assert str(tmp_path) in str(caught.value)
 
@@ -245,7 +245,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path: Path, shards: st
     one, two = ([r for r in metrics(tmp_path / n) if "loss" in r] for n in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         # Process 0 logs the loss of its own half of the batch; the entropy and the gradients are of the union.
-        for name in ("entropy_of_mean", "grad_norm", *(["opponent/grad_norm"] if a["step"] == 2 else [])):
+        for name in ("entropy_of_mean", "grad_norm", *(["discriminator/grad_norm"] if a["step"] == 2 else [])):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
     first, second = (everything(checkpoint.step_folder(tmp_path / n, 2)) for n in ("one", "two"))
     names = [n for n in first if "average/" in n or "discriminator.layers" in n or "average_" in n]

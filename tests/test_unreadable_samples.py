@@ -26,9 +26,10 @@ from stages.data.sample import CaptionedPicture, Skipped
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.data.skipping import NAMED, name_skipped
 from stages.data.summary import summarise
-from stages.generator.recipe import GeneratorRecipe
-from stages.loader import micro_steps
+from stages.engine.loader import micro_batches
 from stages.measure.prompts import Gallery
+from stages.recipes.generator import build_recipe
+from stages.recipes.generator.recipe import GeneratorRecipe, texts
 
 GOOD = 12
 
@@ -78,7 +79,7 @@ def unnamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def recipe(place: Path, shards: Path, **changes: Any) -> GeneratorRecipe:  # noqa: F811
     settings = {"mix": {}, "train": (str(shards),), "heldout": (str(shards),), "defaults": {"num_inference_steps": 1}}
-    return GeneratorRecipe(config(place, **settings | changes))
+    return build_recipe(config(place, **settings | changes))
 
 
 def named(errors: str) -> Counter[str]:
@@ -96,7 +97,7 @@ def test_a_run_starts_steps_and_names_each_broken_sample_once(
 ) -> None:
     run = recipe(place, shards, batch_size=9, steps=6, workers=workers)
     skipped: Counter[str] = Counter()
-    for micro in micro_steps(run, run.config.run, 0):
+    for micro in micro_batches(run.feed, run.config.run, 0):
         assert all(name.startswith("g") for name in micro.samples)
         skipped.update(micro.skipped)
     assert skipped.keys() == {reason for _, reason in BROKEN.values()}
@@ -104,11 +105,11 @@ def test_a_run_starts_steps_and_names_each_broken_sample_once(
     assert named(errors) == dict.fromkeys((key.replace("\x1b", "\\x1b") for key in BROKEN), 1) and "\x1b" not in errors
 
 
-def test_what_a_slot_holds_depends_on_the_data_alone(place: Path, shards: Path) -> None:  # noqa: F811
+def test_what_an_index_holds_depends_on_the_data_alone(place: Path, shards: Path) -> None:  # noqa: F811
     first, second = recipe(place, shards), recipe(place, shards)
     generator = torch.Generator()
-    early = [first.batch(range(slot, slot + 4), generator) for slot in range(0, 40, 4)]
-    late = second.batch(range(36, 40), generator)
+    early = [first.feed.batch(range(index, index + 4), generator) for index in range(0, 40, 4)]
+    late = second.feed.batch(range(36, 40), generator)
     assert late.samples == early[-1].samples
     assert all(torch.equal(a, b) for a, b in zip(tensors(late.batch).values(), tensors(early[-1].batch).values(), strict=True))
 
@@ -119,7 +120,7 @@ def test_checkpoints_grids_and_held_out_losses_leave_broken_samples_out(
     tmp_path: Path,
 ) -> None:
     run = recipe(place, shards)
-    assert {text for text in run._texts() if text != "x"} == {f"dot {n}" for n in range(GOOD)}
+    assert {text for text in texts(run.sources, run.training) if text != "x"} == {f"dot {n}" for n in range(GOOD)}
     run.save_model(run.module, tmp_path / "model", 1)
     card = read_json(tmp_path / "model" / "bitdance.json")
     assert [text for text in card["prompts"] if text != "x"] == [f"dot {n}" for n in range(GOOD)]

@@ -1,8 +1,8 @@
-"""Which sample stands in a slot of the endless row: sources by weight, resolutions by the mix. A pure function.
+"""Which sample stands at an index of the endless row: sources by weight, resolutions by the mix. A pure function.
 
-A stream is one source at one resolution. Slots are dealt out to the streams by a pattern that repeats, as even as the weights
-allow, and each stream runs through its own samples in epochs. The slot number alone therefore tells the sample: there is
-no state to save, and processes that take different slots never share a sample of one epoch.
+A stream is one source at one resolution. Indices are dealt out to the streams by a pattern that repeats, as even as the weights
+allow, and each stream runs through its own samples in epochs. The index alone therefore tells the sample: there is no state to
+save, and processes that take different indices never share a sample of one epoch.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from stages.data.order import EpochOrder
 from stages.data.shards import ShardDataset
 from stages.data.skipping import name_skipped
 
-LONGEST_PATTERN = 1000  # slots; shares are rounded to parts of it
+LONGEST_PATTERN = 1000  # indices; shares are rounded to parts of it
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a slot holds: sample `number` of source `source`, to be brought to `resolution` (0: in its own size)."""
+class SampleReference:
+    """Names one sample: `number` of source `source`, to be brought to `resolution` (0: in its own size)."""
 
     source: int
     number: int
@@ -45,7 +45,7 @@ class _Stream:
 
 
 class Mixture:
-    """`at(slot)` → `Place`. `shares` is what each (source, resolution) gets of the slots.
+    """`at(index)` → `SampleReference`. `shares` is what each (source, resolution) gets of the indices.
 
     `mix` gives resolutions their shares; empty, every sample keeps its own size. Ready-made bits count to the resolution of
     their size, a picture to every one that it can be brought to. ValueError when a resolution of the mix finds no sample, or,
@@ -85,7 +85,7 @@ class Mixture:
         ]
         self._pattern = spread(list(self.shares.values()))
         turns = np.eye(len(self._streams), dtype=np.int64)[self._pattern]
-        self._before = np.concatenate([np.zeros_like(turns[:1]), turns.cumsum(0)])  # of each stream, ahead of each slot
+        self._before = np.concatenate([np.zeros_like(turns[:1]), turns.cumsum(0)])  # of each stream, ahead of each index
 
     def _by_resolution(self, data: ShardDataset, buckets: Buckets, enlarge: float) -> dict[int, np.ndarray]:
         found: dict[int, list[int]] = {}
@@ -111,20 +111,21 @@ class Mixture:
         """Samples that are in use, once for each resolution."""
         return sum(len(stream.numbers) for stream in self._streams)
 
-    def at(self, slot: int) -> Place:
-        cycle, place = divmod(slot, len(self._pattern))
-        k = self._pattern[place]
-        turn = cycle * int(self._before[-1, k]) + int(self._before[place, k])
+    def at(self, index: int) -> SampleReference:
+        """The sample at an index, counted from 0 and without end."""
+        cycle, position = divmod(index, len(self._pattern))
+        k = self._pattern[position]
+        turn = cycle * int(self._before[-1, k]) + int(self._before[position, k])
         stream = self._streams[k]
-        return Place(stream.source, int(stream.numbers[stream.order.at(turn)]), stream.resolution)
+        return SampleReference(stream.source, int(stream.numbers[stream.order.at(turn)]), stream.resolution)
 
-    def size(self, place: Place, buckets: Buckets) -> tuple[int, int]:
-        """Height and width in pixels of the picture at a place. ValueError where its header cannot be read."""
-        shape, s = self.sources[place.source].data.shape(place.number), buckets.rule.downsampling
+    def size(self, reference: SampleReference, buckets: Buckets) -> tuple[int, int]:
+        """Height and width in pixels of a sample's picture as it is trained on. ValueError where its header cannot be read."""
+        shape, s = self.sources[reference.source].data.shape(reference.number), buckets.rule.downsampling
         if shape.bits:
             return shape.height * s, shape.width * s
-        if place.resolution:
-            return buckets.size_for(place.resolution, shape.height, shape.width)
+        if reference.resolution:
+            return buckets.size_for(reference.resolution, shape.height, shape.width)
         return shape.height, shape.width
 
     @property
@@ -136,7 +137,7 @@ class Mixture:
 
 
 def spread(shares: Sequence[float]) -> list[int]:
-    """The pattern: who takes each slot, as evenly as the shares (of sum 1) allow; as short as it can be exact, or 1,000 slots."""
+    """The pattern: who takes each index, as evenly as the shares (of sum 1) allow; as short as it can be exact, or 1,000 long."""
     for length in range(1, LONGEST_PATTERN + 1):
         parts = [share * length for share in shares]
         if all(part > 0.5 and abs(part - round(part)) < 1e-6 for part in parts):

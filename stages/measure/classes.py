@@ -37,12 +37,12 @@ from bitdance.networks.precision import quick_dtype
 from bitdance.picture import grid, to_uint8, write_png
 from lfq_tokenizer.files import whole_file
 from lfq_tokenizer.text import printable
-from stages.checkpoint import model_folder
-from stages.class_patch.labels import label_of
 from stages.data.order import EpochOrder
 from stages.data.shards import ShardDataset, ShardIndex
+from stages.engine.checkpoint import model_folder
 from stages.measure.frechet import FrechetFeatures, lite0_features
-from stages.tokenizer.coding import decode_pictures, encode_pictures
+from stages.recipes.class_patch.labels import label_of
+from stages.recipes.tokenizer.coding import decode_pictures, encode_pictures
 
 BATCH, GENERATED = 100, 250  # pictures that run through features and tokenizer, and through the model, at once
 DECAY = 1e-3  # of the probe's weights, which look at standardised features

@@ -12,7 +12,7 @@ from lfq_tokenizer.files import whole_path, write_text
 from lfq_tokenizer.json_file import read_json, write_json
 from stages.measure.compare_train import load_one, load_pictures
 from stages.measure.reconstruction import Reconstruction
-from stages.tokenizer.perceptual import LPIPS
+from stages.recipes.tokenizer.perceptual import LPIPS
 
 TITLES = {
     "lfq": "LFQ in groups (ours)",

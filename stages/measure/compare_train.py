@@ -18,8 +18,8 @@ from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
 from stages.config import OptimizerConfig, TokenizerTraining
 from stages.data.shards import ShardDataset, ShardIndex
-from stages.learner import learning_rate
-from stages.loader import step_generator
+from stages.engine.learner import learning_rate
+from stages.engine.loader import step_generator
 from stages.measure.bottlenecks import build_bottleneck
 
 

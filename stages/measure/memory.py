@@ -126,10 +126,10 @@ def train(case: Case, device: str) -> float:
     """Real steps in this process; the bytes they took at the peak."""
     import deepspeed  # noqa: F401  the baseline holds its import
 
-    from stages import processes
-    from stages.generator.documents import GeneratorBatch
-    from stages.generator.objective import GeneratorObjective
-    from stages.learner import Learner
+    from stages.engine import processes
+    from stages.engine.learner import Learner
+    from stages.recipes.generator.documents import GeneratorBatch
+    from stages.recipes.generator.objective import GeneratorObjective
 
     processes.start()
     config, shape = case.config(), case.shape()
@@ -144,7 +144,7 @@ def train(case: Case, device: str) -> float:
     for step in range(STEPS):
         learner.begin(step)
         loss, *_ = learner.engine(batch.to(learner.device), torch.Generator(), step)
-        learner.descend(loss, measure=False)
+        learner.step(loss, measure=False)
         del loss, _
     return float(torch.cuda.max_memory_allocated()) if device == "cuda" else _resident("VmHWM") - before
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from bitdance.cli import Parser
 from bitdance.picture import grid, write_png
 from bitdance.pipeline import BitDancePipeline
-from stages.checkpoint import model_folder
 from stages.data.captions import PALETTE
 from stages.data.shards import Sample, ShardDataset, ShardIndex
-from stages.tokenizer.recipe import as_images
+from stages.engine.checkpoint import model_folder
+from stages.recipes.tokenizer.feed import as_images
 
 BATCH = 32
 Picture = tuple[str, str]  # concept, style

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lfq_tokenizer import LFQTokenizer
 from stages.measure.frechet import FrechetDistance, FrechetFeatures
-from stages.tokenizer.perceptual import LPIPS, NETS
+from stages.recipes.tokenizer.perceptual import LPIPS, NETS
 
 BATCH = 64
 WINDOW = 11  # taps of SSIM's Gaussian; smaller pictures have no SSIM

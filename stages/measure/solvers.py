@@ -28,7 +28,7 @@ from bitdance.costs.work import evaluations
 from bitdance.heads.diffusion.settings import PRESETS, Sampling, choose
 from bitdance.pipeline import BitDancePipeline
 from lfq_tokenizer.files import write_text
-from stages.checkpoint import model_folder
+from stages.engine.checkpoint import model_folder
 from stages.measure.prompts import Gallery, follow, open_gallery
 
 BATCH = 64

@@ -69,8 +69,8 @@ def gpus(arguments: argparse.Namespace) -> "Machine":
 
 def processor() -> "Machine":
     """One process on this machine: its memory, and the peak of its processor as measured now."""
+    from stages.engine.step_metrics import peak_flops
     from stages.plan.plan import Machine
-    from stages.watch import peak_flops
 
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return Machine((1,), memory, peak_flops(torch.device("cpu"), quick_dtype("cpu")) / 1e12, CPU_MFU)
@@ -78,12 +78,14 @@ def processor() -> "Machine":
 
 def plan_of_parts(recipe: Recipe) -> tuple[dict[str, Any], str]:
     """Parameters by part, and the data. Everything is built and opened, so that what is missing is found here."""
-    networks = dict(recipe.module.named_children()) | ({"opponent": recipe.opponent.module} if recipe.opponent else {})
+    networks = dict(recipe.module.named_children()) | (
+        {"discriminator": recipe.discriminator.module} if recipe.discriminator else {}
+    )
     parts = {name: {"all": _numbers(module), "trained": _numbers(module, trained=True)} for name, module in networks.items()}
     lines = [f"tokenizer: parameters{'':15}{'all':>18}{'trained':>18}"]
     lines += [f"  {name:34}{part['all']:>16,}{part['trained']:>18,}" for name, part in parts.items()]
-    lines.append(f"the data: {recipe.length:,} samples; {recipe.hash[:16]}")
-    return {"parameters": parts, "samples": recipe.length, "data": recipe.hash}, "\n".join(lines)
+    lines.append(f"the data: {recipe.feed.length:,} samples; {recipe.feed.hash[:16]}")
+    return {"parameters": parts, "samples": recipe.feed.length, "data": recipe.feed.hash}, "\n".join(lines)
 
 
 def _numbers(module: Any, trained: bool = False) -> int:

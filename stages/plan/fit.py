@@ -19,7 +19,7 @@ MOST_PROCESSES = 4096
 @dataclass(frozen=True)
 class Column:
     """The run on `processes` GPUs. `memory`: bytes of one of them by part, of which not all are taken at one time; `training` and
-    `judging` are the peaks, `host` what offloading puts into the machine's own memory."""
+    `validation` are the peaks, `host` what offloading puts into the machine's own memory."""
 
     processes: int
     batch_size: int
@@ -30,7 +30,7 @@ class Column:
     rows: tuple[int, int]
     memory: dict[str, float]
     training: float
-    judging: float
+    validation: float
     host: float
     fits: bool
     advice: tuple[str, ...]
@@ -81,7 +81,7 @@ class Subject:
         return self.companion.peak(batch, config.generator.attention == "dense")
 
     @cached_property
-    def judging(self) -> dict[str, float]:
+    def validation(self) -> dict[str, float]:
         """What a sample grid needs; under ZeRO 3 every process holds the whole model to validate, to sample and to save."""
         config, s = self.config, self.shape.tokenizer.downsampling
         grid = len(config.generator.sample_prompts) or PICTURES
@@ -122,7 +122,7 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
     made = size * accumulation * processes
     fullest = subject.workload.fullest(size)
     rows, passes = subject.micro_step(fullest)
-    states, judging, companion = subject.states(processes), subject.judging, subject.companion
+    states, validation, companion = subject.states(processes), subject.validation, subject.companion
     tokenizer = 4.0 * subject.counts["tokenizer"].all
     beside = subject.beside(fullest)
     held, host = (companion.gpu, companion.host) if companion else (0.0, 0.0)
@@ -141,11 +141,11 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
         **({f"a pass of the {companion.name}": beside} if companion else {}),
         "encoding the pictures": encoding,
         "optimiser's step": states.step,
-        **judging,
+        **validation,
     }
     always = states.kept + states.buckets + tokenizer + held
     training = always + max(states.gathered + max(passes.most, passes.kept + beside), encoding, states.step)
-    whole, cache, decoding = judging.values()
+    whole, cache, decoding = validation.values()
     looking = always + whole + max(cache, decoding)
     room = gpu_memory * GIB * (1 - RESERVE)
     advice = []
@@ -161,7 +161,7 @@ def column(subject: Subject, processes: int, samples: int, hours: float, gpu_mem
 
 
 def _remedies(subject: Subject, processes: int, size: int, passes: float, looking: float, always: float, room: float) -> str:
-    """What helps, the cheapest first. `passes` and `looking`: what training and judging need beside what is `always` there."""
+    """What helps, the cheapest first. `passes` and `looking`: what training and validation need beside what is `always` there."""
     config, found = subject.config, []
     deepspeed = config.deepspeed
     if always + passes > room:
@@ -186,5 +186,5 @@ def _remedies(subject: Subject, processes: int, size: int, passes: float, lookin
         more *= 2
     if deepspeed.zero_stage and more < MOST_PROCESSES:
         found.append(f"{more} GPUs")
-    what = "training" if always + passes > room else "judging and saving"
+    what = "training" if always + passes > room else "validation and saving"
     return f"{what} does not fit; try {' or '.join([*found, 'GPUs with more memory'])}"

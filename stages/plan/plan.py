@@ -146,7 +146,7 @@ def _summary(companion: Companion) -> dict[str, Any]:
 
 def _data(config: TrainingConfig, mix: dict[int, float], buckets: Buckets) -> tuple[dict[str, Any], bool]:
     """What the shards hold, where they can be read, and whether it is pixels that are trained on."""
-    from stages.generator.recipe import open_sources
+    from stages.recipes.generator.recipe import open_sources
 
     try:
         sources = open_sources(config.data)

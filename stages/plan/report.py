@@ -67,7 +67,7 @@ def _processes(plan: Plan, here: bool) -> Iterator[str]:
         if any(c.memory[name] for c in columns):
             yield bytes_of(f"  {name}", [c.memory[name] for c in columns])
     yield bytes_of("peak of training", [c.training for c in columns])
-    yield bytes_of("peak of judging and saving", [c.judging for c in columns])
+    yield bytes_of("peak of validation and saving", [c.validation for c in columns])
     if any(c.host for c in columns):
         yield bytes_of("the machine's memory, a process", [c.host for c in columns])
     verdict = f"fits {plan.machine.memory:.3g} GiB less {RESERVE:.0%}"

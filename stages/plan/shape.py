@@ -18,11 +18,11 @@ from bitdance.networks.projector import Projector
 from bitdance.sequence.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.json_file import read_config, read_json
-from stages.chain import check_backbone, stage_head
-from stages.checkpoint import model_folder
 from stages.config import PARTS, GeneratorTraining, TrainingConfig
-from stages.generator.lora import add_lora
-from stages.generator.start import LARGEST_SIDE
+from stages.engine.checkpoint import model_folder
+from stages.recipes.chain import check_backbone, stage_head
+from stages.recipes.generator.lora import add_lora
+from stages.recipes.generator.start import LARGEST_SIDE
 
 
 @dataclass(frozen=True)
