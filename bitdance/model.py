@@ -6,7 +6,6 @@ block, T predicted text tokens, C bits per token, D hidden size.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +19,7 @@ from bitdance.networks.backbone import Backbone
 from bitdance.networks.projector import Projector
 from bitdance.sequence.batch import TrainingBatch
 from bitdance.sequence.mask import dense_mask, flex_mask_mod
+from bitdance.sequence.patches import patch_side
 from bitdance.sequence.perturbation import perturb_bits
 from bitdance.sequence.positions import sincos_2d
 from bitdance.sequence.prompt import SpecialTokens
@@ -92,8 +92,7 @@ class BitDanceModel(nn.Module):
         for what, first, second in pairs:
             if first != second:
                 raise ValueError(f"{what} differ: {first} and {second}; all parts must come from the same model")
-        if isqrt(config.parallel_num) ** 2 != config.parallel_num:
-            raise ValueError(f"the head's parallel_num must be a square, the tokens of a patch, got {config.parallel_num}")
+        patch_side(config.parallel_num)
         if len(self.text_tokenizer) > self.backbone.vocabulary_size:
             raise ValueError(
                 f"the text tokenizer has {len(self.text_tokenizer)} tokens and the backbone an embedding of "
@@ -114,7 +113,7 @@ class BitDanceModel(nn.Module):
     @property
     def patch_side(self) -> int:
         """p, with p² = P."""
-        return isqrt(self.block_size)
+        return patch_side(self.block_size)
 
     def embed_image(self, bits_NC: Tensor, row_N: Tensor, col_N: Tensor, side: int | None = None) -> Tensor:
         """±1 bits (…,N,C) and their places, all below `side` → backbone inputs (…,N,D): projection plus 2-D position."""

@@ -1,7 +1,6 @@
 """What the teacher needs to work ahead of training: the row of samples and the student's layout, without a student."""
 
 import dataclasses
-from math import isqrt
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from bitdance.folder.checkpoint import load_model
 from bitdance.folder.fingerprint import fingerprint
 from bitdance.folder.sizes import rule_of_model
 from bitdance.model import BitDanceModel
+from bitdance.sequence.patches import patch_side
 from bitdance.sequence.prompt import SpecialTokens
 from distill.config import DistillConfig
 from distill.growth import check_sides, grown_text_tokenizer
@@ -36,7 +36,7 @@ class TeacherContext:
         self.device = own_device(self.distill) or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.teacher: BitDanceModel = load_model(folder, self.device, self.distill.torch_dtype(self.device))
         self.fingerprint = fingerprint(folder)
-        check_sides(self.teacher.patch_side, isqrt(P))
+        check_sides(self.teacher.patch_side, patch_side(P))
         own = dataclasses.replace(training, head={**training.head, "parallel_num": self.teacher.block_size})
         head = check_chain(self.teacher, own, None, f"distill.teacher = {self.distill.teacher!r}")
         self.head = dataclasses.replace(head, parallel_num=P)
@@ -46,7 +46,7 @@ class TeacherContext:
         for source in self.sources:
             check_bits([shard.address for shard in source.data.index.shards], self.tokenizer)
         mix = {int(resolution): share for resolution, share in config.data.mix.items()}
-        rule = dataclasses.replace(rule_of_model(self.teacher), trained=(), patch_side=isqrt(P))
+        rule = dataclasses.replace(rule_of_model(self.teacher), trained=(), patch_side=patch_side(P))
         self.buckets = Buckets(rule, tuple(mix))
         self.mixture = Mixture(self.sources, self.seed, mix, self.buckets, config.data.enlarge)
         text_tokenizer = grown_text_tokenizer(self.teacher, P)

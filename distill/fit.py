@@ -1,6 +1,5 @@
 """Does a teacher fit a student that did not grow out of it just now? Every refusal names both values."""
 
-from math import isqrt
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from bitdance.folder.parts import HEAD_CONFIG, LM_CONFIG
 from bitdance.foreign import load_text_tokenizer
 from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.model import BitDanceModel
+from bitdance.sequence.patches import patch_side
 from distill.growth import check_sides
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_config
@@ -24,7 +24,7 @@ def check_teacher(student: BitDanceModel, folder: Path, came: str) -> None:
     teacher's weights only the encoder is read.
     """
     head = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict)
-    check_sides(isqrt(head.parallel_num), student.patch_side)
+    check_sides(patch_side(head.parallel_num), student.patch_side)
     remedy = "name the model that the student grew out of, or leave generator.init empty"
     if head.ch_target != student.head.config.ch_target:
         raise ValueError(f"{came} has {head.ch_target} bits per token, the student {student.head.config.ch_target}; {remedy}")

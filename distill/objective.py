@@ -43,13 +43,12 @@ guided predictions, x̂_u + g·(x̂_c − x̂_u), which are the velocities that 
 Source: the paper trains larger patches on data alone (BitDance, arXiv 2602.14041, distillation); the other two are ours.
 """
 
-from math import isqrt
-
 import torch
 from torch import Tensor
 
 from bitdance.heads.diffusion.flow import velocity_from_x
 from bitdance.model import BitDanceModel, TrainingLosses
+from bitdance.sequence.patches import patch_side
 from distill.config import DistillTraining
 from distill.documents import DistillBatch
 from distill.teacher import Teacher
@@ -84,7 +83,7 @@ class DistillObjective(GeneratorObjective):
         target_RPC = self.target(batch)
         t_R11 = losses.time_rows[:, None, None]
         pull_RP = squared_velocity(losses.predicted_rows, target_RPC, t_R11)
-        after_P = sub_patches_after(self.model.patch_side, isqrt(self.teacher_block), pull_RP.device)
+        after_P = sub_patches_after(self.model.patch_side, patch_side(self.teacher_block), pull_RP.device)
         weight_RP = (1 - losses.time_rows[:, None]) ** (self.distill.fade * after_P)
         learned = learned + strength * (weight_RP * pull_RP).mean()
         # how the teacher itself does: where the student's loss is lower, the teacher has nothing left to say

@@ -2,7 +2,6 @@
 
 import argparse
 from dataclasses import replace
-from math import isqrt
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from bitdance.foreign import load_text_tokenizer
 from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.networks.precision import AUTO
 from bitdance.pipeline import DTYPES
+from bitdance.sequence.patches import patch_side
 from bitdance.sequence.prompt import SpecialTokens, add_image_tokens
 from distill.config import DistillConfig, DistillTraining
 from distill.growth import check_sides
@@ -53,7 +53,7 @@ def shapes(config: DistillConfig) -> tuple[Shape, Shape]:
         if training.init and not goes_on:
             student = replace(student, absent=(f"generator.init = {training.init!r}",))
     try:
-        check_sides(isqrt(teacher.head.parallel_num), isqrt(P))
+        check_sides(patch_side(teacher.head.parallel_num), patch_side(P))
     except ValueError as error:
         raise ValueError(f"{error}; {came} is not here and taken to be of {ASSUMED}" if folder is None else str(error)) from None
     return student, replace(teacher, head=replace(teacher.head, diff_batch_mul=student.head.diff_batch_mul))

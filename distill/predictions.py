@@ -9,7 +9,7 @@ import torch
 
 from bitdance.model import Attention
 from bitdance.sequence.batch import ImagePiece
-from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.patches import PatchPlan, patch_side
 from distill.context import TeacherContext
 from distill.documents import TeacherLayout
 from distill.targets import Targets, cached_noise, settings
@@ -70,7 +70,7 @@ class Predictions:
         batch = documents.batch(examples)  # one a row, so that pictures stand in the order of the examples
         layout = TeacherLayout.of(context.teacher, context.distill.folded)
         views = [view.to(context.device) for view in layout.views(examples, batch.sequence, documents.packed)]
-        sequence = batch.to(context.device).encoded(context.tokenizer, head.patch_side)
+        sequence = batch.to(context.device).encoded(context.tokenizer, patch_side(head.parallel_num))
         attention: Attention = "flex" if context.device.type == "cuda" else "dense"
         predicted = self._teacher.predict(views, sequence, attention).cpu()
         x_hat_SMPC, bits_NC = predicted.unflatten(0, (head.diff_batch_mul, -1)), sequence.image_bits_NC.cpu()
@@ -80,7 +80,7 @@ class Predictions:
             group, grids, x_hat_SMPC.split([n // head.parallel_num for n in tokens], dim=1), bits_NC.split(tokens), strict=True
         )
         for asked, (h, w), x_hat, own_NC in parts:
-            bits = pack_bits(PatchPlan(h, w, head.patch_side).unorder(own_NC[None])[0])
+            bits = pack_bits(PatchPlan(h, w, patch_side(head.parallel_num)).unorder(own_NC[None])[0])
             targets = Targets(asked.seed, settings(head, context.distill.guidance), x_hat).to_bytes()
             self._digest.update(bits + targets)
             key, captions = f"{asked.index:09d}", [asked.caption]

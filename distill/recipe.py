@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from math import isqrt
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from bitdance.folder.checkpoint import load_model
 from bitdance.folder.parts import HEAD_CONFIG
 from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.model import BitDanceModel
+from bitdance.sequence.patches import patch_side
 from distill.config import DistillConfig
 from distill.documents import CachedLayout, TeacherLayout
 from distill.fit import check_teacher
@@ -36,7 +36,7 @@ def build_recipe(config: DistillConfig) -> GeneratorRecipe:
     """What the engine trains. ValueError where teacher, student and config do not fit."""
     distill, folder = config.distill, model_folder(config.distill.teacher)
     T = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict).parallel_num
-    check_sides(isqrt(T), isqrt(config.block_size))
+    check_sides(patch_side(T), patch_side(config.block_size))
     sources = weighed_sources(config)
     student = fresh_model(config, lambda dtype: _student(config, folder, sources, dtype))
     teacher = Teacher.load(distill) if distill.objectives.teacher and not distill.cached else None
@@ -79,7 +79,8 @@ def _student(config: DistillConfig, teacher: Path, sources: Sequence[Source], dt
         model = start_model(training, lambda: texts(sources, training), dtype)
         check_teacher(model, teacher, source)
         return model
-    model = grow(load_model(teacher, device="cpu", dtype=torch.float32).train(), isqrt(config.block_size), origin(config.distill))
+    grown_from = load_model(teacher, device="cpu", dtype=torch.float32).train()
+    model = grow(grown_from, patch_side(config.block_size), origin(config.distill))
     named = LFQTokenizer.from_pretrained(model_folder(training.tokenizer)).float() if training.tokenizer else None
     model.head.config = check_chain(model, training, named, source)
     if training.resolution_tokens > len(model.special.res_ids):

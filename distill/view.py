@@ -8,13 +8,13 @@ N image tokens in the batch, S noise draws per block, P tokens per block of the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isqrt
 
 import torch
 from torch import Tensor
 
 from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
 from bitdance.sequence.noise import ImageNoise
+from bitdance.sequence.patches import patch_side
 from bitdance.sequence.prompt import SpecialTokens
 from stages.recipes.generator.documents import Example
 
@@ -76,7 +76,7 @@ def teacher_view(
             else:
                 pieces.append(ImagePiece(piece.bits_Chw))
         documents.append(pieces)
-    batch = build_batch(documents, isqrt(T), special, **packed)
+    batch = build_batch(documents, patch_side(T), special, **packed)
     return TeacherView(batch, _matching(_positions(batch), _positions(student)), T)
 
 

@@ -133,7 +133,6 @@ def test_gradient_checkpointing_changes_no_gradient():
         ({"depth_adanln": 3}, "no multiple of depth_adanln"),
         ({"depth_adanln": 0}, "a whole number from 1 to"),
         ({"ch_target": True}, "a whole number from 1 to"),
-        ({"parallel_num": 8}, "square patch"),
         ({"time_schedule": "cosine"}, "logit_normal, uniform"),
         ({"time_shift": 0.0}, "above 0, up to"),
     ],

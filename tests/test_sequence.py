@@ -8,7 +8,7 @@ import torch
 from tiny_model import BITS, random_bits, tiny_text_tokenizer
 
 from bitdance.sequence.batch import ImagePiece, TextPiece, build_batch
-from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.patches import PatchPlan, patch_side
 from bitdance.sequence.positions import sincos_2d
 from bitdance.sequence.prompt import SpecialTokens, conditional_ids, unconditional_ids, vision_prefix_ids
 
@@ -41,6 +41,12 @@ def test_coordinates_are_the_callers_own() -> None:
 def test_a_patch_must_divide_the_grid(h: int, w: int, p: int) -> None:
     with pytest.raises(ValueError, match=f"{h}x{w}"):
         PatchPlan(h, w, p)
+
+
+def test_a_patch_is_square() -> None:
+    assert [patch_side(P) for P in (1, 4, 16, 64)] == [1, 2, 4, 8]
+    with pytest.raises(ValueError, match="parallel_num = 8; a block is a square patch"):
+        patch_side(8)
 
 
 def test_a_wrong_shape_is_an_error() -> None:

@@ -37,6 +37,7 @@ from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.heads.diffusion.settings import choose
 from bitdance.networks.backbone import Backbone
 from bitdance.networks.projector import Projector
+from bitdance.sequence.patches import patch_side
 from bitdance.values import shown
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.files import check_links
@@ -85,7 +86,7 @@ class ModelConfig:
 
     def blocks(self, height: int, width: int) -> int:
         """M, steps of a picture. ValueError for a size that no model of these parts can make."""
-        unit = self.tokenizer.downsampling * self.head.patch_side
+        unit = self.tokenizer.downsampling * patch_side(self.head.parallel_num)
         if height < 1 or width < 1 or height % unit or width % unit or max(height, width) > LARGEST_SIDE:
             raise ValueError(f"{height}×{width} pixels: both sides must be multiples of {unit}, up to {LARGEST_SIDE}")
         return height * width // unit**2

@@ -10,6 +10,7 @@ from typing import Any
 
 from bitdance.folder.parts import EXTRAS_FILE, HEAD_CONFIG, TOKENIZER_CONFIG, read_extras
 from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.sequence.patches import patch_side
 from bitdance.values import check_number
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.json_file import read_config
@@ -50,7 +51,7 @@ def rule_of_folder(folder: Path | str) -> SizeRule:
     tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
     head = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict)
     try:
-        return _rule(tokenizer.downsampling, head.patch_side, _added_tokens(folder), read_extras(folder))
+        return _rule(tokenizer.downsampling, patch_side(head.parallel_num), _added_tokens(folder), read_extras(folder))
     except ValueError as error:
         raise ValueError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
 

@@ -4,9 +4,17 @@ B batch, C bits per token, h w token grid, p patch side, N = h·w tokens.
 """
 
 from dataclasses import dataclass
+from math import isqrt
 
 import torch
 from torch import Tensor
+
+
+def patch_side(block_size: int) -> int:
+    """Tokens along a side of a patch of `block_size` tokens. ValueError unless the patch is square."""
+    if isqrt(block_size) ** 2 != block_size:
+        raise ValueError(f"parallel_num = {block_size}; a block is a square patch: 1, 4, 16, 64, …")
+    return isqrt(block_size)
 
 
 @dataclass(frozen=True)

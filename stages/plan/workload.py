@@ -6,11 +6,12 @@ Pictures are taken to be square and prompts to be equally long; where the config
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import gcd, isqrt
+from math import gcd
 
 import torch
 
 from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
+from bitdance.sequence.patches import patch_side
 from bitdance.sequence.prompt import SpecialTokens
 from stages.config import TrainingConfig
 from stages.data.mixture import spread
@@ -50,7 +51,7 @@ class Workload:
         text = (1 - dropped) * prompt + dropped * UNCONDITIONAL
         documents = {}
         for resolution in shares:
-            unit = downsampling * isqrt(P)
+            unit = downsampling * patch_side(P)
             if resolution % unit:
                 said = f" ({', '.join(shape.absent)} is not here)" if shape.absent else ""
                 why = f"{downsampling} pixels a token, {P} tokens a block{said}"
@@ -88,7 +89,7 @@ class Workload:
         }
         P = next(iter(self.documents.values())).P
         packed = {"token_budget": self.limit, "multiple_of": multiple_of} if self.limit else {}
-        return build_batch([pieces[r] for r in resolutions], isqrt(P), special, **packed)
+        return build_batch([pieces[r] for r in resolutions], patch_side(P), special, **packed)
 
 
 def shown(resolutions: tuple[int, ...]) -> str:
@@ -100,5 +101,5 @@ def _default(config: TrainingConfig, downsampling: int) -> int:
     """Side of the pictures where no mix names one: that of the samples drawn in training, else 256."""
     size = config.generator.defaults
     height, width = size.get("height", 256), size.get("width", 256)
-    unit = downsampling * isqrt(int(config.generator.head.get("parallel_num", 1)))
+    unit = downsampling * patch_side(int(config.generator.head.get("parallel_num", 1)))
     return max(unit, round((height * width) ** 0.5 / unit) * unit)

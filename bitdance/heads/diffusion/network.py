@@ -85,15 +85,8 @@ class HeadConfig:
                 f"depth_latent = {self.depth_latent} is no multiple of depth_adanln = {self.depth_adanln}; "
                 "each modulation serves the same number of blocks"
             )
-        if math.isqrt(self.parallel_num) ** 2 != self.parallel_num:
-            raise ValueError(f"parallel_num = {self.parallel_num}; a block is a square patch: 1, 4, 16, 64, …")
         if not isinstance(self.time_schedule, str) or self.time_schedule not in SCHEDULES:
             raise ValueError(f"time_schedule = {shown(self.time_schedule)}; allowed are {', '.join(SCHEDULES)}")
-
-    @property
-    def patch_side(self) -> int:
-        """Tokens along a side of one block."""
-        return math.isqrt(self.parallel_num)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "HeadConfig":

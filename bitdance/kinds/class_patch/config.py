@@ -1,13 +1,12 @@
 """The shape of a class-conditional model, in the names of the published code, and the published sizes."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bitdance.heads.diffusion.network import HeadConfig
-from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.patches import PatchPlan, patch_side
 from bitdance.values import Range, shown
 from lfq_tokenizer import limits
 
@@ -83,7 +82,7 @@ class ClassPatchConfig:
     @property
     def plan(self) -> PatchPlan:
         """The order in which tokens are predicted; consecutive `parallel_num` of them are a block."""
-        return PatchPlan(self.grid, self.grid, math.isqrt(self.parallel_num) if self.parallel_mode == "patch" else 1)
+        return PatchPlan(self.grid, self.grid, patch_side(self.parallel_num) if self.parallel_mode == "patch" else 1)
 
     @property
     def head(self) -> HeadConfig:

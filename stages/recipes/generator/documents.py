@@ -16,7 +16,7 @@ from torch import Tensor
 from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
 from bitdance.sequence.noise import ImageNoise
-from bitdance.sequence.patches import PatchPlan
+from bitdance.sequence.patches import PatchPlan, patch_side
 from bitdance.sequence.prompt import SpecialTokens, conditional_ids, unconditional_ids
 from lfq_tokenizer import LFQTokenizer
 from stages.config import GeneratorTraining
@@ -104,7 +104,7 @@ class Documents:
     def batch(self, examples: Sequence[Example]) -> GeneratorBatch:
         """The examples in rows, in their order or packed."""
         documents = [example.pieces for example in examples]
-        sequence = build_batch(documents, self.head.patch_side, self.special, **self.packed)
+        sequence = build_batch(documents, patch_side(self.head.parallel_num), self.special, **self.packed)
         return GeneratorBatch(sequence, {k: e.pixels_3HW for k, e in enumerate(examples) if e.pixels_3HW is not None})
 
     def with_noise(self, sample: Sample, resolution: int, caption: str, flip_max: float, generator: torch.Generator) -> Example:
