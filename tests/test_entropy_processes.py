@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lfq_tokenizer.entropy import group_entropy
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
-from stages.engine.processes import everyone, from_first, mean_over_processes, most_over_processes
+from stages.engine.processes import all_gather, from_first, mean_over_processes, most_over_processes
 
 pytestmark = pytest.mark.slow
 
@@ -79,4 +79,4 @@ def test_counts_are_averaged_over_processes(by_rank):
 def test_one_process_hears_itself():
     tensor = torch.tensor([2.0])
     assert mean_over_processes(tensor) is tensor and most_over_processes(tensor) is tensor
-    assert everyone("a") == ["a"] and from_first("b") == "b"
+    assert all_gather("a") == ["a"] and from_first("b") == "b"

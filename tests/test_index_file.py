@@ -11,8 +11,8 @@ from stages.data import files
 from stages.data.cli import main
 from stages.data.files import ChangedShard
 from stages.data.index_file import write_index
+from stages.data.locations import beside
 from stages.data.metadata import Shape
-from stages.data.places import beside
 from stages.data.shards import ShardDataset, ShardIndex
 
 

@@ -73,8 +73,11 @@ def slow_bfloat16(device: torch.device | str) -> float | None:
 
 
 def _cpu_has_bfloat16() -> bool:
-    found = torch.cpu.get_capabilities()
-    if found["architecture"] == "x86_64" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.9 knows these two alone
+        found = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
+    else:
+        found = torch.cpu.get_capabilities()
+    if found.get("architecture", "x86_64") == "x86_64" and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         return False  # by the processor itself, or by ATEN_CPU_CAPABILITY
     return any(found.get(name) for name in _INSTRUCTIONS)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
-from stages.data.metadata import MEMBER_LIMITS, Place, Shape
+from stages.data.metadata import MEMBER_LIMITS, Shape, Span
 
 _ENDINGS = tuple(MEMBER_LIMITS)
 
@@ -18,7 +18,7 @@ class Entry:
 
     shard: int
     key: str
-    members: dict[str, Place]
+    members: dict[str, Span]
     shape: Shape | None = None
 
 
@@ -32,7 +32,7 @@ class Entries(Sequence[Entry]):
         self._member_ends = array("q", [0])
         self._sides = array("i")  # height and width, below 0 for bits; 0: not known
 
-    def append(self, shard: int, key: str, members: Mapping[str, Place], shape: Shape | None) -> None:
+    def append(self, shard: int, key: str, members: Mapping[str, Span], shape: Shape | None) -> None:
         self._shards.append(shard)
         # names from a tar may hold bytes that are no text
         self._keys += key.encode("utf-8", "surrogatepass")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from stages.data.places import filesystem, is_url, shown
+from stages.data.locations import filesystem, is_url, shown
 
 MOST_OPEN = 32
 WAITS = (0.5, 2.0, 8.0)  # seconds before a failed request is tried again

@@ -20,8 +20,8 @@ from tqdm import tqdm
 from lfq_tokenizer import limits
 from lfq_tokenizer.files import clear_leftovers, size_text, whole_file
 from stages.data.files import OpenFiles, stream
-from stages.data.metadata import LONGEST_SIDE, MEMBER_LIMITS, Place, Shape
-from stages.data.places import INDEX_ENDING, Places, beside, find_shards, is_url, name_of, shown
+from stages.data.locations import INDEX_ENDING, Locations, beside, find_shards, is_url, name_of, shown
+from stages.data.metadata import LONGEST_SIDE, MEMBER_LIMITS, Shape, Span
 from stages.data.skipping import name_skipped
 from stages.data.table import Known, ShardTable, read_known, read_table, unusable
 
@@ -38,7 +38,7 @@ def open_tables(addresses: Sequence[str], files: OpenFiles) -> Iterator[ShardTab
             yield read_table(address, files.open(address))
 
 
-def write_index(places: Places, out: str | os.PathLike[str], progress: bool = False) -> dict[str, Any]:
+def write_index(places: Locations, out: str | os.PathLike[str], progress: bool = False) -> dict[str, Any]:
     """Read headers and metadata of all shards and write the index file `out`, at once; returns counts.
 
     Shards in the folder of `out` or below are named relative to it, others absolutely. ValueError for another ending than
@@ -133,7 +133,7 @@ def _from_json(value: dict[str, Any], index: str) -> ShardTable:
     left_out = {reason: _whole(count, 2**63) for reason, count in _object(value.get("left_out")).items()}
     if not isinstance(name, str) or not name or not isinstance(value.get("samples"), list):
         raise ValueError("a shard needs a name and a list of samples")
-    groups: dict[str, dict[str, Place]] = {}
+    groups: dict[str, dict[str, Span]] = {}
     facts: dict[str, Known] = {}
     for sample in value["samples"]:
         if not isinstance(sample, list) or len(sample) != 4 or not isinstance(sample[0], str) or sample[0] in groups:
@@ -145,7 +145,7 @@ def _from_json(value: dict[str, Any], index: str) -> ShardTable:
     return ShardTable(beside(index, name), size, groups, Counter(left_out), facts)
 
 
-def _place(ending: str, place: Any, length: int) -> Place:
+def _place(ending: str, place: Any, length: int) -> Span:
     if ending not in MEMBER_LIMITS or not isinstance(place, list) or len(place) != 2:
         raise ValueError(f"{ending!r}: {str(place)[:200]} is no place of a member")
     offset, size = _whole(place[0], length), _whole(place[1], MEMBER_LIMITS[ending])

@@ -19,7 +19,7 @@ MEMBER_LIMITS |= dict.fromkeys(TEXT_ENDINGS, limits.CAPTION_BYTES)
 _PICTURE_HEAD = 2**16
 LONGEST_SIDE = 2**20
 
-Place = tuple[int, int]
+Span = tuple[int, int]
 Read = Callable[[int, int], bytes]  # (offset, size) → bytes
 
 
@@ -32,12 +32,12 @@ class Shape:
     bits: bool = False
 
 
-def picture_ending(members: Mapping[str, Place]) -> str | None:
+def picture_ending(members: Mapping[str, Span]) -> str | None:
     """The ending of the member that is the sample's picture."""
     return next((ending for ending in PICTURE_ENDINGS if ending in members), None)
 
 
-def read_text(members: Mapping[str, Place], read: Read) -> tuple[list[str], dict[str, Any]]:
+def read_text(members: Mapping[str, Span], read: Read) -> tuple[list[str], dict[str, Any]]:
     """Captions and attributes of a sample: its .json member says both, and where that has no caption the .txt member does.
 
     BrokenCaption where neither has one.
@@ -51,7 +51,7 @@ def read_text(members: Mapping[str, Place], read: Read) -> tuple[list[str], dict
     return captions, attributes
 
 
-def read_json(members: Mapping[str, Place], read: Read) -> tuple[list[str], dict[str, Any]]:
+def read_json(members: Mapping[str, Span], read: Read) -> tuple[list[str], dict[str, Any]]:
     """Captions and attributes of the .json member: its object `attributes` or, where there is none, all its other fields."""
     if "json" not in members:
         return [], {}
@@ -69,7 +69,7 @@ def read_json(members: Mapping[str, Place], read: Read) -> tuple[list[str], dict
     return captions, attributes or {}
 
 
-def read_shape(members: Mapping[str, Place], read: Read) -> Shape:
+def read_shape(members: Mapping[str, Span], read: Read) -> Shape:
     """Of bits or a picture, from the header; that of a picture upright. What attributes say of its size is not believed.
 
     ValueError (`BrokenPicture` is one) where the header cannot be read.

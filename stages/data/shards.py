@@ -26,9 +26,9 @@ from stages.data.conditions import Condition, first_failure
 from stages.data.entries import Entries, Entry
 from stages.data.files import OpenFiles
 from stages.data.index_file import open_tables
+from stages.data.locations import Locations, find_shards, name_of
 from stages.data.metadata import Read, Shape, picture_ending, read_shape, read_text
 from stages.data.picture import MAX_PIXELS, BrokenPicture, decode_picture
-from stages.data.places import Places, find_shards, name_of
 from stages.data.skipping import Skips, name_skipped
 from stages.data.table import read_known, unusable
 
@@ -76,7 +76,7 @@ class ShardIndex:
     hash: str
 
     @classmethod
-    def open(cls, places: Places, keep: Sequence[str] = ()) -> ShardIndex:
+    def open(cls, places: Locations, keep: Sequence[str] = ()) -> ShardIndex:
         """Shard files, patterns, folders, URLs or index files → index of the samples that meet all conditions of `keep`.
 
         ValueError for a compressed or foreign file, a URL that is not allowed, and where no sample is left; FileNotFoundError

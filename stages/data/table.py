@@ -11,8 +11,8 @@ from typing import Any
 
 from lfq_tokenizer import limits
 from stages.data.files import File, OpenFiles, stream
-from stages.data.metadata import MEMBER_LIMITS, TEXT_ENDINGS, Place, Read, Shape, picture_ending, read_json, read_shape
-from stages.data.places import shown
+from stages.data.locations import shown
+from stages.data.metadata import MEMBER_LIMITS, TEXT_ENDINGS, Read, Shape, Span, picture_ending, read_json, read_shape
 from stages.data.walk import UNREAD, is_hidden
 
 
@@ -36,7 +36,7 @@ class ShardTable:
 
     address: str
     size: int
-    groups: dict[str, dict[str, Place]]
+    groups: dict[str, dict[str, Span]]
     left_out: Counter[str]
     known: dict[str, Known] | None = None
 
@@ -55,7 +55,7 @@ class TarHeaders:
 
 def read_table(address: str, file: File) -> ShardTable:
     """ValueError for a file that is no uncompressed tar; a shard that breaks off keeps its whole samples."""
-    groups: dict[str, dict[str, Place]] = {}
+    groups: dict[str, dict[str, Span]] = {}
     left_out: Counter[str] = Counter()
     try:
         with stream(file) as source, tarfile.open(fileobj=TarHeaders(source), mode="r:") as archive:  # type: ignore[call-overload]
@@ -80,7 +80,7 @@ def read_table(address: str, file: File) -> ShardTable:
     return ShardTable(address, file.size, groups, left_out)
 
 
-def unusable(members: Mapping[str, Place]) -> str:
+def unusable(members: Mapping[str, Span]) -> str:
     """The reason why a group of members is no sample, or ""."""
     if "bits" not in members and picture_ending(members) is None:
         return "sample without picture or bits"
@@ -101,7 +101,7 @@ def read_known(table: ShardTable, files: OpenFiles) -> ShardTable:
     return replace(table, known=known)
 
 
-def _known(members: Mapping[str, Place], read: Read) -> Known:
+def _known(members: Mapping[str, Span], read: Read) -> Known:
     attributes: dict[str, Any] = {}
     shape = None
     with contextlib.suppress(ValueError):

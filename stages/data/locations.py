@@ -30,11 +30,11 @@ SCHEMES = {  # scheme → the package that reads it
 INDEX_ENDING = ".jsonl"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 
-Places = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Locations = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
-def find_shards(places: Places) -> list[str]:
-    """Places → addresses of shards and of index files, each once, in order.
+def find_shards(places: Locations) -> list[str]:
+    """Locations → addresses of shards and of index files, each once, in order.
 
     A place is a file, a pattern, a folder of `.tar` files (or of folders with them), or a URL; `{000..099}` stands for a hundred
     names. ValueError for a URL that is not allowed or cannot be listed; FileNotFoundError where a place matches nothing.
