@@ -12,6 +12,8 @@ only when it is called:
     info(folder) → facts                                                `bitdance info`
     examine(folder) → facts with "problems" and "warnings"              `bitdance verify`
     compare(folder, other) → facts                                      `bitdance verify --against`
+    bench(options) → facts, and as text                                 `bitdance bench`
+    batch_needs(options) → facts                                        `bitdance doctor --model`
 
 `bitdance.json` of a folder names its kind; a folder that names none is of the first. Nothing else asks which kind it has.
 """

@@ -241,10 +241,39 @@ def test_info_tells_what_the_folder_holds(folder: Path, capsys: Any) -> None:
 
 
 def test_commands_for_text_models_refuse_the_folder_by_its_kind(folder: Path, tmp_path: Path, capsys: Any) -> None:
-    assert main(["bench", "--model", str(folder)]) == 2
-    assert "holds a model of kind 'class_patch', not 'next_patch'" in capsys.readouterr().err
+    for command, option in (
+        ("bench", "--yardstick"),
+        ("bench", "--no-compile"),
+        ("doctor", "--offload"),
+        ("doctor", "--measure"),
+    ):
+        assert main([command, "--model", str(folder), option]) == 2
+        assert f"{option} is for text models; leave it out for a class model" in capsys.readouterr().err
     assert main(["export", str(folder), str(tmp_path / "o"), "--format", "diffusers"]) == 2
     assert "--format is not for a model of this kind (class_patch)" in capsys.readouterr().err
+
+
+def test_bench_times_the_phases_and_counts_every_operation(folder: Path, capsys: Any) -> None:
+    """The operations of a picture are those that the plain layers ask for, though the pipeline's own are hidden from torch."""
+    options = ["--batch", "1", "2", "--repeats", "1", "--dtype", "float32", "--preset", "own"]
+    assert main(["bench", "--model", str(folder), *options, "--json"]) == 0
+    one, two = json.loads(capsys.readouterr().out)["runs"]
+    assert (one["batch"], two["batch"], one["steps"], one["guidance"]) == (1, 2, 2, 2.0)
+    assert two["flops"] == 2 * one["flops"] and set(one["seconds"]) == {"tokens", "decode", "png"}
+    network = sum(p.numel() for name, p in golden_model(16).named_parameters() if p.ndim == 2 and "head" not in name)
+    assert one["flops"] > 2 * 2 * network  # two branches pass every matrix at least once
+    assert one["images_per_s"] == pytest.approx(1 / sum(one["seconds"].values()))
+    assert main(["bench", "--model", str(folder), *options]) == 0
+    assert "float32, own: 2 steps, guidance 2" in capsys.readouterr().out
+
+
+def test_doctor_says_what_a_batch_takes(folder: Path, capsys: Any) -> None:
+    assert main(["doctor", "--model", str(folder), "--batch-size", "3", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["batch"], found["height"], found["fits"]) == (3, 64, True)
+    checked, width = check_folder(folder), 4 if found["dtype"] == "float32" else 2
+    program = found["phases"][found["phase"]]["program"]
+    assert found["needs_bytes"] - program == costs.needed(checked, 3, width, guided=True)
 
 
 def test_half_precision_makes_pictures(folder: Path) -> None:

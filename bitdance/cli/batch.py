@@ -5,9 +5,9 @@ from typing import Any
 
 from bitdance.cli import Parser, UsageError, number, print_json, print_page
 from bitdance.cli.options import DTYPE_HELP, DTYPE_NAMES, QUANTIZE, QUANTIZE_HEAD
+from bitdance.generator import module_of
 
 GB = 1_000_000_000
-MEASURED_STEPS = 2  # the peak does not depend on their number
 
 
 def add_options(parser: Parser) -> None:
@@ -37,83 +37,15 @@ def check_unused(options: argparse.Namespace) -> None:
 
 def show(options: argparse.Namespace) -> int:
     """Print the needs of a batch; exit code 1 when it does not fit."""
-    from bitdance.costs.memory import BatchSpec, free_bytes, free_main_memory, needs, own_bytes
-    from bitdance.costs.shapes import SHAPES
-    from bitdance.folder.config import ModelConfig
-    from bitdance.networks.precision import resolve_dtype, usable_device
-    from bitdance.networks.quantize import check_quantization
-
-    if options.shape is not None and options.shape not in SHAPES:
-        raise UsageError(f"shape {options.shape!r}; known are {', '.join(SHAPES)}")
-    model = SHAPES[options.shape] if options.shape else ModelConfig.of_folder(options.model)
-    height, width = options.height or model.size[0], options.width or model.size[1]
-    model.check_size(height, width)
-    device = usable_device(options.device)
-    kind = "cuda" if device.startswith("cuda") else "cpu"
-    dtype = resolve_dtype(options.dtype, device)
-    if options.measure:
-        check_quantization(options.quantize, options.quantize_head, device)
-    quantized = {"quantize": options.quantize, "quantize_head": options.quantize_head}
-    guided = options.guidance is None or options.guidance > 1
-    spec = BatchSpec(height, width, options.batch_size or 1, dtype, kind, guided, **quantized, offload=options.offload)
-    program, free = (own_bytes() or 0) if kind == "cpu" else 0, free_bytes(device)
-    found, main = needs(model, spec, program), free_main_memory()
-    fits = (free is None or found.peak - program <= free) and (main is None or found.main <= main)
-    facts: dict[str, Any] = {
-        "shape": model.name,
-        **{name: value for name, value in vars(spec).items() if name != "device"},
-        "device": device,
-        "needs_bytes": found.peak,
-        "main_memory_bytes": found.main,
-        "phase": found.phase,
-        "phases": found.phases,
-        "free_bytes": free,
-        "fits": fits,
-    }
-    if options.measure:
-        if not fits:
-            raise ValueError(f"needs {found.peak / GB:.1f} GB, {(free or 0) / GB:.1f} GB free on {device}: nothing to measure")
-        facts["measured_bytes"] = measure(model, spec, device)
+    facts = module_of(options.model or "demo").batch_needs(options)
     print_json(facts) if options.json else print_page(_text(facts).splitlines())
-    return 0 if fits else 1
-
-
-def measure(config: Any, spec: Any, device: str) -> int:
-    """Bytes that a batch of `spec` took at most, the process included on a CPU. UsageError where the system does not say."""
-    import torch
-
-    from bitdance.bench.models import open_model
-    from bitdance.costs.memory import own_bytes
-    from bitdance.networks.precision import DTYPES
-    from bitdance.networks.quantize import quantize_model
-    from bitdance.pipeline import BitDancePipeline
-
-    dtype, kinds = DTYPES[spec.dtype], (spec.quantize, spec.quantize_head)
-    home = "cpu" if spec.offload else device
-    on_cuda = device.startswith("cuda")
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    model = open_model(config, home, dtype)
-    if any(kinds):
-        quantize_model(model, *kinds, home, dtype)
-    pipe = BitDancePipeline(model)
-    pipe.set_progress_bar_config(disable=True)
-    if spec.offload:
-        pipe.enable_model_cpu_offload(device)
-    guidance = 7.5 if spec.guided else 1.0
-    size = {"height": spec.height, "width": spec.width}
-    prompts = ["a red apple on a wooden table, 3D style"] * spec.batch
-    pipe(prompts, **size, num_inference_steps=MEASURED_STEPS, guidance_scale=guidance, seed=0)
-    taken = torch.cuda.max_memory_allocated(device) if on_cuda else own_bytes(peak=True)
-    if taken is None:
-        raise UsageError("this system does not say how much memory a process took (no /proc); --measure needs Linux on a CPU")
-    return taken
+    return 0 if facts["fits"] else 1
 
 
 def _text(facts: dict[str, Any]) -> str:
     size = f"{facts['height']}×{facts['width']} pixels, {facts['dtype']}, {'with' if facts['guided'] else 'without'} guidance"
-    options = [f"{name} {facts[name]}" for name in ("quantize", "quantize_head") if facts[name]]
-    options += ["offload"] if facts["offload"] else []
+    options = [f"{name} {facts[name]}" for name in ("quantize", "quantize_head") if facts.get(name)]
+    options += ["offload"] if facts.get("offload") else []
     lines = [f"{facts['shape']}: {facts['batch']} × {size}{''.join(f', {o}' for o in options)}, on {facts['device']}"]
     phases = facts["phases"]
     parts = list(dict.fromkeys(part for phase in phases.values() for part in phase))

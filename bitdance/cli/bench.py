@@ -6,8 +6,7 @@ from pathlib import Path
 
 from bitdance.cli import Parser, count, number, print_json, print_page
 from bitdance.cli.options import DTYPE_HELP, DTYPE_NAMES, QUANTIZE, QUANTIZE_HEAD
-
-OWN = "own"
+from bitdance.generator import module_of
 
 EPILOG = """\
 --shape needs no weights: random ones of that shape take the same time. --floor needs no machine either:
@@ -33,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=number("steps"), help="sampler steps per block; default: the model's own")
     parser.add_argument("--guidance", type=number("guidance"), help="default: the model's own; <= 1 leaves guidance out")
     parser.add_argument("--sampler", help="default euler_maruyama")
-    parser.add_argument("--preset", nargs="+", default=[OWN], help="one or more; own (the default): the model's settings")
+    parser.add_argument("--preset", nargs="+", default=["own"], help="one or more; own (the default): the model's settings")
     parser.add_argument("--batch", type=number("batch_size"), nargs="+", default=[1], metavar="N", help="pictures at once")
     parser.add_argument("--dtype", nargs="+", choices=DTYPE_NAMES, help=f"one or more; {DTYPE_HELP}")
     parser.add_argument("--quantize", choices=QUANTIZE, help="the LLM's matrices in 8 or 4 bits")
@@ -50,53 +49,11 @@ def run(argv: Sequence[str]) -> int:
     if options.output and not options.output.absolute().parent.is_dir():
         raise ValueError(f"output = {str(options.output)!r}: there is no folder {str(options.output.parent)!r}; make it first")
 
-    import torch
-
-    from bitdance.bench.report import shown
-    from bitdance.bench.study import Study
-    from bitdance.costs.peak import Peak
-    from bitdance.costs.shapes import SHAPES
-    from bitdance.folder.config import ModelConfig
-    from bitdance.heads.diffusion.settings import Sampling, choose
-    from bitdance.networks.precision import resolve_dtype, usable_device
     from lfq_tokenizer.files import write_text
     from lfq_tokenizer.json_file import json_text
 
-    if options.shape is None:
-        model = ModelConfig.of_folder(options.model or "demo")
-    elif options.shape in SHAPES:
-        model = SHAPES[options.shape]
-    else:
-        raise ValueError(f"shape = {options.shape!r:.80}; allowed are {', '.join(SHAPES)}")
-    height, width = options.height or model.size[0], options.width or model.size[1]
-    model.check_size(height, width)
-    said = {"steps": options.steps, "guidance": options.guidance}
-    own = choose(model.defaults, **said)
-    presets = {
-        name: choose(model.defaults, None if name == OWN else name, **said, sampler=options.sampler) for name in options.preset
-    }
-    device = torch.device(usable_device(options.device))
-    asked = options.dtype or ["bfloat16" if options.floor else None]
-    dtypes = asked if options.floor else list(dict.fromkeys(resolve_dtype(name, str(device)) for name in asked))
-    study = Study(
-        model,
-        height,
-        width,
-        dtypes,
-        options.batch,
-        presets,
-        Sampling(own.steps, own.guidance),
-        options.quantize,
-        options.quantize_head,
-        False if options.no_compile else None,
-    )
-    if options.floor:
-        found = study.roofline(Peak.parse(options.floor))
-    else:
-        if options.threads:
-            torch.set_num_threads(options.threads)
-        found = study.measure(device, options.repeats, options.yardstick)
+    found, text = module_of(options.model or "demo").bench(options)
     if options.output:
         write_text(json_text(found, 2) + "\n", options.output)
-    print_json(found) if options.json else print_page(shown(found).split("\n"))
+    print_json(found) if options.json else print_page(text.split("\n"))
     return 0

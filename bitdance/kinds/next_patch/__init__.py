@@ -1,5 +1,6 @@
 """Next-patch diffusion from text: the kind of a model folder that names none. What it offers: see `bitdance.generator`."""
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from bitdance.verify.compare import compare
 from bitdance.verify.examine import examine
 
 load_pipeline = BitDancePipeline.from_pretrained
-__all__ = ["compare", "examine", "info", "load_pipeline", "rules", "sizes"]
+__all__ = ["batch_needs", "bench", "compare", "examine", "info", "load_pipeline", "rules", "sizes"]
 
 
 class JobRules:
@@ -117,3 +118,17 @@ def sizes(folder: Path) -> dict[str, Any]:
         "smallest_side": min(usable),
         "largest_side": max(usable),
     }
+
+
+def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What `bitdance bench` found, as JSON values and for people."""
+    from bitdance.kinds.next_patch.speed import measure_speed
+
+    return measure_speed(options)
+
+
+def batch_needs(options: argparse.Namespace) -> dict[str, Any]:
+    """What `bitdance doctor` says of a batch of pictures."""
+    from bitdance.kinds.next_patch.needs import needs_of_batch
+
+    return needs_of_batch(options)
