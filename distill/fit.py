@@ -17,8 +17,8 @@ from stages.recipes.chain import SHOWN, encoder_hash
 BACKBONE = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
-def check_teacher(student: BitDanceModel, folder: Path, came: str) -> None:
-    """The teacher in `folder`, which the config calls `came`, against a student that goes on.
+def check_teacher(student: BitDanceModel, folder: Path, source: str) -> None:
+    """The teacher in `folder`, which the config calls `source`, against a student that goes on.
 
     ValueError where its patches do not divide the student's, or its bits, picture tokenizer, backbone or words are others. Of the
     teacher's weights only the encoder is read.
@@ -27,22 +27,22 @@ def check_teacher(student: BitDanceModel, folder: Path, came: str) -> None:
     check_sides(patch_side(head.parallel_num), student.patch_side)
     remedy = "name the model that the student grew out of, or leave generator.init empty"
     if head.ch_target != student.head.config.ch_target:
-        raise ValueError(f"{came} has {head.ch_target} bits per token, the student {student.head.config.ch_target}; {remedy}")
+        raise ValueError(f"{source} has {head.ch_target} bits per token, the student {student.head.config.ch_target}; {remedy}")
     assert student.tokenizer is not None
     theirs, ours = (encoder_hash(t, torch.float32) for t in (LFQTokenizer.from_pretrained(folder), student.tokenizer))
     if theirs != ours:
         raise ValueError(
-            f"{came} reads the bits of another picture tokenizer ({theirs[:SHOWN]}…) than the student ({ours[:SHOWN]}…); {remedy}"
+            f"{source} reads the bits of another picture tokenizer ({theirs[:SHOWN]}…) than the student ({ours[:SHOWN]}…); {remedy}"
         )
     backbone, own = read_config(folder / LM_CONFIG, dict), student.backbone.lm.config.to_dict()
     for name in BACKBONE:
         if backbone.get(name) != own.get(name):
             raise ValueError(
-                f"{came} has another backbone: {name} = {backbone.get(name)!r}, the student's is {own.get(name)!r}; {remedy}"
+                f"{source} has another backbone: {name} = {backbone.get(name)!r}, the student's is {own.get(name)!r}; {remedy}"
             )
     words = load_text_tokenizer(folder).get_vocab()
     known = student.text_tokenizer.get_vocab()
     if other := next((word for word, number in words.items() if known.get(word) != number), None):
         raise ValueError(
-            f"{came} has another text tokenizer: {other!r} is token {words[other]}, the student's {known.get(other)}; {remedy}"
+            f"{source} has another text tokenizer: {other!r} is token {words[other]}, the student's {known.get(other)}; {remedy}"
         )

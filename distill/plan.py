@@ -39,23 +39,25 @@ def shapes(config: DistillConfig) -> tuple[Shape, Shape]:
     ValueError where patches do not divide, or a folder contradicts the config.
     """
     training, P, place = config.generator, config.block_size, config.distill.teacher
-    came = f"distill.teacher = {place!r}"
+    source = f"distill.teacher = {place!r}"
     folder, goes_on = folder_here(place), folder_here(training.init) is not None
     if folder is None:
         student = Shape.of(config)
-        absent = f"{came}, which is taken to predict {ASSUMED} tokens per step,"
+        absent = f"{source}, which is taken to predict {ASSUMED} tokens per step,"
         student = replace(student, absent=(absent, *student.absent))
         teacher = replace(student, head=replace(student.head, parallel_num=ASSUMED))
     else:
         T = read_config(folder / HEAD_CONFIG, HeadConfig.from_dict).parallel_num
-        teacher = Shape.of_folder(folder, _with_block(training, T), came)
+        teacher = Shape.of_folder(folder, _with_block(training, T), source)
         student = Shape.of(config) if goes_on else _grown(teacher, folder, P)
         if training.init and not goes_on:
             student = replace(student, absent=(f"generator.init = {training.init!r}",))
     try:
         check_sides(patch_side(teacher.head.parallel_num), patch_side(P))
     except ValueError as error:
-        raise ValueError(f"{error}; {came} is not here and taken to be of {ASSUMED}" if folder is None else str(error)) from None
+        raise ValueError(
+            f"{error}; {source} is not here and taken to be of {ASSUMED}" if folder is None else str(error)
+        ) from None
     return student, replace(teacher, head=replace(teacher.head, diff_batch_mul=student.head.diff_batch_mul))
 
 

@@ -69,13 +69,13 @@ class Shape:
         return cls({"model_type": "qwen3", **backbone}, vocabulary, sides, head, tokenizer, tuple(absent))
 
     @classmethod
-    def of_folder(cls, folder: Path, training: GeneratorTraining, came: str = "") -> "Shape":
-        """Of the model in `folder`, which the config calls `came` (default: generator.init), with the training values of
+    def of_folder(cls, folder: Path, training: GeneratorTraining, source: str = "") -> "Shape":
+        """Of the model in `folder`, which the config calls `source` (default: generator.init), with the training values of
         `training`. ValueError where that contradicts it."""
         backbone: dict[str, Any] = read_json(folder / LM_CONFIG)
         tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
-        check_backbone(backbone, training, came)
-        head = stage_head(read_config(folder / HEAD_CONFIG, HeadConfig.from_dict), training, came)
+        check_backbone(backbone, training, source)
+        head = stage_head(read_config(folder / HEAD_CONFIG, HeadConfig.from_dict), training, source)
         sides = training.resolution_tokens or LARGEST_SIDE // tokenizer.downsampling
         return cls(backbone, int(backbone["vocab_size"]), sides, head, tokenizer)
 

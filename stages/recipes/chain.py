@@ -33,29 +33,29 @@ def encoder_hash(tokenizer: LFQTokenizer, dtype: torch.dtype | None = None) -> s
 
 
 def check_chain(
-    model: BitDanceModel, training: GeneratorTraining, tokenizer: LFQTokenizer | None = None, came: str = ""
+    model: BitDanceModel, training: GeneratorTraining, tokenizer: LFQTokenizer | None = None, source: str = ""
 ) -> HeadConfig:
-    """The model of `generator.init` (or what else `came` says) against what the config says beside it; `tokenizer` is that of
+    """The model of `generator.init` (or what else `source` says) against what the config says beside it; `tokenizer` is that of
     `generator.tokenizer`.
 
     Returns the head's config for this stage: the model's, with the training values (times, noise draws) that the config gives.
     ValueError where patch, bits per token, tokenizer, head or backbone are others.
     """
-    came = came or _init(training)
-    head = stage_head(model.head.config, training, came)
-    check_backbone(model.backbone.lm.config.to_dict(), training, came)
+    source = source or _init(training)
+    head = stage_head(model.head.config, training, source)
+    check_backbone(model.backbone.lm.config.to_dict(), training, source)
     if tokenizer is not None:
         assert model.tokenizer is not None
         bits, wanted = model.head.config.ch_target, tokenizer.config.z_channels
         if bits != wanted:
             raise ValueError(
-                f"{came} predicts {bits} bits per token, generator.tokenizer = {training.tokenizer!r} makes {wanted}; name the "
+                f"{source} predicts {bits} bits per token, generator.tokenizer = {training.tokenizer!r} makes {wanted}; name the "
                 "tokenizer of the stage before, or leave generator.tokenizer empty"
             )
         ours, theirs = (encoder_hash(t, torch.float32) for t in (model.tokenizer, tokenizer))
         if ours != theirs:
             raise ValueError(
-                f"{came} was trained on the bits of another encoder ({ours[:SHOWN]}…) than that of generator.tokenizer = "
+                f"{source} was trained on the bits of another encoder ({ours[:SHOWN]}…) than that of generator.tokenizer = "
                 f"{training.tokenizer!r} ({theirs[:SHOWN]}…); name the tokenizer of the stage before, or leave "
                 "generator.tokenizer empty"
             )
@@ -108,30 +108,30 @@ def next_card(previous: Mapping[str, Any], stage: str, config: TrainingConfig, s
     return json.loads(json.dumps({**kept, "stages": [*card.get("stages", []), own]}))
 
 
-def stage_head(known: HeadConfig, training: GeneratorTraining, came: str = "") -> HeadConfig:
+def stage_head(known: HeadConfig, training: GeneratorTraining, source: str = "") -> HeadConfig:
     """`known`, the head's config of the stage before, with the training values of this stage. ValueError for another shape."""
-    came, wanted = came or _init(training), {**known.to_dict(), **training.head}
+    source, wanted = source or _init(training), {**known.to_dict(), **training.head}
     if wanted["parallel_num"] != known.parallel_num:
         raise ValueError(
-            f"{came} predicts {known.parallel_num} tokens per step, generator.head.parallel_num says {wanted['parallel_num']}; "
+            f"{source} predicts {known.parallel_num} tokens per step, generator.head.parallel_num says {wanted['parallel_num']}; "
             "a model grows to larger patches with `bitdance distill`"
         )
     for name in HEAD_SHAPE:
         if wanted[name] != getattr(known, name):
             raise ValueError(
-                f"{came} has a head with {name} = {getattr(known, name)!r}, generator.head says {wanted[name]!r}; "
+                f"{source} has a head with {name} = {getattr(known, name)!r}, generator.head says {wanted[name]!r}; "
                 "correct the config: a stage goes on with the head of the stage before"
             )
     return HeadConfig.from_dict(wanted)
 
 
-def check_backbone(known: Mapping[str, Any], training: GeneratorTraining, came: str = "") -> None:
+def check_backbone(known: Mapping[str, Any], training: GeneratorTraining, source: str = "") -> None:
     """The transformers config of the stage before against [generator.backbone]. The vocabulary may have grown."""
     for name, value in training.backbone.items():
         found = _field(known, name)
         if name != "vocab_size" and found is not None and found != value:
             raise ValueError(
-                f"{came or _init(training)} has a backbone with {name} = {found!r}, generator.backbone says {value!r}; "
+                f"{source or _init(training)} has a backbone with {name} = {found!r}, generator.backbone says {value!r}; "
                 "correct the config, or start from a stage with this backbone"
             )
 
