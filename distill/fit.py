@@ -32,7 +32,8 @@ def check_teacher(student: BitDanceModel, folder: Path, source: str) -> None:
     theirs, ours = (encoder_hash(t, torch.float32) for t in (LFQTokenizer.from_pretrained(folder), student.tokenizer))
     if theirs != ours:
         raise ValueError(
-            f"{source} reads the bits of another picture tokenizer ({theirs[:SHOWN]}…) than the student ({ours[:SHOWN]}…); {remedy}"
+            f"{source} reads the bits of another picture tokenizer ({theirs[:SHOWN]}…) than the student ({ours[:SHOWN]}…); "
+            f"{remedy}"
         )
     backbone, own = read_config(folder / LM_CONFIG, dict), student.backbone.lm.config.to_dict()
     for name in BACKBONE:

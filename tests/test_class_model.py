@@ -9,9 +9,9 @@ from golden_cases import case
 
 from bitdance.heads.diffusion.settings import Sampling
 from bitdance.kinds.class_patch.config import PUBLISHED, ClassPatchConfig, published_name
-from bitdance.kinds.class_patch.draws import ClassDraws
 from bitdance.kinds.class_patch.generate import generate_bits
 from bitdance.kinds.class_patch.model import ClassPatchModel
+from bitdance.kinds.class_patch.noise import ClassNoise
 from bitdance.kinds.class_patch.settings import PRESETS, ClassSettings, choose
 
 pytestmark = pytest.mark.slow
@@ -163,7 +163,7 @@ def test_fresh_weights_learn():
     bits, classes = random_bits(2, config), torch.tensor([0, 9])
     losses = []
     for _ in range(60):
-        loss = model.losses(bits, classes, ClassDraws.draw(2, config, True, generator(1)))["bits"].mean()
+        loss = model.losses(bits, classes, ClassNoise.draw(2, config, True, generator(1)))["bits"].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -173,8 +173,8 @@ def test_fresh_weights_learn():
 
 def test_training_draws_do_not_depend_on_what_was_asked_before():
     config = golden_config(4)
-    one, two = (ClassDraws.draw(3, config, True, generator(4)) for _ in range(2))
+    one, two = (ClassNoise.draw(3, config, True, generator(4)) for _ in range(2))
     assert torch.equal(one.noise_KPC, two.noise_KPC) and torch.equal(one.flipped_BNC, two.flipped_BNC)
     assert one.noise_KPC.shape == (3 * config.num_blocks * config.diff_batch_mul, 4, 8)
-    quiet = ClassDraws.draw(3, config, False, generator(4))
+    quiet = ClassNoise.draw(3, config, False, generator(4))
     assert quiet.flipped_BNC is None and quiet.dropped_B is None

@@ -11,7 +11,7 @@ from PIL import Image
 from test_engine import assert_same, environment, metrics  # noqa: F401 (a fixture)
 
 from bitdance import load_pipeline
-from bitdance.kinds.class_patch.draws import ClassDraws
+from bitdance.kinds.class_patch.noise import ClassNoise
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.cli import export
 from stages.config import DataConfig, DeepSpeedConfig, OptimizerConfig, RunConfig, load_config
@@ -86,8 +86,8 @@ def config(home: Path, data: str = "bits", out: str = "run", **changes: Any) -> 
 
 
 def tensors(batch: Any) -> dict[str, torch.Tensor]:
-    found = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "draws"}
-    found |= {f.name: getattr(batch.draws, f.name) for f in dataclasses.fields(batch.draws)}
+    found = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name != "noise"}
+    found |= {f.name: getattr(batch.noise, f.name) for f in dataclasses.fields(batch.noise)}
     return {name: part for name, part in found.items() if part is not None}
 
 
@@ -119,8 +119,8 @@ def test_the_loss_of_samples_does_not_depend_on_how_they_are_batched(home: Path)
 
 def test_joined_noise_is_that_of_the_pictures(home: Path) -> None:
     shape = ClassPatchRecipe(config(home)).feed.shape
-    apart = [ClassDraws.draw(1, shape, True, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    joined = ClassDraws.joined(apart, shape)
+    apart = [ClassNoise.draw(1, shape, True, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    joined = ClassNoise.joined(apart, shape)
     M = shape.num_blocks
     for repeat in range(shape.diff_batch_mul):
         for picture, one in enumerate(apart):
@@ -152,9 +152,9 @@ def test_classes_are_the_folders_in_their_order(home: Path) -> None:
 
 def test_the_null_class_takes_the_place_of_a_tenth_of_the_classes(home: Path) -> None:
     feed = ClassPatchRecipe(config(home)).feed
-    dropped = torch.cat([batch(feed, range(start, start + 50)).draws.dropped_B for start in range(0, 2000, 50)])
+    dropped = torch.cat([batch(feed, range(start, start + 50)).noise.dropped_B for start in range(0, 2000, 50)])
     assert 0.07 < float(dropped.float().mean()) < 0.13
-    assert feed.plain(feed.data, [0, 1]).draws.dropped_B is None
+    assert feed.plain(feed.data, [0, 1]).noise.dropped_B is None
 
 
 def test_loader_processes_get_no_weights(home: Path) -> None:

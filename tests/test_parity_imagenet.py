@@ -11,8 +11,8 @@ from bitdance.heads.diffusion.flow import warp_time
 from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.heads.diffusion.sampler import SAMPLERS, euler_maruyama
 from bitdance.heads.diffusion.settings import Sampling
-from bitdance.kinds.class_patch.draws import ClassDraws
 from bitdance.kinds.class_patch.generate import generate_bits
+from bitdance.kinds.class_patch.noise import ClassNoise
 from bitdance.kinds.class_patch.rotary import rotate, turns
 from bitdance.kinds.class_patch.settings import ClassSettings
 from bitdance.sequence.patches import PatchPlan
@@ -38,7 +38,7 @@ def recorded_draws(t, config, training, p_max, p_drop):
     time, noise = rest[0][0], rest[1][0]
     c = config
     times = warp_time(time, c.time_schedule, c.P_mean, c.P_std, c.time_shift)
-    return ClassDraws(times, noise if noise.ndim == 3 else noise[:, None], flipped, dropped)
+    return ClassNoise(times, noise if noise.ndim == 3 else noise[:, None], flipped, dropped)
 
 
 @pytest.mark.parametrize("name", LOSSES)

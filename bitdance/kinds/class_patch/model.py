@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdance.heads.diffusion.network import BinaryDiffusionHead
 from bitdance.kinds.class_patch.config import ClassPatchConfig
-from bitdance.kinds.class_patch.draws import ClassDraws
 from bitdance.kinds.class_patch.network import NORM_EPS, Layer, Memory, SwiGLU, initialise
+from bitdance.kinds.class_patch.noise import ClassNoise
 from bitdance.kinds.class_patch.rotary import turns
 from bitdance.sequence.mask import dense_mask
 
@@ -80,19 +80,19 @@ class ClassPatchModel(nn.Module):
         P = self.config.parallel_num
         return self.pos_for_diff.weight[m * P : (m + 1) * P]
 
-    def losses(self, bits_BChw: Tensor, class_B: Tensor, draws: ClassDraws) -> dict[str, Tensor]:
+    def losses(self, bits_BChw: Tensor, class_B: Tensor, noise: ClassNoise) -> dict[str, Tensor]:
         """The training loss by the names of its terms; the sum of their means is what is trained.
 
         "bits": mean over bits of (v - v_hat)², (K,P), K = B·M·diff_batch_mul rows. Bits (B,C,h,w) in {-1,+1}; only what the
         model reads is flipped, the target is clean.
         """
         bits_BNC = self.config.plan.order(bits_BChw)
-        seen_BNC = bits_BNC if draws.flipped_BNC is None else torch.where(draws.flipped_BNC, -bits_BNC, bits_BNC)
-        if draws.dropped_B is not None:
-            class_B = class_B.masked_fill(draws.dropped_B, self.null_class)
+        seen_BNC = bits_BNC if noise.flipped_BNC is None else torch.where(noise.flipped_BNC, -bits_BNC, bits_BNC)
+        if noise.dropped_B is not None:
+            class_B = class_B.masked_fill(noise.dropped_B, self.null_class)
         cond_KPD = self.conditions(seen_BNC, class_B).reshape(-1, self.config.parallel_num, self.config.dim)
         target_KPC = bits_BNC.reshape(-1, self.config.parallel_num, self.config.latent_dim)
-        return {"bits": self.head.loss_at(target_KPC, cond_KPD, draws.time_K, draws.noise_KPC)}
+        return {"bits": self.head.loss_at(target_KPC, cond_KPD, noise.time_K, noise.noise_KPC)}
 
     def block_mask(self, L: int) -> Tensor:
         """Bool (1,1,L,L): all class tokens but the last are causal, then every position sees its own block too."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitdance.kinds.class_patch.config import ClassPatchConfig
-from bitdance.kinds.class_patch.draws import ClassDraws
+from bitdance.kinds.class_patch.noise import ClassNoise
 from lfq_tokenizer import LFQTokenizer
 from stages.data.crops import square_crop
 from stages.data.order import EpochOrder
@@ -27,14 +27,14 @@ class ClassBatch:
     """`bits_BChw` in {-1,+1}, or pictures still to be encoded, `pixels_B3HW` uint8; one of them is given."""
 
     class_B: Tensor
-    draws: ClassDraws
+    noise: ClassNoise
     bits_BChw: Tensor | None = None
     pixels_B3HW: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "ClassBatch":
         """The batch on a device."""
         bits, pixels = (x if x is None else x.to(device, non_blocking=non_blocking) for x in (self.bits_BChw, self.pixels_B3HW))
-        return ClassBatch(self.class_B.to(device), self.draws.to(device), bits, pixels)
+        return ClassBatch(self.class_B.to(device), self.noise.to(device), bits, pixels)
 
     @torch.no_grad()
     def encoded(self, tokenizer: LFQTokenizer) -> Tensor:
@@ -64,19 +64,19 @@ class ClassFeed:
             self._tokens(sample, index / self.length, source)
             for sample, index, source in zip(taken, indices, sources, strict=True)
         ]
-        draws = [ClassDraws.draw(1, self.shape, True, source) for source in sources]
+        noise = [ClassNoise.draw(1, self.shape, True, source) for source in sources]
         tokens = len(taken) * self.shape.num_tokens
         names = [sample.key for sample in taken]
-        return MicroBatch(self._joined(taken, pictures, draws), names, dict(skipped), tokens, tokens, skipped.names)
+        return MicroBatch(self._joined(taken, pictures, noise), names, dict(skipped), tokens, tokens, skipped.names)
 
     def plain(self, data: ShardDataset, numbers: Sequence[int]) -> ClassBatch:
         """Samples of a held-out set as they are judged: the middle square, no class dropped, no bit flipped, fixed noise."""
         taken = [data.take(number) for number in numbers]
-        draws = [ClassDraws.draw(1, self.shape, False, sample_generator(0, number)) for number in numbers]
-        return self._joined(taken, [self._tokens(sample) for sample in taken], draws)
+        noise = [ClassNoise.draw(1, self.shape, False, sample_generator(0, number)) for number in numbers]
+        return self._joined(taken, [self._tokens(sample) for sample in taken], noise)
 
-    def _joined(self, taken: Sequence[Sample], tokens: Sequence[Tensor], draws: Sequence[ClassDraws]) -> ClassBatch:
-        batch = ClassBatch(torch.tensor([self._class(sample) for sample in taken]), ClassDraws.joined(draws, self.shape))
+    def _joined(self, taken: Sequence[Sample], tokens: Sequence[Tensor], noise: Sequence[ClassNoise]) -> ClassBatch:
+        batch = ClassBatch(torch.tensor([self._class(sample) for sample in taken]), ClassNoise.joined(noise, self.shape))
         if len({token.dtype for token in tokens}) > 1:
             raise ValueError("some samples hold bits and others pictures; encode all of them, or none")
         joined = torch.stack(list(tokens))

@@ -5,8 +5,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance.kinds.class_patch.config import ClassPatchConfig
-from bitdance.kinds.class_patch.draws import ClassDraws
 from bitdance.kinds.class_patch.model import ClassPatchModel
+from bitdance.kinds.class_patch.noise import ClassNoise
 from lfq_tokenizer import TokenizerConfig
 from stages.plan.flops import encoder_flops
 
@@ -16,7 +16,7 @@ def picture_flops(shape: ClassPatchConfig) -> float:
     with FakeTensorMode(), FlopCounterMode(display=False) as counter:
         model = ClassPatchModel(shape)
         bits_BChw = torch.ones(1, shape.latent_dim, shape.grid, shape.grid)
-        losses = model.losses(bits_BChw, torch.zeros(1, dtype=torch.long), ClassDraws.draw(1, shape, True))
+        losses = model.losses(bits_BChw, torch.zeros(1, dtype=torch.long), ClassNoise.draw(1, shape, True))
         losses["bits"].mean().backward()
     return float(counter.get_total_flops())
 

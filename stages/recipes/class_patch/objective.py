@@ -25,8 +25,8 @@ class ClassPatchObjective(nn.Module):
     def rows(self, batch: ClassBatch) -> torch.Tensor:
         """The loss before the mean (K,P): K blocks, all of them once per noise draw."""
         tokenizer: LFQTokenizer = self.tokenizer.module.to(batch.class_B.device)
-        return self.model.losses(batch.encoded(tokenizer), batch.class_B, batch.draws)["bits"]
+        return self.model.losses(batch.encoded(tokenizer), batch.class_B, batch.noise)["bits"]
 
     def forward(self, batch: ClassBatch, generator: torch.Generator, step: int) -> Losses:
         loss_KP = self.rows(batch)
-        return loss_KP.mean(), by_noise_level("velocity", loss_KP, batch.draws.time_K), None
+        return loss_KP.mean(), by_noise_level("velocity", loss_KP, batch.noise.time_K), None

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance.folder.sizes import TOKENIZER_CONFIG
 from bitdance.kinds.class_patch.config import ClassPatchConfig
-from bitdance.kinds.class_patch.draws import ClassDraws
 from bitdance.kinds.class_patch.model import ClassPatchModel
+from bitdance.kinds.class_patch.noise import ClassNoise
 from bitdance.networks.precision import quick_dtype
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.json_file import read_config, read_json
@@ -156,7 +156,7 @@ def _peak(shape: ClassPatchConfig, pictures: int, precision: str, recompute: boo
             model = ClassPatchModel(shape)
             model.checkpoint_layers = model.head.net.grad_checkpointing = recompute
             bits_BChw = torch.ones(B, shape.latent_dim, shape.grid, shape.grid)
-            noise = ClassDraws.draw(B, shape, True)
+            noise = ClassNoise.draw(B, shape, True)
             for parameter in model.parameters():  # gradients are states
                 parameter.register_post_accumulate_grad_hook(memory.drop)
             lower = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else nullcontext()
