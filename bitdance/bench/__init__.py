@@ -2,3 +2,5 @@
 
 `plain.py` is the yardstick: the published procedure without any of our shortcuts. The command is `bitdance bench`.
 """
+
+OWN = "own"  # in --preset: the model's settings

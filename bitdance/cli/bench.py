@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from bitdance.bench import OWN
 from bitdance.cli import Parser, count, number, print_json, print_page
 from bitdance.cli.options import DTYPE_HELP, DTYPE_NAMES, QUANTIZE, QUANTIZE_HEAD
 from bitdance.generator import module_of
@@ -32,7 +33,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--steps", type=number("steps"), help="sampler steps per block; default: the model's own")
     parser.add_argument("--guidance", type=number("guidance"), help="default: the model's own; <= 1 leaves guidance out")
     parser.add_argument("--sampler", help="default euler_maruyama")
-    parser.add_argument("--preset", nargs="+", default=["own"], help="one or more; own (the default): the model's settings")
+    parser.add_argument("--preset", nargs="+", default=[OWN], help="one or more; own (the default): the model's settings")
     parser.add_argument("--batch", type=number("batch_size"), nargs="+", default=[1], metavar="N", help="pictures at once")
     parser.add_argument("--dtype", nargs="+", choices=DTYPE_NAMES, help=f"one or more; {DTYPE_HELP}")
     parser.add_argument("--quantize", choices=QUANTIZE, help="the LLM's matrices in 8 or 4 bits")

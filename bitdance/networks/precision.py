@@ -73,7 +73,7 @@ def slow_bfloat16(device: torch.device | str) -> float | None:
 
 
 def _cpu_has_bfloat16() -> bool:
-    if not hasattr(torch.cpu, "get_capabilities"):  # torch before 2.9 knows these two alone
+    if not hasattr(torch.cpu, "get_capabilities"):  # torch 2.8 has none, and knows these two alone
         found = {"avx512_bf16": torch.cpu._is_avx512_bf16_supported(), "amx_bf16": torch.cpu._is_amx_tile_supported()}
     else:
         found = torch.cpu.get_capabilities()

@@ -98,23 +98,23 @@ def _train(recipe: Recipe, config: TrainingConfig, start_from: Path | None) -> i
                 )
                 rates = learner.begin(step)
                 # The discriminator's state exists from its first step on, so it does not depend on when the run was saved.
-                adversary = discriminator if recipe.discriminator and step >= recipe.discriminator.start else None
-                if adversary:
-                    adversary.begin(step)
+                active = discriminator if recipe.discriminator and step >= recipe.discriminator.start else None
+                if active:
+                    active.begin(step)
                 for number in range(step * run.accumulation, done * run.accumulation):
                     micro = metrics.take(micros)
                     # not the loader's generator: that would repeat its draws
                     generator = step_generator(run.seed, number, world + rank)
-                    losses, scalars = _forward(learner, adversary, micro, step, generator)
+                    losses, scalars = _forward(learner, active, micro, step, generator)
                     _stop_unless_finite(losses, step, micro, folder)
                     if log:
                         metrics.note({"loss": losses["loss"], **scalars})
                     learner.step(losses["loss"], measure=log)
-                    if adversary:
-                        adversary.step(losses["discriminator's loss"], measure=log)
+                    if active:
+                        active.step(losses["discriminator's loss"], measure=log)
                 progress.advance(done)
                 if log:
-                    norms = {"grad_norm": learner.norm, "discriminator/grad_norm": adversary.norm if adversary else None}
+                    norms = {"grad_norm": learner.norm, "discriminator/grad_norm": active.norm if active else None}
                     values = metrics.row(done) | rates | {name: norm for name, norm in norms.items() if norm is not None}
                     with processes.together():
                         tracker.scalars(done, values)
@@ -158,15 +158,15 @@ def _learners(recipe: Recipe, config: TrainingConfig) -> tuple[Learner, Learner 
 
 
 def _forward(
-    learner: Learner, adversary: Learner | None, micro: MicroBatch, step: int, generator: torch.Generator
+    learner: Learner, discriminator: Learner | None, micro: MicroBatch, step: int, generator: torch.Generator
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses and scalars of one micro-step. ValueError, with the samples' names, when the model refuses them."""
     try:
         batch = micro.batch.to(learner.device)
         loss, scalars, made = learner.engine(batch, generator, step)
         losses = {"loss": loss}
-        if adversary:
-            losses["discriminator's loss"], more = adversary.engine(batch, made)
+        if discriminator:
+            losses["discriminator's loss"], more = discriminator.engine(batch, made)
             scalars |= more
     except ValueError as error:  # NaN where a bit should be, pictures of a wrong size
         raise ValueError(f"step {step}: {error} The batch was {', '.join(micro.samples)}.") from error

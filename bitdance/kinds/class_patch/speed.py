@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from bitdance.bench import OWN
 from bitdance.bench.report import table
 from bitdance.costs.peak import measure_peak, wait
 from bitdance.kinds.class_patch.costs import refuse
@@ -22,7 +23,7 @@ from bitdance.networks.precision import DTYPES, resolve_dtype, usable_device
 from bitdance.picture import to_pil
 
 PHASES = ("tokens", "decode", "png")
-FOR_TEXT = ("shape", "height", "width", "quantize", "quantize_head", "no_compile", "yardstick", "floor")
+FOR_TEXT = ("height", "width", "quantize", "quantize_head", "no_compile", "yardstick", "floor")
 
 
 def measure_speed(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -59,7 +60,7 @@ def operations(model: ClassModel, settings: ClassSettings) -> float:
 
 def _settings(model: ClassModel, preset: str, options: argparse.Namespace) -> ClassSettings:
     given = {"steps": options.steps, "guidance": options.guidance, "sampler": options.sampler}
-    return choose(model.defaults, None if preset == "own" else preset, **given)
+    return choose(model.defaults, None if preset == OWN else preset, **given)
 
 
 def _run(pipe: ClassPipeline, settings: ClassSettings, batch: int, repeats: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from bitdance.bench import OWN
 from bitdance.bench.report import shown
 from bitdance.bench.study import Study
 from bitdance.costs.peak import Peak
@@ -12,8 +13,6 @@ from bitdance.costs.shapes import SHAPES
 from bitdance.folder.config import ModelConfig
 from bitdance.heads.diffusion.settings import Sampling, choose
 from bitdance.networks.precision import resolve_dtype, usable_device
-
-OWN = "own"  # in --preset: the model's settings
 
 
 def measure_speed(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

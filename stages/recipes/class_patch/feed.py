@@ -20,6 +20,7 @@ from stages.data.skipping import Skips
 from stages.feed import MicroBatch, sample_generator
 from stages.recipes.class_patch.config import ClassTrainingConfig
 from stages.recipes.class_patch.labels import Labels
+from stages.recipes.tokenizer.coding import encode_pixels
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,12 @@ class ClassBatch:
         bits, pixels = (x if x is None else x.to(device, non_blocking=non_blocking) for x in (self.bits_BChw, self.pixels_B3HW))
         return ClassBatch(self.class_B.to(device), self.noise.to(device), bits, pixels)
 
-    @torch.no_grad()
     def encoded(self, tokenizer: LFQTokenizer) -> Tensor:
         """Bits (B,C,h,w), float32, on the device of the batch."""
         if self.bits_BChw is not None:
             return self.bits_BChw.float()
         assert self.pixels_B3HW is not None
-        images_B3HW = self.pixels_B3HW.to(next(tokenizer.parameters()).dtype) / 127.5 - 1
-        return tokenizer.encode(images_B3HW.contiguous(memory_format=torch.channels_last)).float()
+        return encode_pixels(tokenizer, self.pixels_B3HW).float()
 
 
 class ClassFeed:

@@ -23,6 +23,7 @@ from stages.config import GeneratorTraining
 from stages.data.buckets import Buckets, fit
 from stages.data.mixture import SampleReference
 from stages.data.shards import Sample, ShardDataset
+from stages.recipes.tokenizer.coding import encode_pixels
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,7 @@ class GeneratorBatch:
         for k, pixels_3HW in self.pixels.items():
             by_size.setdefault(tuple(pixels_3HW.shape), []).append(k)
         for members in by_size.values():
-            pixels_B3HW = torch.stack([self.pixels[k] for k in members])
-            weight = next(tokenizer.parameters())
-            bits_BChw = tokenizer.encode((pixels_B3HW.to(weight.dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last))
+            bits_BChw = encode_pixels(tokenizer, torch.stack([self.pixels[k] for k in members]))
             h, w = bits_BChw.shape[2:]
             plan = PatchPlan(h, w, p)
             for k, bits_NC in zip(members, plan.order(bits_BChw), strict=True):

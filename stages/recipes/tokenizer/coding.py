@@ -49,6 +49,12 @@ def encode_pictures(tokenizer: LFQTokenizer, images_B3HW: Tensor) -> Tensor:
         return tokenizer.encode(images_B3HW.to(next(tokenizer.parameters())))
 
 
+def encode_pixels(tokenizer: LFQTokenizer, pixels_B3HW: Tensor) -> Tensor:
+    """uint8 pixels → bits (B,C,h,w) in the tokenizer's dtype, channels last in memory (the fastest layout)."""
+    images_B3HW = pixels_B3HW.to(next(tokenizer.parameters()).dtype) / 127.5 - 1
+    return encode_pictures(tokenizer, images_B3HW.contiguous(memory_format=torch.channels_last))
+
+
 def decode_pictures(tokenizer: LFQTokenizer, bits_BChw: Tensor, seed: int = 0) -> Tensor:
     """bits (B,C,h,w) → images (B,3,H,W) float32 on the tokenizer's device. The noise of a generative decoder comes from one
     generator per picture, seeded with `seed`, so that a picture depends on its bits and the seed alone. ValueError for NaN.
