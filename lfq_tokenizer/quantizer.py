@@ -10,15 +10,23 @@ from lfq_tokenizer.entropy import check_groups, group_entropy
 
 @dataclass(frozen=True)
 class QuantizerLosses:
-    """Scalars. `entropy` is what training minimises: per sample (be sure of each bit) minus of the mean (use every code)."""
+    """Scalars; None: the quantiser has no such term. `entropy` is what training minimises: per sample (be sure of each bit) minus
+    of the mean (use every code)."""
 
-    entropy_per_sample: Tensor
-    entropy_of_mean: Tensor
+    entropy_per_sample: Tensor | None
+    entropy_of_mean: Tensor | None
     commitment: Tensor
 
     @property
-    def entropy(self) -> Tensor:
+    def entropy(self) -> Tensor | float:
+        if self.entropy_per_sample is None or self.entropy_of_mean is None:
+            return 0.0
         return self.entropy_per_sample - self.entropy_of_mean
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """The terms that there are, by name."""
+        return {name: term for name, term in vars(self).items() if term is not None}
 
 
 class LookupFreeQuantizer(nn.Module):

@@ -1,0 +1,174 @@
+"""The loop of refinement: predict all labels, keep a random part of the prediction, let the rest go back to noise, again.
+
+What was kept may be predicted otherwise or erased at the next step; only the last prediction counts. This is no step of the
+autoregressive loop (`bitdance.loop`), which never takes a bit back.
+
+B pictures, G labels per token, V values of a label, h w token grid.
+Source: GRN paper (arXiv 2604.13030), sampling; published code for the order of random draws.
+"""
+
+import math
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bitdance.kinds.refine.config import RefineConfig
+from bitdance.kinds.refine.settings import RefineSettings
+
+OnStep = Callable[[int, int, Tensor], None]
+LOST = "the network gives NaN; use a dtype with a wider range (bfloat16 or float32), or check the weights (bitdance verify)"
+
+
+class Predictor(Protocol):
+    """A network with the conditions of the pictures of one run: what the loop asks of it."""
+
+    config: RefineConfig
+    device: torch.device
+
+    def logits(self, pictures: Sequence[int], labels_BGhw: Tensor, time_B: Tensor, guided: bool) -> tuple[Tensor, Tensor | None]:
+        """Logits (B,G,h,w,V) of these pictures, with their condition and, if `guided`, without."""
+        ...
+
+
+class Draws(Protocol):
+    """The random numbers of a run, for the pictures that are still at work."""
+
+    def labels(self, pictures: Sequence[int]) -> Tensor:
+        """(B,G,h,w) labels from 0 to V - 1."""
+        ...
+
+    def exponential(self, pictures: Sequence[int]) -> Tensor:
+        """(B,G,h,w,V) standard exponential numbers, which choose a value with the probabilities of a prediction."""
+        ...
+
+    def uniform(self, pictures: Sequence[int]) -> Tensor:
+        """(B,G,h,w) numbers in [0, 1), which decide what is kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class OwnDraws:
+    """Each picture's from its own generator, as the published code draws for one picture after seeding. Where `by_token`, the
+    exponential numbers come token by token, otherwise label by label."""
+
+    generators: Sequence[torch.Generator]
+    config: RefineConfig
+    grid: tuple[int, int]
+    by_token: bool
+
+    def labels(self, pictures: Sequence[int]) -> Tensor:
+        shape = (self.config.label_count, *self.grid)
+        return self._each(pictures, lambda g: torch.randint(0, self.config.values, shape, generator=g, device=g.device))
+
+    def exponential(self, pictures: Sequence[int]) -> Tensor:
+        G, V = self.config.label_count, self.config.values
+        shape = (*self.grid, G, V) if self.by_token else (G, *self.grid, V)
+        drawn = self._each(pictures, lambda g: torch.empty(shape, device=g.device).exponential_(1, generator=g))
+        return drawn.movedim(3, 1) if self.by_token else drawn
+
+    def uniform(self, pictures: Sequence[int]) -> Tensor:
+        shape = (self.config.label_count, *self.grid)
+        return self._each(pictures, lambda g: torch.rand(shape, generator=g, device=g.device))
+
+    def _each(self, pictures: Sequence[int], draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        drawn = [draw(self.generators[i]) for i in pictures]
+        return torch.stack(drawn if len({d.device for d in drawn}) == 1 else [d.cpu() for d in drawn])
+
+
+@dataclass(frozen=True)
+class Start:
+    """Pictures to go on from. `labels_BGhw` are theirs, and where `fixed_Bhw` is True they stay. Of the others the share that
+    the schedule keeps at progress 1 - strength stays at first, and the steps before are left out."""
+
+    labels_BGhw: Tensor
+    fixed_Bhw: Tensor
+    strength: float = 1.0
+
+
+@torch.no_grad()
+def refine(
+    predictor: Predictor,
+    settings: RefineSettings,
+    draws: Draws,
+    count: int,
+    on_step: OnStep | None = None,
+    cancelled: Collection[int] = (),
+    start: Start | None = None,
+    spent: list[int] | None = None,
+) -> Tensor:
+    """`count` pictures → labels (B,G,h,w) on the predictor's device.
+
+    Picture i draws its random labels once, then at every step what chooses the values and what is kept; so it does not depend on
+    its neighbours. `on_step(done, steps, labels_BGhw)` is called after each step with the predictions so far; what it raises ends
+    the run, and pictures whose number it adds to `cancelled` are not worked on any more. A finished picture leaves the batch.
+    `spent` gets the steps that each picture took. ValueError for NaN.
+    """
+    config, device = predictor.config, predictor.device
+    alive = list(range(count))
+    random_BGhw = draws.labels(alive).to(device)
+    result_BGhw, seen_BGhw = random_BGhw.clone(), random_BGhw
+    share_B = [0.0] * count  # what the network is told
+    totals, taken, first = [settings.steps] * count, [0] * count, 0
+    progress = [0.0] * count
+    fixed = None
+    if start is not None:
+        first = settings.steps - max(1, round(start.strength * settings.steps))
+        progress = [first / settings.steps] * count
+        given_BGhw, fixed = start.labels_BGhw.to(device), start.fixed_Bhw.to(device)[:, None].expand_as(random_BGhw)
+        share = settings.share(progress[0]) if first else 0.0
+        kept = (draws.uniform(alive).to(device) < share) | fixed
+        seen_BGhw = torch.where(kept, given_BGhw, random_BGhw)
+        result_BGhw = given_BGhw.clone()
+        share_B = kept.float().mean(dim=(1, 2, 3)).tolist()
+    lost = torch.zeros((), dtype=torch.long, device=device)
+    heat = [1.0] * count  # of the temperature
+    for i in range(first, settings.steps):
+        time_B = torch.tensor([share_B[p] for p in alive], dtype=torch.float32, device=device)
+        guidance_B = settings.guidance_at(time_B)
+        logits, plain = predictor.logits(alive, seen_BGhw, time_B, bool((guidance_B != 1).any()))
+        if settings.adaptive and i == first + settings.adaptive.warmup:
+            for p, entropy in zip(alive, entropies(logits).tolist(), strict=True):
+                more = settings.adaptive.more_steps(entropy, settings.steps - first)
+                totals[p], heat[p] = i + more, min(max((more - 10) / 40 + 0.5, 0.5), 1.0)
+        if plain is not None:
+            wide_B = guidance_B[:, None, None, None, None]
+            logits = torch.where(wide_B == 1, logits, plain + wide_B * (logits - plain))
+        lost = lost + torch.isnan(logits).sum()
+        tau_B = torch.tensor([settings.tau * heat[p] for p in alive], device=device)[:, None, None, None, None]
+        chosen = (logits / tau_B - draws.exponential(alive).to(device).log()).argmax(dim=-1)
+        if fixed is not None:
+            chosen = torch.where(fixed[alive], result_BGhw[alive], chosen)
+        result_BGhw[alive] = chosen
+        for p in alive:
+            left = totals[p] - i
+            progress[p], taken[p] = progress[p] + (1 - progress[p]) / left, taken[p] + 1
+        aim_B = torch.tensor([settings.share(progress[p]) for p in alive], dtype=torch.float32, device=device)
+        kept = draws.uniform(alive).to(device) < aim_B[:, None, None, None]
+        if fixed is not None:
+            kept = kept | fixed[alive]
+        seen_BGhw = torch.where(kept, chosen, random_BGhw[alive])
+        settled = [settings.tells_kept_share and share_B[p] >= settings.end_share for p in alive]
+        told_B = kept.float().mean(dim=(1, 2, 3)) if settings.tells_kept_share or fixed is not None else aim_B
+        for p, told in zip(alive, told_B.tolist(), strict=True):
+            share_B[p] = told
+        if on_step is not None:
+            on_step(i + 1 - first, max(totals[p] for p in alive) - first, result_BGhw)
+        going = [k for k, p in enumerate(alive) if i + 1 < totals[p] and p not in cancelled and not settled[k]]
+        if not going:
+            break
+        if len(going) < len(alive):
+            alive, seen_BGhw = [alive[k] for k in going], seen_BGhw[going]
+    if int(lost):
+        raise ValueError(LOST)
+    if spent is not None:
+        spent[:] = taken
+    return result_BGhw
+
+
+def entropies(logits_BGhwV: Tensor) -> Tensor:
+    """The mean entropy of each picture's labels (B,), as a share of the most that there can be."""
+    log_p = logits_BGhwV.float().log_softmax(dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1).mean(dim=(1, 2, 3)) / math.log(logits_BGhwV.shape[-1])
