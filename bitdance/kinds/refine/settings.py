@@ -6,8 +6,8 @@ A step i of N has progress s = (i+1)/N; `share` is how many labels are kept afte
     cosine    1 - cos(π/2·s)                                          an option of theirs
     ramp      cap·(1 - cos(π/2·s')), s' = min(1, (i+1)/(ramp_steps-1)), shifted by `share_shift`     published text models
 
-With "ramp" the network is told the share that was really kept, otherwise the share that was aimed at; a picture is finished after
-the step that saw at least `end_share` of its labels kept.
+With "ramp" the network is told the share that was really kept, otherwise the share that was aimed at; a picture is finished
+after the step that saw at least `end_share` of its labels kept.
 Source: GRN paper (arXiv 2604.13030); published sampling code for the numbers.
 """
 
@@ -140,7 +140,7 @@ class RefineSettings:
         if self.guidance_power > 0:
             return 1 + self.guidance * (1 - torch.cos(math.pi * time_B**self.guidance_power)) / 2
         low, high = self.guidance_interval
-        inside = (time_B < high) & ((time_B > low) | (low == 0))
+        inside = ((time_B < high) | (high == 1)) & ((time_B > low) | (low == 0))
         return torch.where(inside & self.guided, self.guidance, 1.0)
 
 
