@@ -66,7 +66,7 @@ class PictureCoding:
         check_form(output_type, FORMS)
         if not isinstance(tokens, Tensor) or tokens.ndim != 4:
             shape = tuple(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise ValueError(f"tokens are {shape}; give bits of shape (batch, {self._tokenizer.config.z_channels}, h, w)")
+            raise ValueError(f"tokens are {shape}; give bits of shape (batch, {self._tokenizer.config.bits}, h, w)")
         own = generators_for(len(tokens), None, None)[0] if generators is None else generators
         return self._formed(self.decode_tensor(tokens, own), output_type)
 

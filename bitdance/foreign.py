@@ -83,6 +83,21 @@ LM_KEYS: dict[str, Range | type | tuple[type, ...]] = {
     "output_router_logits": bool,
     "router_aux_loss_coef": Range(0, 1e6, whole=False),
 }
+# The same of the text encoders of the T5 family.
+T5_KEYS: dict[str, Range | type | tuple[type, ...]] = {
+    **dict.fromkeys(("d_model", "d_kv", "num_heads", "num_layers"), _COUNT),
+    "d_ff": Range(1, 1 << 24),
+    "vocab_size": Range(1, 1 << 24),
+    "relative_attention_num_buckets": Range(1, 1 << 16),
+    "relative_attention_max_distance": Range(1, 1 << 20),
+    "layer_norm_epsilon": Range(0, 1, whole=False, open_low=True),
+    "dropout_rate": _SHARE,
+    "feed_forward_proj": str,
+    "dense_act_fn": str,
+    "is_gated_act": bool,
+    "eos_token_id": int,
+    "pad_token_id": int,
+}
 ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     *("partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
@@ -111,10 +126,12 @@ _CLASS = re.compile(r"[A-Za-z0-9_]{1,80}")
 _TOKEN_NAME = re.compile(r"[a-z][a-z0-9_]{0,60}_token")
 
 
-def lm_fields(values: Any) -> tuple[str, dict[str, Any]]:
+def lm_fields(
+    values: Any, keys: Mapping[str, Range | type | tuple[type, ...]] = LM_KEYS
+) -> tuple[str, dict[str, Any]]:
     """(model_type, fields on our list) of a backbone's config. ValueError for a value out of its range, a config that
     asks for code or holds quantised weights. Keys that no list names are left out; `build_config` refuses those that its
-    family would heed."""
+    family would heed. `keys`: the list, where it is not that of language models."""
     if not isinstance(values, Mapping) or not isinstance(values.get("model_type"), str):
         raise ValueError('a backbone config needs "model_type", for instance "qwen3"')
     if "auto_map" in values:
@@ -122,7 +139,7 @@ def lm_fields(values: Any) -> tuple[str, dict[str, Any]]:
     if values.get("quantization_config") is not None:
         raise ValueError("the weights are quantised (quantization_config); give the original ones (--quantize makes them small)")
     fields = {}
-    for name, allowed in LM_KEYS.items():
+    for name, allowed in keys.items():
         if name not in values:
             continue
         value = values[name]
@@ -153,6 +170,20 @@ def build_config(values: Any) -> Any:
         return family(**fields)
     except Exception as error:  # the libraries raise many kinds
         raise ValueError(f"backbone config with model_type {kind!r} was refused: {_first_line(error)}") from error
+
+
+def encoder_config(values: Any) -> Any:
+    """A transformers config of a T5 text encoder ("umt5" or "t5"). ValueError names what is wrong."""
+    from transformers import T5Config, UMT5Config
+
+    kind, fields = lm_fields(values, T5_KEYS)
+    families = {"umt5": UMT5Config, "t5": T5Config}
+    if kind not in families:
+        raise ValueError(f"model_type {shown(kind)} is no text encoder that is known; known are {', '.join(families)}")
+    try:
+        return families[kind](**{name: value for name, value in fields.items() if value is not None})
+    except Exception as error:  # the libraries raise many kinds
+        raise ValueError(f"text encoder config with model_type {kind!r} was refused: {_first_line(error)}") from error
 
 
 def load_text_tokenizer(folder: Path | str) -> Any:

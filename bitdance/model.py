@@ -88,7 +88,7 @@ class BitDanceModel(nn.Module):
             ("hidden size of head and backbone", config.ch_cond, self.backbone.hidden_size),
         ]
         if self.tokenizer is not None:
-            pairs.append(("bits per token of tokenizer and head", self.tokenizer.config.z_channels, config.ch_target))
+            pairs.append(("bits per token of tokenizer and head", self.tokenizer.config.bits, config.ch_target))
         for what, first, second in pairs:
             if first != second:
                 raise ValueError(f"{what} differ: {first} and {second}; all parts must come from the same model")

@@ -11,17 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 # Where each public name lives. What handles files and text alone, say `bitdance generate --help`, stays without torch.
 _HOME = {
+    "HBQTokenizer": "hbq_vae",
+    "HierarchicalQuantizer": "hierarchical",
     "LFQTokenizer": "tokenizer",
     "LookupFreeQuantizer": "quantizer",
     "TokenizerConfig": "config",
     "binarize": "binary",
+    "load_tokenizer": "any_tokenizer",
 }
 
 __all__ = [*_HOME]
 
 if TYPE_CHECKING:
+    from lfq_tokenizer.any_tokenizer import load_tokenizer as load_tokenizer
     from lfq_tokenizer.binary import binarize as binarize
     from lfq_tokenizer.config import TokenizerConfig as TokenizerConfig
+    from lfq_tokenizer.hbq_vae import HBQTokenizer as HBQTokenizer
+    from lfq_tokenizer.hierarchical import HierarchicalQuantizer as HierarchicalQuantizer
     from lfq_tokenizer.quantizer import LookupFreeQuantizer as LookupFreeQuantizer
     from lfq_tokenizer.tokenizer import LFQTokenizer as LFQTokenizer
 

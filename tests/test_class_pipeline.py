@@ -14,7 +14,7 @@ import bitdance.generator
 from bitdance import BitDancePipeline, load_pipeline
 from bitdance.cli import main
 from bitdance.kinds.class_patch import costs
-from bitdance.kinds.class_patch.classes import ClassEntry, ClassNames
+from bitdance.sequence.classes import ClassEntry, ClassNames
 from bitdance.kinds.class_patch.folder import ClassModel, check_folder, save
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
 from lfq_tokenizer.json_file import read_json, write_json

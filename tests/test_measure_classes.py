@@ -11,7 +11,7 @@ from class_model import golden_model, golden_tokenizer
 from PIL import Image
 from torch import Tensor, nn
 
-from bitdance.kinds.class_patch.classes import ClassEntry, ClassNames
+from bitdance.sequence.classes import ClassEntry, ClassNames
 from bitdance.kinds.class_patch.folder import ClassModel, save
 from stages.cli import measure
 from stages.data.folder import FolderOptions, FolderSource

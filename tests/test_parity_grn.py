@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from grn_cases import class_network, grn_case, recorded, text_network
+from grn_cases import class_network, grn_case, recorded, text_network, weights
 
 from bitdance.kinds.refine import loop
 from bitdance.kinds.refine.config import PUBLISHED, PUBLISHED_TEXT
@@ -13,7 +13,11 @@ from bitdance.kinds.refine.noise import RefineNoise, times
 from bitdance.kinds.refine.predictors import ClassPredictor, TextPredictor
 from bitdance.kinds.refine.settings import AdaptiveSteps, RefineSettings
 from bitdance.kinds.refine.text_network import RATIOS, grid_of, grid_places, picture_turns, text_turns, time_turns
+from bitdance.networks import text_encoder
+from bitdance.networks.text_encoder import PromptReader, TextEncoder, transformers_name, width_of
 from lfq_tokenizer.hierarchical import hierarchical_bits, hierarchical_values
+from lfq_tokenizer.json_file import write_json
+from lfq_tokenizer.weights import write_safetensors
 
 NAMES = recorded()["cases"]
 LOGITS = tuple(name for name in NAMES if name.startswith("c2i/logits"))
@@ -336,3 +340,27 @@ def test_published_sizes_to_the_digit(name, ind, bit):
         text = build_network(replace(PUBLISHED_TEXT, labels="bit"))
     assert sum(t.numel() for t in m1.state_dict().values()) == 130_688_832
     assert sum(t.numel() for t in text.state_dict().values()) == 2_197_832_448
+
+
+def test_the_published_umt5_file_is_an_encoder_of_transformers(tmp_path):
+    info, t = grn_case("umt5/encode")
+    said, state = recorded()["config"]["umt5"], weights("umt5")
+    write_json(
+        {
+            "model_type": "umt5",
+            "d_model": said["dim"],
+            "d_kv": said["dim_attn"] // said["num_heads"],
+            "d_ff": said["dim_ffn"],
+            "num_heads": said["num_heads"],
+            "num_layers": said["num_layers"],
+            "vocab_size": said["vocab_size"],
+            "relative_attention_num_buckets": said["num_buckets"],
+            "feed_forward_proj": "gated-gelu",
+        },
+        tmp_path / "config.json",
+    )
+    write_safetensors({transformers_name(name): tensor for name, tensor in state.items()}, tmp_path / "model.safetensors")
+    assert width_of(tmp_path) == said["dim"]
+    encoder = TextEncoder(text_encoder._t5(tmp_path), PromptReader(None, True), said["dim"], tmp_path)
+    for k, length in enumerate(info["lengths"]):
+        close(encoder.features(t["in.ids"][k, : int(length)].tolist()), t[f"out.features{k}"], 1e-5)

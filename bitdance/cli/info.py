@@ -49,9 +49,9 @@ def _tokenizer(folder: Path) -> dict[str, Any]:
     return {
         "tokenizer": "generative decoder" if config.gan_decoder else "plain decoder",
         "parameters": count_parameters(folder / TOKENIZER_WEIGHTS),
-        "bits_per_token": config.z_channels,
+        "bits_per_token": config.bits,
         "downsampling": config.downsampling,
-        "bits_per_pixel": config.z_channels / config.downsampling**2,
+        "bits_per_pixel": config.bits / config.downsampling**2,
         "widths": [config.ch * factor for factor in config.ch_mult],
         "fingerprint": fingerprint(folder),
         "bytes": sum(files.values()),

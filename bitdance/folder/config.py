@@ -124,7 +124,7 @@ def check_folder(folder: Path) -> ModelConfig:
     lm = read_config(folder / LM_CONFIG, dict)
     built = read_config(folder / LM_CONFIG, build_config)
     for name, value, file, other, expected in (
-        ("ch_target", head.ch_target, TOKENIZER_CONFIG, "z_channels", tokenizer.z_channels),
+        ("ch_target", head.ch_target, TOKENIZER_CONFIG, "z_channels", tokenizer.bits),
         ("ch_cond", head.ch_cond, LM_CONFIG, "hidden_size", lm.get("hidden_size")),
     ):
         if value != expected:

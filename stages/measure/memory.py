@@ -81,7 +81,7 @@ CASES = (
 
 def batch_of(case: Case, workload: Workload, shape: Shape, special: Any) -> TrainingBatch:
     """The fullest micro-step, with its draws."""
-    batch = workload.batch(workload.fullest(case.pictures), special, shape.tokenizer.z_channels, 1)
+    batch = workload.batch(workload.fullest(case.pictures), special, shape.tokenizer.bits, 1)
     batch.noise = ImageNoise.draw(batch.image_bits_NC.shape[0], shape.head, 0.1, torch.Generator().manual_seed(0))
     return batch
 

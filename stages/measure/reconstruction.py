@@ -126,7 +126,7 @@ def measure_tokenizer(
 ) -> dict[str, float]:
     """Encode and decode images in [-1,1]; the figures of `Reconstruction.result`. `seed`: noise of a generative decoder."""
     generator = torch.Generator().manual_seed(seed)
-    figures = Reconstruction(tokenizer.config.z_channels, perceptual)
+    figures = Reconstruction(tokenizer.config.bits, perceptual)
     with torch.no_grad():
         for images in images_B3HW.split(BATCH):
             bits_BChw = tokenizer.encode(images)

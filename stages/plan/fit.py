@@ -63,7 +63,7 @@ class Subject:
     def micro_step(self, resolutions: tuple[int, ...]) -> tuple[tuple[int, int], memory.Activations]:
         """Rows × positions, and what the passes need."""
         if resolutions not in self._known:
-            config, bits = self.config, self.shape.tokenizer.z_channels
+            config, bits = self.config, self.shape.tokenizer.bits
             batch = self.workload.batch(resolutions, self.special, bits, KERNEL_ROWS if config.data.row_tokens else 1)
             dense = config.generator.attention == "dense"
             needed = memory.activations(self.shape, config.generator, config.run.precision, batch, dense)
@@ -77,7 +77,7 @@ class Subject:
         config, shape = self.config, self.companion.shape
         workload = self.workload.in_blocks(shape.head.parallel_num)
         rows = KERNEL_ROWS if config.data.row_tokens else 1
-        batch = workload.batch(resolutions, self.special, shape.tokenizer.z_channels, rows)
+        batch = workload.batch(resolutions, self.special, shape.tokenizer.bits, rows)
         return self.companion.peak(batch, config.generator.attention == "dense")
 
     @cached_property

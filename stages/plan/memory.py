@@ -207,7 +207,7 @@ def tokenizer_peak(config: TokenizerConfig, pictures: int, height: int, width: i
     """Bytes at the peak of encoding (or decoding) so many pictures at once in float32, inputs included, weights not."""
     with FakeTensorMode(), torch.no_grad():
         tokenizer = LFQTokenizer(config)
-        s, bits = tokenizer.downsampling, config.z_channels
+        s, bits = tokenizer.downsampling, config.bits
         shown = torch.empty(pictures, bits, height // s, width // s) if decode else torch.empty(pictures, 3, height, width)
         half: Any = tokenizer.decoder if decode else tokenizer.encoder
         more = (torch.empty_like(shown),) if decode and config.gan_decoder else ()

@@ -60,7 +60,7 @@ class Shape:
         if "hidden_size" not in backbone:
             said = f"{', '.join(absent)} is not here and " if absent else ""
             raise ValueError(f"{said}[generator.backbone] has no hidden_size; give the fields of a Qwen3 config there")
-        bits, hidden = tokenizer.z_channels, int(backbone["hidden_size"])
+        bits, hidden = tokenizer.bits, int(backbone["hidden_size"])
         head = HeadConfig.from_dict({"ch_target": bits, "ch_cond": hidden, **training.head})
         sides = training.resolution_tokens or LARGEST_SIDE // tokenizer.downsampling
         # a pretrained embedding has spare rows and grows only when they are used up

@@ -46,7 +46,7 @@ def check_chain(
     check_backbone(model.backbone.lm.config.to_dict(), training, source)
     if tokenizer is not None:
         assert model.tokenizer is not None
-        bits, wanted = model.head.config.ch_target, tokenizer.config.z_channels
+        bits, wanted = model.head.config.ch_target, tokenizer.config.bits
         if bits != wanted:
             raise ValueError(
                 f"{source} predicts {bits} bits per token, generator.tokenizer = {training.tokenizer!r} makes {wanted}; name the "

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bitdance.folder.parts import EXTRAS_FILE, TOKENIZER_CONFIG, read_extras
-from bitdance.kinds.class_patch.classes import ClassNames
+from bitdance.sequence.classes import ClassNames
 from bitdance.kinds.class_patch.config import ClassPatchConfig
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import choose
@@ -71,9 +71,9 @@ def check_folder(folder: Path) -> ClassFolder:
     check_links(folder)
     config = read_config(folder / CONFIG, ClassPatchConfig.from_dict)
     tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
-    if config.latent_dim != tokenizer.z_channels:
+    if config.latent_dim != tokenizer.bits:
         raise ValueError(
-            f"{folder / CONFIG}: latent_dim = {config.latent_dim}, but z_channels = {tokenizer.z_channels} in "
+            f"{folder / CONFIG}: latent_dim = {config.latent_dim}, but z_channels = {tokenizer.bits} in "
             f"{TOKENIZER_CONFIG}; must be equal"
         )
     with torch.device("meta"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitdance.kinds.class_patch.classes import ClassNames, imagenet_names
+from bitdance.sequence.classes import ClassNames, imagenet_names
 from bitdance.kinds.class_patch.config import HEAD_WIDTH, PUBLISHED, ClassPatchConfig, published_name
 from bitdance.kinds.class_patch.folder import ClassModel
 from bitdance.kinds.class_patch.model import ClassPatchModel
@@ -70,8 +70,8 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> Found:
         raise ValueError(f"{path} holds no picture tokenizer (vae.*); give its file with --part tokenizer=FILE")
     else:
         tokenizer, source = tokenizer_of(state, _PREFIX, path), f"{path.name}, vae.*"
-    if tokenizer.config.z_channels != config.latent_dim:
-        bits = f"{tokenizer.config.z_channels} bits per token, the model {config.latent_dim}"
+    if tokenizer.config.bits != config.latent_dim:
+        bits = f"{tokenizer.config.bits} bits per token, the model {config.latent_dim}"
         raise ValueError(f"the tokenizer of {source} has {bits}; give the one that the model was trained with")
     for module, file in ((network, path), (tokenizer, source)):
         if odd := [key for key, tensor in module.state_dict().items() if not bool(torch.isfinite(tensor).all())]:

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bitdance.kinds.class_patch.classes import ClassEntry, ClassNames, imagenet_names
+from bitdance.sequence.classes import ClassEntry, ClassNames, imagenet_names
 from bitdance.values import shown
 from lfq_tokenizer.json_file import read_config, read_json
 from lfq_tokenizer.text import listed

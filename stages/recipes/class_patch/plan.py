@@ -107,7 +107,7 @@ def make_plan(config: ClassTrainingConfig, machine: Machine, quick: str) -> Plan
     except OSError as error:
         pictures, pixels = 0, True
         assumed.append(f"the data are not here ({error}); shards of pictures, which are encoded on the way")
-    shape = training.shape(tokenizer.z_channels, training.size // tokenizer.downsampling, _classes(config))
+    shape = training.shape(tokenizer.bits, training.size // tokenizer.downsampling, _classes(config))
     with torch.device("meta"):
         model, frozen = ClassPatchModel(shape), LFQTokenizer(tokenizer)
     count = {"head": _count(model.head), "network": _count(model) - _count(model.head), "tokenizer (frozen)": _count(frozen)}

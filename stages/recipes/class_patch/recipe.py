@@ -65,7 +65,7 @@ class ClassPatchRecipe:
                 f"class_patch.class_count = {training.class_count}, but there are {len(self._labels)} classes; correct it, or "
                 f"name a {CLASSES} in class_patch.classes"
             )
-        return training.shape(self.tokenizer.config.z_channels, training.size // s, len(self._labels))
+        return training.shape(self.tokenizer.config.bits, training.size // s, len(self._labels))
 
     def _fresh(self, shape: ClassPatchConfig) -> ClassPatchModel:
         return ClassPatchModel(shape, torch.Generator().manual_seed(self.config.run.seed))

@@ -84,7 +84,7 @@ class Documents:
         self.buckets = buckets
         # how rows are packed
         self.packed = {"token_budget": row_tokens, "multiple_of": multiple_of} if row_tokens else {}
-        self._bits, self._downsampling = tokenizer.config.z_channels, tokenizer.downsampling
+        self._bits, self._downsampling = tokenizer.config.bits, tokenizer.downsampling
 
     def example(
         self, data: ShardDataset, reference: SampleReference, generator: torch.Generator, skipped: Counter[str]

@@ -51,7 +51,7 @@ def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]],
     if not t.pretrained and not t.backbone:
         raise ValueError("give generator.pretrained (a folder with an LLM) or [generator.backbone] (a Qwen3 config)")
     config = _backbone_config(t)
-    head = HeadConfig.from_dict({"ch_target": tokenizer.config.z_channels, "ch_cond": int(config["hidden_size"]), **t.head})
+    head = HeadConfig.from_dict({"ch_target": tokenizer.config.bits, "ch_cond": int(config["hidden_size"]), **t.head})
     sides = t.resolution_tokens or LARGEST_SIDE // tokenizer.downsampling
     if t.pretrained:
         text_tokenizer = load_text_tokenizer(t.pretrained)

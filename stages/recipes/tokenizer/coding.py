@@ -163,7 +163,7 @@ def decode_input(
     """Write `KEY.png` for every sample of shards of bits into the folder `out`, in its true size; returns their number, and what
     was skipped by reason. Pictures that exist are replaced. ValueError for pictures and for bits that do not fit the tokenizer.
     """
-    s, bits = tokenizer.downsampling, tokenizer.config.z_channels
+    s, bits = tokenizer.downsampling, tokenizer.config.bits
 
     def usable(sample: Sample) -> str:
         if sample.bits_Chw is None:

@@ -35,7 +35,7 @@ def summary(tokenizer: LFQTokenizer, report: PtReport) -> str:
     return "\n".join(
         [
             f"config      ch {config.ch}, ch_mult {list(config.ch_mult)}, {config.num_res_blocks} residual blocks, "
-            f"{config.z_channels} bits per token, downsampling {config.downsampling}, "
+            f"{config.bits} bits per token, downsampling {config.downsampling}, "
             f"{'generative' if config.gan_decoder else 'plain'} decoder",
             f"parameters  {sum(p.numel() for p in tokenizer.parameters()):,} in {', '.join(dtypes)}",
             f"taken from  {found}",

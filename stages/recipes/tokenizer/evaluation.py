@@ -47,7 +47,7 @@ class Evaluation:
         if size and (size < 2 * s or size % s):
             raise ValueError(f"--size {size}: give a multiple of {s} from {2 * s} on, or leave it out")
         self.tokenizer, self.source, self.size, self.seed, self.batch_size = tokenizer, source, size, seed, batch_size
-        self.measure = Reconstruction(tokenizer.config.z_channels, perceptual, features)
+        self.measure = Reconstruction(tokenizer.config.bits, perceptual, features)
         self.device = next(tokenizer.parameters()).device
         self.skipped: Counter[str] = Counter()
         self.notes: list[str] = []
