@@ -16,8 +16,7 @@ from torch import Tensor
 from bitdance.networks.offload import Phase
 from bitdance.picture import to_pil, to_unit
 from bitdance.values import check_number, shown
-from lfq_tokenizer import LFQTokenizer
-from lfq_tokenizer.strips import decoding_bytes
+from lfq_tokenizer.any_tokenizer import PictureTokenizer, decoding_bytes
 
 # OURS: a picture that would take more is decoded in strips, which takes a fifth longer and two fifths of the memory.
 DECODE_BYTES = 1 << 30
@@ -36,7 +35,7 @@ def check_form(output_type: Any, allowed: Sequence[str], callback: Any = None) -
 class PictureCoding:
     """The half of a pipeline that knows the picture tokenizer. A pipeline says where it computes (`device`)."""
 
-    _tokenizer: LFQTokenizer
+    _tokenizer: PictureTokenizer
 
     @property
     def device(self) -> torch.device:

@@ -126,9 +126,7 @@ _CLASS = re.compile(r"[A-Za-z0-9_]{1,80}")
 _TOKEN_NAME = re.compile(r"[a-z][a-z0-9_]{0,60}_token")
 
 
-def lm_fields(
-    values: Any, keys: Mapping[str, Range | type | tuple[type, ...]] = LM_KEYS
-) -> tuple[str, dict[str, Any]]:
+def lm_fields(values: Any, keys: Mapping[str, Range | type | tuple[type, ...]] = LM_KEYS) -> tuple[str, dict[str, Any]]:
     """(model_type, fields on our list) of a backbone's config. ValueError for a value out of its range, a config that
     asks for code or holds quantised weights. Keys that no list names are left out; `build_config` refuses those that its
     family would heed. `keys`: the list, where it is not that of language models."""

@@ -25,10 +25,14 @@ from typing import Any
 from bitdance.values import shown
 from lfq_tokenizer.files import check_links
 
-KINDS = {"next_patch": "bitdance.kinds.next_patch", "class_patch": "bitdance.kinds.class_patch"}
+KINDS = {
+    "next_patch": "bitdance.kinds.next_patch",
+    "class_patch": "bitdance.kinds.class_patch",
+    "refine": "bitdance.kinds.refine",
+}
 DEFAULT = "next_patch"
 # family of published files → the module that converts them, with PARTS and convert(file, out, parts) → facts
-FAMILIES = {"imagenet": f"{KINDS['class_patch']}.convert"}
+FAMILIES = {"imagenet": f"{KINDS['class_patch']}.convert", "grn": f"{KINDS['refine']}.convert"}
 
 
 def kind_of(folder: Path | str) -> str:

@@ -1,6 +1,5 @@
 """Shape of a tokenizer, as stored in the published `ae_config.json`."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +58,11 @@ class TokenizerConfig:
                     f"ch {self.ch} × ch_mult {factor} = {self.ch * factor} channels; group norm needs a positive "
                     f"multiple of {NORM_GROUPS}"
                 )
+
+    @property
+    def latents(self) -> int:
+        """Latents per token."""
+        return self.z_channels
 
     @property
     def bits(self) -> int:
@@ -144,7 +148,8 @@ class TokenizerConfig:
 
     def to_published(self) -> dict[str, Any]:
         """The JSON object of `ae_config.json`."""
-        own = {} if self.quantizer == "lfq" else {"quantizer": self.quantizer, "rounds": self.rounds}  # OURS: beyond the published
+        # OURS: what no published tokenizer says
+        own = {} if self.quantizer == "lfq" else {"quantizer": self.quantizer, "rounds": self.rounds}
         ddconfig = {name: getattr(self, name) for name in ("ch", "ch_mult", "num_res_blocks", "z_channels")}
         return {
             "ddconfig": {**ddconfig, "ch_mult": list(self.ch_mult), "in_channels": 3, "out_ch": 3, "double_z": False},

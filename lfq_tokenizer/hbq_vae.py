@@ -46,6 +46,11 @@ class HBQConfig:
                 raise ValueError(f"hbq {name} = {value!r:.60}; a whole number from 1 to {high} is allowed")
 
     @property
+    def latents(self) -> int:
+        """Latents per token."""
+        return self.latent_channels
+
+    @property
     def bits(self) -> int:
         """Bits per token."""
         return self.latent_channels * self.rounds

@@ -255,6 +255,7 @@ COMMANDS = {
     "tokenizer": "bitdance train",
     "generator": "bitdance train",
     "class_patch": "bitdance train",
+    "refine": "bitdance train",
     "distill": "bitdance distill",
 }
 
@@ -290,7 +291,10 @@ Schema = TypeVar("Schema", bound=TrainingConfig)
 
 
 # The schema of a recipe that has a section of its own, by the recipe's name; it lies with the recipe.
-SCHEMAS = {"class_patch": "stages.recipes.class_patch.config.ClassTrainingConfig"}
+SCHEMAS = {
+    "class_patch": "stages.recipes.class_patch.config.ClassTrainingConfig",
+    "refine": "stages.recipes.refine.config.RefineTrainingConfig",
+}
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> TrainingConfig:

@@ -59,6 +59,7 @@ RECIPES = {
     "tokenizer": "stages.recipes.tokenizer",
     "generator": "stages.recipes.generator",
     "class_patch": "stages.recipes.class_patch",
+    "refine": "stages.recipes.refine",
 }
 
 

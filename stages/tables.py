@@ -10,6 +10,7 @@ from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.heads.diffusion.settings import PRESETS
 from bitdance.values import RANGES, Range
 from lfq_tokenizer import TokenizerConfig, limits
+from lfq_tokenizer.config import MOST_ROUNDS, QUANTIZERS
 from stages.schema import DECLARED, Choice, Table
 
 _WIDTH, _LAYERS = Range(1, limits.WIDTH), Range(1, limits.LAYERS)
@@ -66,6 +67,8 @@ DECLARED[TokenizerConfig] = {
     "ch_mult": tuple[Annotated[int, Range(1, 1024)], ...],
     "num_res_blocks": _LAYERS,
     "z_channels": _WIDTH,
+    "quantizer": Choice(QUANTIZERS),
+    "rounds": Range(1, MOST_ROUNDS),
 }
 
 DEFAULTS = Table(

@@ -11,12 +11,13 @@ from PIL import Image
 
 from bitdance import load_pipeline
 from bitdance.cli import main
+from bitdance.folder.picture_model import PictureModel
 from bitdance.jobs.job import Job
 from bitdance.jobs.npz import write_npz
-from bitdance.sequence.classes import ClassEntry, ClassNames
-from bitdance.kinds.class_patch.folder import ClassModel, save
+from bitdance.kinds.class_patch.folder import LAYOUT
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
 from bitdance.picture import read_metadata
+from bitdance.sequence.classes import ClassEntry, ClassNames
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ FAST = ["--steps", "2", "--guidance", "2", "--device", "cpu"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: Any) -> Path:
     path: Path = tmp_path_factory.mktemp("models") / "classes"
-    save(ClassModel(golden_model(16), golden_tokenizer(), NAMES), path)
+    LAYOUT.save(PictureModel(golden_model(16), golden_tokenizer(), NAMES), path)
     return path
 
 

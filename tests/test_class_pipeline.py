@@ -13,10 +13,11 @@ from class_model import golden_model, golden_tokenizer
 import bitdance.generator
 from bitdance import BitDancePipeline, load_pipeline
 from bitdance.cli import main
+from bitdance.folder.picture_model import PictureModel
 from bitdance.kinds.class_patch import costs
-from bitdance.sequence.classes import ClassEntry, ClassNames
-from bitdance.kinds.class_patch.folder import ClassModel, check_folder, save
+from bitdance.kinds.class_patch.folder import LAYOUT
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
+from bitdance.sequence.classes import ClassEntry, ClassNames
 from lfq_tokenizer.json_file import read_json, write_json
 from lfq_tokenizer.weights import read_safetensors, write_safetensors
 
@@ -33,7 +34,7 @@ FAST = {"num_inference_steps": 2, "guidance_scale": 3.0}
 def folder(tmp_path_factory: Any) -> Path:
     path: Path = tmp_path_factory.mktemp("models") / "classes"
     defaults = {"guidance_scale": 2.0, "num_inference_steps": 2, "cfg_schedule": "constant"}
-    save(ClassModel(golden_model(16), golden_tokenizer(), NAMES, {"defaults": defaults}), path)
+    LAYOUT.save(PictureModel(golden_model(16), golden_tokenizer(), NAMES, {"defaults": defaults}), path)
     return path
 
 
@@ -271,7 +272,7 @@ def test_doctor_says_what_a_batch_takes(folder: Path, capsys: Any) -> None:
     assert main(["doctor", "--model", str(folder), "--batch-size", "3", "--device", "cpu", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["batch"], found["height"], found["fits"]) == (3, 64, True)
-    checked, width = check_folder(folder), 4 if found["dtype"] == "float32" else 2
+    checked, width = LAYOUT.check(folder), 4 if found["dtype"] == "float32" else 2
     program = found["phases"][found["phase"]]["program"]
     assert found["needs_bytes"] - program == costs.needed(checked, 3, width, guided=True)
 
@@ -325,7 +326,7 @@ def test_two_folders_are_compared_tensor_by_tensor(folder: Path, tmp_path: Path,
 def test_what_does_not_fit_into_the_memory_is_refused_before_it_is_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = check_folder(folder)
+    found = LAYOUT.check(folder)
     one, eight = (costs.needed(found, batch, 4, True) for batch in (1, 800))
     assert one < eight
     command = ["generate", "--class", "all", "--images-per-prompt", "80", "--model", str(folder), "-o", str(tmp_path / "o")]

@@ -22,8 +22,8 @@ from stages.engine import checkpoint
 from stages.engine.loader import step_generator
 from stages.engine.loop import train
 from stages.recipes.class_patch.config import ClassPatchTraining, ClassTrainingConfig
-from stages.recipes.class_patch.feed import ClassFeed
 from stages.recipes.class_patch.recipe import ClassPatchRecipe
+from stages.recipes.pictures.feed import PictureFeed
 from stages.recipes.tokenizer.coding import encode_input
 from stages.recipes.tokenizer.input import TokenizerInput
 
@@ -96,7 +96,7 @@ def same(one: Any, other: Any) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def batch(feed: ClassFeed, samples: range) -> Any:
+def batch(feed: PictureFeed, samples: range) -> Any:
     return feed.batch(samples, step_generator(0, 0, 0)).batch
 
 
@@ -118,7 +118,7 @@ def test_the_loss_of_samples_does_not_depend_on_how_they_are_batched(home: Path)
 
 
 def test_joined_noise_is_that_of_the_pictures(home: Path) -> None:
-    shape = ClassPatchRecipe(config(home)).feed.shape
+    shape = ClassPatchRecipe(config(home)).module.model.config
     apart = [ClassNoise.draw(1, shape, True, torch.Generator().manual_seed(seed)) for seed in (1, 2)]
     joined = ClassNoise.joined(apart, shape)
     M = shape.num_blocks
@@ -145,8 +145,8 @@ def test_classes_are_the_folders_in_their_order(home: Path) -> None:
     recipe = ClassPatchRecipe(config(home, "pictures"))
     assert [entry.names for entry in recipe.feed.labels.names.entries] == [(name,) for name in NAMES]
     micro = recipe.feed.batch(range(0, 12), step_generator(0, 0, 0))
-    assert {NAMES[label] for label in micro.batch.class_B.tolist()} == set(NAMES)
-    for name, label in zip(micro.samples, micro.batch.class_B.tolist(), strict=True):
+    assert {NAMES[label] for label in micro.batch.condition.tolist()} == set(NAMES)
+    for name, label in zip(micro.samples, micro.batch.condition.tolist(), strict=True):
         assert name.startswith(NAMES[label])
 
 
@@ -254,7 +254,9 @@ def test_a_label_without_a_class_is_refused_by_name(home: Path, tmp_path: Path) 
     names.write_text('["cow", "ant", "bee"]')
     recipe = ClassPatchRecipe(config(home, classes=str(names)))
     micro = recipe.feed.batch(range(12), step_generator(0, 0, 0))
-    assert all(name.startswith(("cow", "ant", "bee")[label]) for name, label in zip(micro.samples, micro.batch.class_B.tolist()))
+    assert all(
+        name.startswith(("cow", "ant", "bee")[label]) for name, label in zip(micro.samples, micro.batch.condition.tolist())
+    )
 
 
 def test_numbers_as_labels_must_have_no_gap(home: Path, tmp_path: Path) -> None:

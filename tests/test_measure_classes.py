@@ -11,8 +11,9 @@ from class_model import golden_model, golden_tokenizer
 from PIL import Image
 from torch import Tensor, nn
 
+from bitdance.folder.picture_model import PictureModel
+from bitdance.kinds.class_patch.folder import LAYOUT
 from bitdance.sequence.classes import ClassEntry, ClassNames
-from bitdance.kinds.class_patch.folder import ClassModel, save
 from stages.cli import measure
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
@@ -62,7 +63,9 @@ def test_the_distance_is_that_of_the_two_gaussians() -> None:
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A model with ten classes of 64×64 pixels, and shards of pictures of the ten."""
-    save(ClassModel(golden_model(16), golden_tokenizer(), NAMES, {"defaults": {"num_inference_steps": 1}}), tmp_path / "model")
+    LAYOUT.save(
+        PictureModel(golden_model(16), golden_tokenizer(), NAMES, {"defaults": {"num_inference_steps": 1}}), tmp_path / "model"
+    )
     random = np.random.default_rng(0)
     for number in range(40):
         folder = tmp_path / "photos" / f"class {number % 10}"

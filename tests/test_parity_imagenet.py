@@ -13,8 +13,9 @@ from bitdance.heads.diffusion.sampler import SAMPLERS, euler_maruyama
 from bitdance.heads.diffusion.settings import Sampling
 from bitdance.kinds.class_patch.generate import generate_bits
 from bitdance.kinds.class_patch.noise import ClassNoise
-from bitdance.kinds.class_patch.rotary import rotate, turns
+from bitdance.kinds.class_patch.rotary import turns
 from bitdance.kinds.class_patch.settings import ClassSettings
+from bitdance.networks.rotary import rotate
 from bitdance.sequence.patches import PatchPlan
 from lfq_tokenizer.weights import load_strict
 

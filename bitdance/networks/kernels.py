@@ -13,7 +13,8 @@ without a mask, decoding and the head's attention over the P tokens of a block, 
 algorithm.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -73,6 +74,19 @@ def use_onednn(*modules: nn.Module) -> int:
         layer.__class__ = OneDnnLinear
         layer.packing = packing
     return len(layers)
+
+
+@contextmanager
+def without_onednn(module: nn.Module) -> Iterator[None]:
+    """Its linear layers compute in plain torch for a while, which counts their operations."""
+    layers = [layer for layer in module.modules() if type(layer) is OneDnnLinear]
+    for layer in layers:
+        layer.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = OneDnnLinear
 
 
 @cache

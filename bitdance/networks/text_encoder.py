@@ -30,7 +30,7 @@ FILES += ("merges.txt", "added_tokens.json", "generation_config.json")
 
 @dataclass(frozen=True)
 class PromptReader:
-    """Prompts → token ids, as the encoder of a family wants them. It holds no weights. `prefix` stands in front of every prompt."""
+    """Prompts → token ids, as the encoder of a family wants them; no weights. `prefix` stands in front of every prompt."""
 
     tokenizer: Any
     t5: bool

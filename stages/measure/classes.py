@@ -30,9 +30,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bitdance import load_pipeline
 from bitdance.cli import Parser
-from bitdance.kinds.class_patch.facts import fingerprint
+from bitdance.generator import load_pipeline, module_of
 from bitdance.networks.precision import quick_dtype
 from bitdance.picture import grid, to_uint8, write_png
 from lfq_tokenizer.files import whole_file
@@ -41,7 +40,7 @@ from stages.data.order import EpochOrder
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.engine.checkpoint import model_folder
 from stages.measure.frechet import FrechetFeatures, lite0_features
-from stages.recipes.class_patch.labels import label_of
+from stages.recipes.pictures.labels import label_of
 from stages.recipes.tokenizer.coding import decode_pictures, encode_pictures
 
 BATCH, GENERATED = 100, 250  # pictures that run through features and tokenizer, and through the model, at once
@@ -180,6 +179,7 @@ class Generated:
 def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """All figures as JSON values; see the module."""
     folder = model_folder(arguments.model)
+    mark = module_of(folder).info(folder)["fingerprint"]
     pipe = load_pipeline(folder, "cpu", arguments.dtype)
     names, tokenizer = getattr(pipe, "names", None), pipe.model.tokenizer
     if names is None:
@@ -211,7 +211,7 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
     settings = {} if arguments.steps is None else {"num_inference_steps": arguments.steps}
     if arguments.cfg_schedule is not None:
         settings["cfg_schedule"] = arguments.cfg_schedule
-    generated = Generated(pipe, cache, fingerprint(folder), settings, arguments.seed)
+    generated = Generated(pipe, cache, mark, settings, arguments.seed)
     for guidance in arguments.guidance:
         say(f"guidance {guidance:g}")
         pictures, speed = generated.make(arguments.pictures, guidance)
@@ -227,7 +227,7 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
             write_png(grid(list(map(Image.fromarray, pictures.levels_NHW3[first])), columns=max(1, there) * 5), path)
     return {
         "model": str(arguments.model),
-        "fingerprint": fingerprint(folder),
+        "fingerprint": mark,
         "features": f"EfficientNet-Lite0, 1280, {dtype}",
         "probe": {"pictures": len(known.class_N), "accuracy": rows[0].right},
         "seed": arguments.seed,

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitdance.model import BitDanceModel
-from lfq_tokenizer import LFQTokenizer, TokenizerConfig
+from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig, build_tokenizer
 
 
 @dataclass(frozen=True)
@@ -128,10 +128,10 @@ def token_flops(model: BitDanceModel, grids: Mapping[tuple[int, int], float], te
     return flops / tokens
 
 
-def encoder_flops(config: TokenizerConfig, height: int, width: int) -> float:
+def encoder_flops(config: PictureTokenizerConfig, height: int, width: int) -> float:
     """Of encoding one picture, counted by torch on tensors without data."""
     with torch.device("meta"):
-        encoder = LFQTokenizer(config).encoder
+        encoder = build_tokenizer(config).encoder
         counter = FlopCounterMode(display=False)
         with torch.no_grad(), counter:
             encoder(torch.empty(1, 3, height, width))

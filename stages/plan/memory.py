@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from bitdance.model import BitDanceModel
 from bitdance.sequence.batch import TrainingBatch
 from bitdance.sequence.noise import ImageNoise
-from lfq_tokenizer import LFQTokenizer, TokenizerConfig
+from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig, build_tokenizer
 from stages.config import DeepSpeedConfig, GeneratorTraining
 from stages.plan.shape import Shape
 
@@ -203,12 +203,14 @@ def _tensors(batch: TrainingBatch) -> list[Tensor]:
     return [part for part in vars(batch).values() if isinstance(part, Tensor)] + list(vars(batch.noise).values())
 
 
-def tokenizer_peak(config: TokenizerConfig, pictures: int, height: int, width: int, decode: bool) -> float:
+def tokenizer_peak(config: PictureTokenizerConfig, pictures: int, height: int, width: int, decode: bool) -> float:
     """Bytes at the peak of encoding (or decoding) so many pictures at once in float32, inputs included, weights not."""
     with FakeTensorMode(), torch.no_grad():
-        tokenizer = LFQTokenizer(config)
-        s, bits = tokenizer.downsampling, config.bits
-        shown = torch.empty(pictures, bits, height // s, width // s) if decode else torch.empty(pictures, 3, height, width)
+        tokenizer = build_tokenizer(config)
+        s = tokenizer.downsampling
+        shown = (
+            torch.empty(pictures, config.latents, height // s, width // s) if decode else torch.empty(pictures, 3, height, width)
+        )
         half: Any = tokenizer.decoder if decode else tokenizer.encoder
         more = (torch.empty_like(shown),) if decode and config.gan_decoder else ()
         with Live(tokenizer.parameters()) as live:

@@ -75,6 +75,34 @@ class ClassPatchConfig:
         return self.grid**2
 
     @property
+    def bits(self) -> int:
+        """C, bits per token."""
+        return self.latent_dim
+
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """The one (height, width) in tokens that it makes."""
+        return ((self.grid, self.grid),)
+
+    @property
+    def class_count(self) -> int:
+        """How many classes there are, without the one that stands for none."""
+        return self.num_classes
+
+    text_width = None  # it reads no text
+
+    @property
+    def known(self) -> tuple[str, int] | None:
+        """Name and parameters of the published model that this is, None for another shape or other classes."""
+        name = published_name(self)
+        return (f"BitDance-{name}", COUNTS[name]) if name and self.num_classes == PUBLISHED_CLASSES else None
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What decides pictures and does not show in the shapes of the weights."""
+        return {name: getattr(self, name) for name in ("n_head", "parallel_num", "parallel_mode", "time_shift")}
+
+    @property
     def num_blocks(self) -> int:
         """M, steps per picture."""
         return self.num_tokens // self.parallel_num
@@ -129,6 +157,9 @@ PUBLISHED: dict[str, tuple[ClassPatchConfig, float]] = {
     "L-1x": (ClassPatchConfig(1024, 32, 16, 1024, 8, 2, perturb_rate=0.05), 4.0),
     "H-1x": (ClassPatchConfig(1280, 40, 20, 1280, 12, 3, perturb_rate=0.05), 4.55),
 }
+PUBLISHED_CLASSES = 1000
+# network and head, told from the published shapes; the README of the published code rounds them to 242M, 260M, 527M and 1.0B
+COUNTS = {"B-1x": 242_373_152, "B-4x": 260_102_432, "B-16x": 260_111_648, "L-1x": 527_271_968, "H-1x": 1_007_960_352}
 _SHAPE = ("dim", "n_layer", "n_head", "diff_dim", "diff_layers", "diff_adanln_layers", "latent_dim", "grid", "parallel_num")
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitdance.kinds.class_patch.folder import save
+from bitdance.kinds.class_patch.folder import LAYOUT
 from bitdance.kinds.class_patch.published import PARTS as PARTS
 from bitdance.kinds.class_patch.published import read_published
 
@@ -19,14 +19,14 @@ def convert(file: Path, out: Path, parts: Mapping[str, Path]) -> dict[str, Any]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; choose another one")
     found = read_published(file, parts)
-    save(found.model, out)
+    LAYOUT.save(found.model, out)
     network, config = found.model.network, found.model.network.config
     return {
         "model": str(out),
         "published model": found.published or "none of this shape",
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "tokenizer parameters": sum(parameter.numel() for parameter in found.model.tokenizer.parameters()),
-        "picture": f"{found.model.side}×{found.model.side}",
+        "picture": "×".join(map(str, found.model.sizes[0])),
         "tokens per step": config.parallel_num,
         "classes": config.num_classes,
         "weights from": found.weights_from,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitdance.kinds.class_patch.rotary import rotate
+from bitdance.networks.rotary import rotate
 
 NORM_EPS = 1e-6
 _MULTIPLE = 256  # the SwiGLU's width is a multiple of this

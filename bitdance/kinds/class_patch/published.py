@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitdance.sequence.classes import ClassNames, imagenet_names
+from bitdance.folder.picture_model import PictureModel
 from bitdance.kinds.class_patch.config import HEAD_WIDTH, PUBLISHED, ClassPatchConfig, published_name
-from bitdance.kinds.class_patch.folder import ClassModel
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import STEPS
+from bitdance.sequence.classes import ClassNames, imagenet_names
 from bitdance.values import shown
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_config
@@ -41,7 +41,7 @@ _SHOWN = (  # by the weights, whatever a file's arguments say
 class Found:
     """A converted model, where its parts came from, and what is worth a warning."""
 
-    model: ClassModel
+    model: PictureModel
     published: str | None
     weights_from: str
     tokenizer_from: str
@@ -85,7 +85,7 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> Found:
             "num_inference_steps": STEPS,
             "cfg_schedule": "linear",
         }
-    return Found(ClassModel(network.eval(), tokenizer.eval(), names, extras), known, name, source, names_from)
+    return Found(PictureModel(network.eval(), tokenizer.eval(), names, extras), known, name, source, names_from)
 
 
 def _content(path: Path) -> tuple[str, Mapping[Any, Any], dict[str, Any]]:

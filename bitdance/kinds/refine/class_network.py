@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdance.kinds.refine.config import ClassRefineConfig
 from bitdance.kinds.refine.labels import value_major
-from bitdance.kinds.refine.parts import NORM_EPS, TimeEmbedding, attend, heads_of
+from bitdance.kinds.refine.parts import RMSNorm, TimeEmbedding, attend, heads_of
 from bitdance.networks.rotary import frequencies, rotate, turns_of
 
 
@@ -106,8 +106,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q_norm = nn.RMSNorm(width // heads, eps=NORM_EPS)
-        self.k_norm = nn.RMSNorm(width // heads, eps=NORM_EPS)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -136,9 +136,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm1 = RMSNorm(width)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width)
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 6 * width))
 
@@ -153,7 +153,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.norm_final = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm_final = RMSNorm(width)
         self.linear = nn.Linear(width, channels)
         self.adaLN_modulation = nn.Sequential(nn.Identity(), nn.Linear(width, 2 * width))
 

@@ -67,6 +67,22 @@ class RefineConfig:
             )
 
     @property
+    def known(self) -> tuple[str, int] | None:
+        """Name and parameters of the published model that this is, None for another shape or other classes."""
+        return PUBLISHED_COUNTS.get(published_name(self) or "", {}).get((self.labels, self.class_count))
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What decides pictures and does not show in the shapes of the weights."""
+        training = ("drop", "P_mean", "P_std", "time_shift", "grids")
+        return {name: value for name, value in self.to_dict().items() if name not in training}
+
+    @property
+    def class_count(self) -> int | None:
+        """How many classes there are, without the one that stands for none; None: it makes pictures of prompts."""
+        return None
+
+    @property
     def head_width(self) -> int:
         """Channels of an attention head."""
         return self.width // self.heads
@@ -115,7 +131,8 @@ class ClassRefineConfig(RefineConfig):
     grid: int = 16
 
     condition = "class"
-    RANGES = {
+    text_width = None  # it reads no text
+    RANGES: ClassVar[dict[str, Range]] = {
         **RefineConfig.RANGES,
         **dict.fromkeys(("bottleneck", "num_classes", "grid"), _WIDTH),
         "in_context_len": Range(0, limits.WIDTH),
@@ -132,6 +149,16 @@ class ClassRefineConfig(RefineConfig):
         """N, tokens of a picture."""
         return self.grid**2
 
+    @property
+    def grids(self) -> tuple[tuple[int, int], ...]:
+        """The one (height, width) in tokens that it makes."""
+        return ((self.grid, self.grid),)
+
+    @property
+    def class_count(self) -> int:
+        """See `RefineConfig`."""
+        return self.num_classes
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextRefineConfig(RefineConfig):
@@ -147,8 +174,12 @@ class TextRefineConfig(RefineConfig):
     grids: tuple[tuple[int, int], ...] = ((64, 64),)
 
     condition = "text"
-    RANGES = {**RefineConfig.RANGES, "text_width": _WIDTH, "mlp_ratio": Range(0, 100, whole=False, open_low=True)}
-    CHOICES = {**RefineConfig.CHOICES, "attention": ATTENTIONS}
+    RANGES: ClassVar[dict[str, Range]] = {
+        **RefineConfig.RANGES,
+        "text_width": _WIDTH,
+        "mlp_ratio": Range(0, 100, whole=False, open_low=True),
+    }
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {**RefineConfig.CHOICES, "attention": ATTENTIONS}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,6 +217,16 @@ PUBLISHED: dict[str, ClassRefineConfig] = {
     "G": _published(1664, 40, 16, 256, 10),
 }
 PUBLISHED_TEXT = TextRefineConfig(width=2304, depth=28, heads=18, bits=256, rounds=4, text_width=4096, P_mean=-1.3, P_std=1.3)
+# published name → (labels, classes) → (name, parameters), the stored table of positions included
+PUBLISHED_COUNTS: dict[str, dict[tuple[str, int | None], tuple[str, int]]] = {
+    f"GRN-{size}": {("ind", 1000): (f"GRN-ind-{size}", ind), ("bit", 1000): (f"GRN-bit-{size}", bit)}
+    for size, ind, bit in (
+        ("B", 130_861_056, 130_746_240),
+        ("L", 458_549_472, 458_401_888),
+        ("H", 952_055_104, 951_858_368),
+        ("G", 2_006_572_432, 2_006_326_544),
+    )
+} | {"GRN-T2I-2B": {("bit", None): ("GRN-T2I-2B", 2_197_832_448)}}
 _SHAPE = ("width", "depth", "heads", "bottleneck", "in_context_len", "in_context_start", "bits", "rounds")
 
 

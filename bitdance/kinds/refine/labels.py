@@ -12,7 +12,7 @@ from bitdance.kinds.refine.config import RefineConfig
 
 
 def labels_of(bits_BChw: Tensor, config: RefineConfig) -> Tensor:
-    """Bits in {-1,+1}, round by round, → labels (B,G,h,w), whole numbers from 0 to V - 1; the first round is the highest digit."""
+    """Bits in {-1,+1}, round by round, → labels (B,G,h,w), numbers from 0 to V - 1; the first round is the highest digit."""
     ones = (bits_BChw > 0).long()
     if config.labels == "bit":
         return ones

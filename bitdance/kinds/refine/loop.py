@@ -106,7 +106,7 @@ def refine(
     the run, and pictures whose number it adds to `cancelled` are not worked on any more. A finished picture leaves the batch.
     `spent` gets the steps that each picture took. ValueError for NaN.
     """
-    config, device = predictor.config, predictor.device
+    device = predictor.device
     alive = list(range(count))
     random_BGhw = draws.labels(alive).to(device)
     result_BGhw, seen_BGhw = random_BGhw.clone(), random_BGhw

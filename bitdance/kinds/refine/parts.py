@@ -9,9 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
 NORM_EPS = 1e-6
 FREQUENCIES = 128
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMS norm with a weight that computes in the dtype of its input, also under autocast."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class TimeEmbedding(nn.Module):

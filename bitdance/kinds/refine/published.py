@@ -13,5 +13,6 @@ def flat_blocks(state: Mapping[str, T], chunk: int = 0) -> dict[str, T]:
     block."""
     chunk = chunk or 1 + max((int(found[2]) for name in state if (found := _CHUNK.match(name))), default=0)
     return {
-        _CHUNK.sub(lambda found: f"blocks.{int(found[1]) * chunk + int(found[2])}.", name): tensor for name, tensor in state.items()
+        _CHUNK.sub(lambda found: f"blocks.{int(found[1]) * chunk + int(found[2])}.", name): tensor
+        for name, tensor in state.items()
     }

@@ -1,4 +1,4 @@
-"""How a picture is refined: steps, guidance, temperature, and how fast labels settle. One object from the command line to the loop.
+"""How a picture is refined: steps, guidance, temperature, and how fast labels settle. One object from flag to loop.
 
 A step i of N has progress s = (i+1)/N; `share` is how many labels are kept after it:
 
@@ -120,8 +120,8 @@ class RefineSettings:
 
     def arguments(self) -> dict[str, Any]:
         """Those of `RefinePipeline` for exactly this, whatever the model's defaults."""
-        return {"num_inference_steps": self.steps, "guidance_scale": self.guidance} | {
-            name: False if name == "adaptive" and self.adaptive is None else getattr(self, name) for name in NAMES
+        return {"preset": "fixed", "num_inference_steps": self.steps, "guidance_scale": self.guidance} | {
+            name: getattr(self, name) for name in NAMES
         }
 
     def share(self, progress: float) -> float:
@@ -153,4 +153,38 @@ RANGES = {
     "end_share": Range(0, 1, whole=False, open_low=True),
 }
 # what can be said beside steps and guidance, at every door
-NAMES = ("tau", "guidance_interval", "guidance_power", "schedule", "adaptive", *[n for n in RANGES if n not in ("tau", "guidance_power")])
+NAMES = ("guidance_interval", "schedule", "adaptive", *RANGES)
+
+
+_TEXT = {"schedule": "ramp", "guidance": 3.0, "tau": 1.1}
+# "fixed" and "adaptive" are the model's own settings without and with its rule; the others are those of published models
+PRESETS: dict[str, RefineSettings | None] = {
+    "fixed": None,
+    "adaptive": None,
+    "GRN-B": RefineSettings(50, 2.35, 1.31, (0.44, 1.0)),
+    "GRN-B-adaptive": RefineSettings(50, 2.35, 1.31, (0.44, 1.0), adaptive=AdaptiveSteps()),
+    "GRN-L": RefineSettings(50, 2.0, 1.3, (0.42, 1.0)),
+    "GRN-T2I": RefineSettings(50, **_TEXT),
+    "GRN-T2I-joint": RefineSettings(50, share_cap=0.95, end_share=0.98, **_TEXT),
+}
+
+
+def choose(defaults: Mapping[str, Any], preset: str | None = None, **said: Any) -> RefineSettings:
+    """What was said (fields of `RefineSettings`, None: nothing said), else the preset, else the model's defaults. ValueError
+    for an unknown preset and for defaults that cannot be carried out."""
+    name = defaults.get("preset", "fixed") if preset is None else preset
+    source = '"defaults" of bitdance.json: '
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"{source if preset is None else ''}preset = {shown(name)}; allowed are {', '.join(PRESETS)}")
+    own = PRESETS[name]
+    if own is None:
+        known = {"num_inference_steps": "steps", "guidance_scale": "guidance", **{key: key for key in NAMES}}
+        try:
+            own = RefineSettings().changed(**{known[key]: value for key, value in defaults.items() if key in known})
+            if name == "fixed":
+                own = replace(own, adaptive=None)
+            elif own.adaptive is None:
+                own = replace(own, adaptive=AdaptiveSteps())
+        except ValueError as error:
+            raise ValueError(f"{source}{error}") from None
+    return own.changed(**said)

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdance.kinds.refine.config import TextRefineConfig
 from bitdance.kinds.refine.labels import label_major
-from bitdance.kinds.refine.parts import NORM_EPS, TimeEmbedding, attend, heads_of
+from bitdance.kinds.refine.parts import RMSNorm, TimeEmbedding, attend, heads_of
 from bitdance.networks.rotary import frequencies, rotate, turns_of
 
 TIME_FRAME, PICTURE_FRAME = 512, 600  # frame positions; a text token's is its number
@@ -65,7 +65,7 @@ class TextRefineNetwork(nn.Module):
 
     def prepare(self, features_BTE: Tensor, lengths: list[int]) -> TextMemory:
         """Features of prompts, padded at the right to the longest of `lengths`, → what `forward` reads of them at every step."""
-        B, T = features_BTE.shape[:2]
+        T = features_BTE.shape[1]
         text_BTD = self.text_proj(features_BTE.to(self.text_proj.weight.dtype))
         turns_TF2 = text_turns(T, self.config.head_width).to(text_BTD.device)
         mask_BT = None
@@ -83,7 +83,7 @@ class TextRefineNetwork(nn.Module):
 
     def forward(self, labels_BGhw: Tensor, time_B: Tensor, memory: TextMemory) -> Tensor:
         """Labels and shares of kept ones → logits (B,G,h,w,V), float32."""
-        c, (B, _, h, w) = self.config, labels_BGhw.shape
+        c, (h, w) = self.config, labels_BGhw.shape[2:]
         N = h * w
         x_BND = self.word_embed(label_major(labels_BGhw, c.values).to(self.word_embed.weight.dtype))
         time_B1D = self.pt_embedder(time_B)[:, None]
@@ -122,8 +122,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.q_norm = nn.RMSNorm(width // heads, eps=NORM_EPS)
-        self.k_norm = nn.RMSNorm(width // heads, eps=NORM_EPS)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
 
 
 class SwiGLU(nn.Module):
@@ -144,9 +144,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.input_layernorm = RMSNorm(width)
         self.attn = Attention(width, heads)
-        self.post_attention_layernorm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.post_attention_layernorm = RMSNorm(width)
         self.mlp = SwiGLU(width, inner)
 
     def project(self, x_BLD: Tensor, turns_LF2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,9 +160,7 @@ class Block(nn.Module):
         x_BLD = x_BLD + self.attn.o_proj(mixed_BLD)
         return x_BLD + self.mlp(self.post_attention_layernorm(x_BLD))
 
-    def forward(
-        self, x_BLD: Tensor, turns_LF2: Tensor, before: tuple[Tensor, Tensor] | None, mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, x_BLD: Tensor, turns_LF2: Tensor, before: tuple[Tensor, Tensor] | None, mask: Tensor | None) -> Tensor:
         """`before`: keys and values that stand in front."""
         q, k, v = self.project(x_BLD, turns_LF2)
         if before is not None:
@@ -175,7 +173,7 @@ class Head(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm = RMSNorm(width)
         self.proj = nn.Linear(width, channels)
 
     def forward(self, x_BND: Tensor) -> Tensor:

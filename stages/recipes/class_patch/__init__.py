@@ -12,6 +12,7 @@ def build_recipe(config: Any) -> Any:
 
 def plan_run(config: Any, arguments: Any) -> tuple[dict[str, Any], str]:
     """Work, hours and memory of a run."""
-    from stages.recipes.class_patch.plan import plan_of_classes
+    from stages.recipes.class_patch.plan import ClassPatchSubject
+    from stages.recipes.pictures.plan import plan_of_pictures
 
-    return plan_of_classes(config, arguments)
+    return plan_of_pictures(config, ClassPatchSubject(config.class_patch), arguments)

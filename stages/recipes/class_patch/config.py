@@ -11,7 +11,8 @@ from bitdance.kinds.class_patch.settings import SCHEDULES as CFG_SCHEDULES
 from bitdance.values import RANGES, Range
 from lfq_tokenizer import limits
 from stages.config import TrainingConfig
-from stages.schema import Checked, Choice, StepsOrNone, Table
+from stages.recipes.pictures.config import PictureTraining
+from stages.schema import Choice, Table
 
 _WIDTH, _LAYERS = Range(1, limits.WIDTH), Range(1, limits.LAYERS)
 # What the config says of the network; bits per token, classes and grid follow from the tokenizer, the data and the size.
@@ -34,34 +35,13 @@ DEFAULTS = Table(
 
 
 @dataclass(frozen=True)
-class ClassPatchTraining(Checked):
-    """Velocity loss of the head on pictures of labelled classes, on top of a frozen tokenizer.
-
-    A picture is brought to `size` × `size` pixels by a crop. With `crop_share` below 1 it is random: a square of at least that
-    share of the shorter side. Random crops become rarer from epoch `crop_decay[0]` on, and from `crop_decay[1]` on there is
-    the middle square alone. Shards of bits are taken as they are.
-    """
+class ClassPatchTraining(PictureTraining):
+    """Velocity loss of the head on pictures of labelled classes; see `PictureTraining`."""
 
     SECTION = "class_patch"
 
-    tokenizer: str = ""  # a run of recipe 'tokenizer', a checkpoint of one, or a folder with ae_config.json and ae.safetensors
-    init: str = ""  # a model to go on from: a run, a checkpoint or a model folder; its shape must be what the config says
-    classes: str = ""  # a classes.json that numbers the labels; empty: the labels of the samples, sorted
-    class_count: StepsOrNone = 0  # how many classes there must be; 0: as many as the data have
-    size: Annotated[int, Range(1, 65_536)] = 256
-    crop_share: Annotated[float, Range(0, 1, whole=False, open_low=True)] = 1.0
-    crop_decay: tuple[StepsOrNone, ...] = ()
     model: Annotated[Mapping[str, Any], MODEL] = field(default_factory=dict)
-    checkpoint_activations: bool = False  # recompute a layer's inside in the backward pass instead of keeping it
     defaults: Annotated[Mapping[str, Any], DEFAULTS] = field(default_factory=dict)  # of sampling; written to bitdance.json
-    sample_classes: tuple[str, ...] = ()  # of the grids; empty: the first eight
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.crop_decay and not (len(self.crop_decay) == 2 and self.crop_decay[0] < self.crop_decay[1]):
-            raise ValueError(
-                f"class_patch.crop_decay = {list(self.crop_decay)}; two epochs are allowed, the first before the second"
-            )
 
     def shape(self, bits: int, grid: int, classes: int) -> ClassPatchConfig:
         """The network's config for a tokenizer of so many bits per token, a grid of `grid` × `grid` tokens and so many classes.
@@ -86,6 +66,5 @@ class ClassTrainingConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.class_patch.tokenizer:
-            raise ValueError("class_patch.tokenizer is empty; name a run of recipe 'tokenizer' or a folder with ae_config.json")
+        self.class_patch.check_tokenizer()
         self.data.refuse(self.recipe, "sources", "mix", "row_tokens", "crop")

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from bitdance.picture import to_pil, write_png
-from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer import any_tokenizer
+from lfq_tokenizer.any_tokenizer import PictureTokenizer
 from lfq_tokenizer.tokenizer import WEIGHTS_FILE
 from stages.data.bits import pack_bits
 from stages.data.pack import PackOptions, pack
@@ -27,15 +28,15 @@ from stages.recipes.tokenizer.input import TokenizerInput, safe_key
 BATCH_SIZE = 16
 
 
-def load_tokenizer(place: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LFQTokenizer:
+def load_tokenizer(place: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PictureTokenizer:
     """Of a model folder, a run, a checkpoint or "demo". ValueError where a weight is no number."""
     folder = model_folder(place)
-    tokenizer = LFQTokenizer.from_pretrained(folder)
+    tokenizer = any_tokenizer.load_tokenizer(folder)
     check_finite(tokenizer, folder / WEIGHTS_FILE)
     return tokenizer.to(device=device, dtype=dtype).eval()
 
 
-def check_finite(tokenizer: LFQTokenizer, source: str | Path) -> None:
+def check_finite(tokenizer: PictureTokenizer, source: str | Path) -> None:
     """ValueError names up to ten tensors that hold NaN or an infinity."""
     broken = [name for name, tensor in tokenizer.state_dict().items() if not bool(torch.isfinite(tensor).all())]
     if broken:
@@ -43,19 +44,19 @@ def check_finite(tokenizer: LFQTokenizer, source: str | Path) -> None:
         raise ValueError(f"{source}: {', '.join(broken[:10])}{more} hold NaN or infinity; export or download it again")
 
 
-def encode_pictures(tokenizer: LFQTokenizer, images_B3HW: Tensor) -> Tensor:
+def encode_pictures(tokenizer: PictureTokenizer, images_B3HW: Tensor) -> Tensor:
     """images in [-1,1], of any device and dtype → bits (B,C,h,w) on the tokenizer's."""
     with torch.no_grad():
         return tokenizer.encode(images_B3HW.to(next(tokenizer.parameters())))
 
 
-def encode_pixels(tokenizer: LFQTokenizer, pixels_B3HW: Tensor) -> Tensor:
+def encode_pixels(tokenizer: PictureTokenizer, pixels_B3HW: Tensor) -> Tensor:
     """uint8 pixels → bits (B,C,h,w) in the tokenizer's dtype, channels last in memory (the fastest layout)."""
     images_B3HW = pixels_B3HW.to(next(tokenizer.parameters()).dtype) / 127.5 - 1
     return encode_pictures(tokenizer, images_B3HW.contiguous(memory_format=torch.channels_last))
 
 
-def decode_pictures(tokenizer: LFQTokenizer, bits_BChw: Tensor, seed: int = 0) -> Tensor:
+def decode_pictures(tokenizer: PictureTokenizer, bits_BChw: Tensor, seed: int = 0) -> Tensor:
     """bits (B,C,h,w) → images (B,3,H,W) float32 on the tokenizer's device. The noise of a generative decoder comes from one
     generator per picture, seeded with `seed`, so that a picture depends on its bits and the seed alone. ValueError for NaN.
     """
@@ -76,7 +77,7 @@ class EncodedInput:
     """A `PictureSource` whose members are `.bits` instead of the pictures; captions and attributes stay. `mirror`: each picture
     and its mirror image, under the key KEY-mirrored."""
 
-    tokenizer: LFQTokenizer
+    tokenizer: PictureTokenizer
     source: TokenizerInput
     batch_size: int = BATCH_SIZE
     mirror: bool = False
@@ -141,7 +142,7 @@ def picture_grid(sample: Sample, downsampling: int) -> tuple[int, int]:
 
 
 def encode_input(
-    tokenizer: LFQTokenizer,
+    tokenizer: PictureTokenizer,
     source: TokenizerInput,
     out: Path,
     options: PackOptions,
@@ -158,7 +159,7 @@ def encode_input(
 
 
 def decode_input(
-    tokenizer: LFQTokenizer, source: TokenizerInput, out: Path, seed: int = 0, batch_size: int = BATCH_SIZE
+    tokenizer: PictureTokenizer, source: TokenizerInput, out: Path, seed: int = 0, batch_size: int = BATCH_SIZE
 ) -> tuple[int, Counter[str]]:
     """Write `KEY.png` for every sample of shards of bits into the folder `out`, in its true size; returns their number, and what
     was skipped by reason. Pictures that exist are replaced. ValueError for pictures and for bits that do not fit the tokenizer.

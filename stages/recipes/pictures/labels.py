@@ -5,21 +5,25 @@ A sample's label is its attribute "class": the name of its folder (`bitdance dat
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from bitdance.sequence.classes import ClassEntry, ClassNames, imagenet_names
 from bitdance.values import shown
 from lfq_tokenizer.json_file import read_config, read_json
 from lfq_tokenizer.text import listed
-from stages.data.shards import ShardDataset
+from stages.data.shards import Sample, ShardDataset
 
 ATTRIBUTE = "class"
 _WORDNET = re.compile(r"n[0-9]{8}")
 
 
 class Labels:
-    """Label → number, and the names that are saved with the model."""
+    """Label → number, and the names that are saved with the model. They are the `feed.Conditions` of class models."""
 
     def __init__(self, names: ClassNames, numbers: dict[str, int] | None = None) -> None:
         self.names = names
@@ -32,6 +36,14 @@ class Labels:
         """The class of a sample. ValueError for one without a label, or with one that no class has."""
         label = label_of(attributes)
         return self._numbers[label] if label in self._numbers else self.names.number(label)
+
+    def of(self, sample: Sample, source: torch.Generator | None) -> int:
+        """The class of a sample."""
+        return self.number(sample.attributes)
+
+    def joined(self, conditions: Sequence[int]) -> Tensor:
+        """The classes of a batch (B,)."""
+        return torch.tensor(list(conditions))
 
 
 def label_of(attributes: dict[str, Any]) -> str:
@@ -61,7 +73,7 @@ def from_samples(data: ShardDataset) -> Labels:
         if gaps := [str(n) for n in range(numbers[-1]) if str(n) not in counts]:
             raise ValueError(
                 f"the samples have classes 0 to {numbers[-1]} without {listed(gaps, ', ')}; every class needs a sample, or name "
-                "a classes.json in class_patch.classes"
+                "a classes.json in the config"
             )
         return Labels(ClassNames.numbers(len(numbers)))
     found = sorted(counts)

@@ -1,0 +1,119 @@
+"""What an edit asks for: which labels of a picture stay, and how much of the others is kept to begin with.
+
+C bits per token, G labels per token, V values of a label, h w token grid, H W pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from bitdance.kinds.refine.labels import labels_of
+from bitdance.values import check_number, shown
+
+WHOLE = 0.7  # strength where all may change
+# A token must change where its labels lose so many nats under the new condition, smoothed over its neighbours, averaged
+# over the shares of noise below. Judged on the bundled style: configs/demo/README.md.
+LOSS, SHARES, DRAWS = 1.0, (0.3, 0.5, 0.7), 4
+
+
+class Pipeline(Protocol):
+    """What is asked of the pipeline that edits."""
+
+    model: Any
+
+    def encode(self, images: Any) -> Tensor: ...
+
+    def predictor(self, conditions: Sequence[Any], negative: Any = None) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Edit:
+    """`bits_Chw` of the picture; `fixed_hw` is True where they stay; `strength` as in `loop.Start`; `size` in pixels."""
+
+    bits_Chw: Tensor
+    fixed_hw: Tensor
+    strength: float
+    size: tuple[int, int]
+
+
+def read_edit(pipe: Pipeline, image: Any, mask: Any, strength: float | None, condition: Any, source: Any) -> Edit:
+    """See `RefinePipeline.edit`. ValueError for a picture, mask or strength that does not fit."""
+    bits_Chw = _bits(pipe, image)
+    h, w = bits_Chw.shape[1:]
+    s = pipe.model.tokenizer.downsampling
+    whole = mask is None and source is None
+    share = (WHOLE if whole else 1.0) if strength is None else check_number("strength", strength)
+    if mask is not None:
+        free_hw = token_mask(mask, (h, w), s)
+    elif source is not None:
+        free_hw = changed_tokens(pipe, bits_Chw, source, condition)
+    else:
+        free_hw = torch.ones(h, w, dtype=torch.bool)
+    return Edit(bits_Chw, ~free_hw.to(bits_Chw.device), share, (h * s, w * s))
+
+
+def token_mask(mask: Any, grid: tuple[int, int], downsampling: int) -> Tensor:
+    """A mask of pixels (a PIL picture, white where something is drawn anew, or a bool array (H,W)) or of tokens (a bool tensor
+    (h,w)) → tokens that are drawn anew, bool (h,w). ValueError for another size, and for a mask of nothing."""
+    h, w = grid
+    if isinstance(mask, Image.Image):
+        mask = np.asarray(mask.convert("L")) >= 128
+    found = torch.as_tensor(mask) if isinstance(mask, np.ndarray | Tensor) else None
+    shape = None if found is None else tuple(found.shape)
+    if found is None or shape not in ((h, w), (h * downsampling, w * downsampling)):
+        size = f"{w * downsampling}×{h * downsampling} pixels"
+        raise ValueError(
+            f"the mask is {shown(mask) if shape is None else shape}; give a picture of {size}, white where it may change"
+        )
+    free = found.bool()
+    if shape != (h, w):
+        free = free.unflatten(0, (h, downsampling)).unflatten(2, (w, downsampling)).any(3).any(1)
+    if not bool(free.any()):
+        raise ValueError("the mask is black everywhere, so nothing would change; white says what is drawn anew")
+    return free
+
+
+@torch.no_grad()
+def changed_tokens(pipe: Pipeline, bits_Chw: Tensor, source: Any, target: Any) -> Tensor:
+    """The tokens that do not fit the new condition, bool (h,w): where the network, shown the picture under noise, finds the
+    picture's own labels less likely under `target` than under `source`.
+
+    # OURS: the published models have no such call. The mean over several shares of noise and draws, smoothed over 3 × 3 tokens,
+    is compared with a threshold in nats per token.
+    """
+    config = pipe.model.network.config
+    predictor = pipe.predictor([source, target])
+    labels = labels_of(bits_Chw[None], config).to(predictor.device)
+    generator = torch.Generator().manual_seed(0)
+    lost = torch.zeros(bits_Chw.shape[1:], device=predictor.device)
+    for share in SHARES:
+        for _ in range(DRAWS):
+            random = torch.randint(0, config.values, labels.shape, generator=generator).to(predictor.device)
+            kept = (torch.rand(labels.shape, generator=generator) < share).to(predictor.device)
+            seen = torch.where(kept, labels, random).expand(2, -1, -1, -1)
+            time_B = torch.full((2,), share, device=predictor.device)
+            logits, _ = predictor.logits([0, 1], seen, time_B, False)
+            log_p = logits.float().log_softmax(dim=-1)
+            chosen = log_p.gather(-1, labels.expand(2, -1, -1, -1)[..., None])[..., 0].sum(dim=1)  # (2,h,w) nats of a token
+            lost += (chosen[0] - chosen[1]) / (len(SHARES) * DRAWS)
+    smooth = F.avg_pool2d(F.pad(lost[None, None], (1, 1, 1, 1), mode="replicate"), 3, 1)[0, 0]
+    free = smooth > LOSS
+    return free if bool(free.any()) else smooth >= smooth.max()
+
+
+def _bits(pipe: Pipeline, image: Any) -> Tensor:
+    """Bits (C,h,w) of a picture or of what are bits already."""
+    if isinstance(image, Image.Image):
+        return pipe.encode(image)[0]
+    bits = image[0] if isinstance(image, Tensor) and image.ndim == 4 and len(image) == 1 else image
+    wanted = pipe.model.network.config.bits
+    if not isinstance(bits, Tensor) or bits.ndim != 3 or len(bits) != wanted:
+        shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"the picture is {shape}; give a PIL picture, or bits of shape ({wanted}, h, w) in -1 and +1")
+    return bits.float()
