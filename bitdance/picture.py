@@ -11,6 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from lfq_tokenizer import limits
 from lfq_tokenizer.files import whole_file
 from lfq_tokenizer.json_file import parse_json
 
@@ -79,6 +80,28 @@ def write_png(picture: Image.Image, path: Path | str, metadata: Mapping[str, Any
         info.add_itxt(TEXT_KEY, parameters_text(metadata).encode("utf-8", "backslashreplace").decode("utf-8"))
     with whole_file(path) as file:
         picture.save(file, format="PNG", pnginfo=info)
+
+
+def read_picture(path: Path | str) -> tuple[Image.Image, dict[str, Any]]:
+    """An RGB picture of a file, and the settings in it, {} where there are none (as in a photograph).
+
+    FileNotFoundError or ValueError name a file that is missing, broken, or larger than what is read."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a picture")
+    if path.stat().st_size > limits.PICTURE_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; pictures of up to {limits.PICTURE_BYTES:,} are read")
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as picture:
+            if picture.width * picture.height > limits.PICTURE_PIXELS:
+                raise ValueError(f"{picture.width}×{picture.height} pixels; up to {limits.PICTURE_PIXELS:,} are read")
+            rgb = picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a readable picture ({error})") from error
+    try:
+        return rgb, read_metadata(path)
+    except ValueError:
+        return rgb, {}
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:

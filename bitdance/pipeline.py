@@ -27,7 +27,7 @@ from bitdance.model import BitDanceModel
 from bitdance.networks.kernels import use_onednn
 from bitdance.networks.offload import Phase, PhaseOffload
 from bitdance.networks.precision import AUTO, DTYPES, wanted_dtype
-from bitdance.sequence.prompt import check_prompt
+from bitdance.sequence.prompt import check_prompt, conditional_ids
 from bitdance.values import check_number, shown
 
 OUTPUT_TYPES = ("pil", "np", "pt", "bits")
@@ -265,6 +265,10 @@ class BitDancePipeline(PictureCoding):
             bits_BChw = self.generate(prompts, height, width, sampling, generators, on_block)
         images = None if output_type == "bits" else self.decode(bits_BChw, generators, output_type)
         return BitDanceOutput(images, bits_BChw, seeds)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt as the model reads it; a batch of equal lengths wastes nothing."""
+        return len(conditional_ids(self.model.text_tokenizer, prompt))
 
     def generate(
         self,

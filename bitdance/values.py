@@ -76,6 +76,8 @@ RANGES = {
     "class": Range(0, 1 << 20),
     "tolerance": Range(0, 1e300, whole=False),
     "at_least": Range(0, 1, whole=False),
+    "tau": Range(0, 1000, whole=False, open_low=True),
+    "extend": Range(0, 65_536),
     "strength": Range(0, 1, whole=False, open_low=True),
     "lora_scale": Range(-1000, 1000, whole=False, hint="; 1 is as trained"),
 }

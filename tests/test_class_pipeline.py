@@ -13,8 +13,9 @@ from class_model import golden_model, golden_tokenizer
 import bitdance.generator
 from bitdance import BitDancePipeline, load_pipeline
 from bitdance.cli import main
+from bitdance.costs import picture_model as costs
 from bitdance.folder.picture_model import PictureModel
-from bitdance.kinds.class_patch import costs
+from bitdance.kinds.class_patch.costs import COSTS
 from bitdance.kinds.class_patch.folder import LAYOUT
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
 from bitdance.sequence.classes import ClassEntry, ClassNames
@@ -189,7 +190,11 @@ def spoiled(folder: Path, target: Path, name: str, change: Any) -> Path:
         ("class_patch.json", None, "class_patch.json is missing"),
         ("class_patch.json", lambda d: d | {"num_classes": 11}, "cls_embedding.weight has shape [11, 128], expected [12, 128]"),
         ("class_patch.json", lambda d: d | {"colour": 1}, "unknown keys ['colour']"),
-        ("ae_config.json", lambda d: d | {"ddconfig": d["ddconfig"] | {"z_channels": 4}}, "latent_dim = 8, but z_channels = 4"),
+        (
+            "ae_config.json",
+            lambda d: d | {"ddconfig": d["ddconfig"] | {"z_channels": 4}},
+            "8 bits per token, but 4 in ae_config.json",
+        ),
         ("classes.json", lambda d: {k: v for k, v in d.items() if k != "4"}, "classes 4 are missing; every class from 0 to 9"),
         ("classes.json", lambda d: d | {"10": "more"}, "11 classes, and the model has 10"),
         ("classes.json", lambda d: d | {"x": "more"}, "key 'x' is no class number"),
@@ -249,7 +254,7 @@ def test_commands_for_text_models_refuse_the_folder_by_its_kind(folder: Path, tm
         ("doctor", "--measure"),
     ):
         assert main([command, "--model", str(folder), option]) == 2
-        assert f"{option} is for text models; leave it out for a class model" in capsys.readouterr().err
+        assert f"{option} is for text models of BitDance; leave it out for this one" in capsys.readouterr().err
     assert main(["export", str(folder), str(tmp_path / "o"), "--format", "diffusers"]) == 2
     assert "--format is not for a model of this kind (class_patch)" in capsys.readouterr().err
 
@@ -274,7 +279,7 @@ def test_doctor_says_what_a_batch_takes(folder: Path, capsys: Any) -> None:
     assert (found["batch"], found["height"], found["fits"]) == (3, 64, True)
     checked, width = LAYOUT.check(folder), 4 if found["dtype"] == "float32" else 2
     program = found["phases"][found["phase"]]["program"]
-    assert found["needs_bytes"] - program == costs.needed(checked, 3, width, guided=True)
+    assert found["needs_bytes"] - program == COSTS.needed(checked, 3, width, guided=True)
 
 
 def test_half_precision_makes_pictures(folder: Path) -> None:
@@ -327,7 +332,7 @@ def test_what_does_not_fit_into_the_memory_is_refused_before_it_is_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = LAYOUT.check(folder)
-    one, eight = (costs.needed(found, batch, 4, True) for batch in (1, 800))
+    one, eight = (COSTS.needed(found, batch, 4, True) for batch in (1, 800))
     assert one < eight
     command = ["generate", "--class", "all", "--images-per-prompt", "80", "--model", str(folder), "-o", str(tmp_path / "o")]
     command += ["--batch-size", "800", "--device", "cpu"]

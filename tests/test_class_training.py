@@ -143,7 +143,7 @@ def test_pictures_are_encoded_on_the_way_to_the_bits_of_the_shards(home: Path) -
 
 def test_classes_are_the_folders_in_their_order(home: Path) -> None:
     recipe = ClassPatchRecipe(config(home, "pictures"))
-    assert [entry.names for entry in recipe.feed.labels.names.entries] == [(name,) for name in NAMES]
+    assert [entry.names for entry in recipe.labels.names.entries] == [(name,) for name in NAMES]
     micro = recipe.feed.batch(range(0, 12), step_generator(0, 0, 0))
     assert {NAMES[label] for label in micro.batch.condition.tolist()} == set(NAMES)
     for name, label in zip(micro.samples, micro.batch.condition.tolist(), strict=True):
@@ -268,7 +268,7 @@ def test_numbers_as_labels_must_have_no_gap(home: Path, tmp_path: Path) -> None:
         pack(FolderSource(home / "photos", FolderOptions(size=16, classes=True, table="labels.jsonl")), shards, PackOptions())
         settings = dataclasses.replace(config(home, "pictures"), data=DataConfig(train=(str(shards),)))
         if fine:
-            assert len(ClassPatchRecipe(settings).feed.labels) == 3
+            assert len(ClassPatchRecipe(settings).labels) == 3
         else:
             with pytest.raises(ValueError, match="classes 0 to 3 without 2"):
                 ClassPatchRecipe(settings)

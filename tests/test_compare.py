@@ -44,7 +44,7 @@ def test_every_bottleneck_holds_the_bits_it_says_and_passes_the_gradient_on(name
 
 
 def test_unknown_names_and_rates_are_errors() -> None:
-    with pytest.raises(ValueError, match="known are lfq, bsq"):
+    with pytest.raises(ValueError, match="known are lfq, hbq"):
         build_bottleneck("lfg", 16, TokenizerTraining())
     with pytest.raises(ValueError, match="multiples of 16"):
         build_bottleneck("fsq", 24, TokenizerTraining())

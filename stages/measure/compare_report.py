@@ -16,6 +16,7 @@ from stages.recipes.tokenizer.perceptual import LPIPS
 
 TITLES = {
     "lfq": "LFQ in groups (ours)",
+    "hbq": "HBQ, four bits per latent (ours)",
     "bsq": "BSQ",
     "fsq": "FSQ",
     "vq": "VQ",
@@ -23,7 +24,7 @@ TITLES = {
     "continuous": "continuous, equal bits (bfloat16 channels)",
     "continuous-width": "continuous, equal channels (16 × the bits)",
 }
-DISCRETE = ("lfq", "bsq", "fsq", "vq", "rvq")
+DISCRETE = ("lfq", "hbq", "bsq", "fsq", "vq", "rvq")
 KINDS = ("photographs", "icons")
 
 

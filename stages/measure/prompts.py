@@ -21,8 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from bitdance.cli import Parser
+from bitdance.generator import load_pipeline
 from bitdance.picture import grid, write_png
-from bitdance.pipeline import BitDancePipeline
 from stages.data.captions import PALETTE
 from stages.data.shards import Sample, ShardDataset, ShardIndex
 from stages.engine.checkpoint import model_folder
@@ -50,7 +50,7 @@ def _rendering(sample: Sample) -> Rendering:
 class Gallery:
     """Every rendering with its latent. Of its two datasets the first was taught."""
 
-    def __init__(self, pipe: BitDancePipeline, datasets: Sequence[ShardDataset]) -> None:
+    def __init__(self, pipe: Any, datasets: Sequence[ShardDataset]) -> None:
         assert pipe.model.tokenizer is not None
         self.taught = 0  # renderings of the first dataset
         self.encoder = pipe.model.tokenizer.encoder
@@ -102,7 +102,7 @@ def background_of(picture: Image.Image) -> str:
 
 
 def judge(
-    pipe: BitDancePipeline, gallery: Gallery, wanted: Sequence[int], captions: Sequence[str], seed: int, **settings: Any
+    pipe: Any, gallery: Gallery, wanted: Sequence[int], captions: Sequence[str], seed: int, **settings: Any
 ) -> tuple[dict[str, float], list[Image.Image]]:
     """Generate `captions[i]`, which asks for rendering `wanted[i]`; shares of right answers and the pictures."""
     pictures: list[Image.Image] = []
@@ -132,19 +132,17 @@ def measure(
     model: str, train: Sequence[str], heldout: Sequence[str], count: int, seed: int, **settings: Any
 ) -> tuple[dict[str, Any], list[Image.Image]]:
     """`follow` with a model (a folder, a run or a checkpoint) and the renderings in shards."""
-    pipe = BitDancePipeline.from_pretrained(model_folder(model))
+    pipe = load_pipeline(model_folder(model))
     pipe.set_progress_bar_config(disable=True)
     return follow(pipe, open_gallery(pipe, train, heldout), count, seed, **settings)
 
 
-def open_gallery(pipe: BitDancePipeline, train: Sequence[str], heldout: Sequence[str]) -> Gallery:
+def open_gallery(pipe: Any, train: Sequence[str], heldout: Sequence[str]) -> Gallery:
     """Of the renderings in two lists of shards, seen by the encoder of `pipe`."""
     return Gallery(pipe, [ShardDataset(ShardIndex.open(list(places))) for places in (train, heldout)])
 
 
-def follow(
-    pipe: BitDancePipeline, gallery: Gallery, count: int, seed: int, **settings: Any
-) -> tuple[dict[str, Any], list[Image.Image]]:
+def follow(pipe: Any, gallery: Gallery, count: int, seed: int, **settings: Any) -> tuple[dict[str, Any], list[Image.Image]]:
     """`count` taught captions (any wording) and up to `count` held-out pairs (canonical wording), drawn with `seed`."""
     generator, taught = torch.Generator().manual_seed(seed), gallery.taught
     seen_index = torch.randperm(taught, generator=generator)[:count].tolist()

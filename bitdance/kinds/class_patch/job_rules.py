@@ -13,6 +13,7 @@ class JobRules(PictureRules):
     """See `PictureRules`."""
 
     layout, costs, pipeline = LAYOUT, COSTS, ClassPipeline
+    unknown = (*PictureRules.unknown, "tau", "schedule")
 
     def sampling(self, said: dict[str, Any], preset: str | None, remade: bool) -> ClassSettings:
         """What was said, else the preset, else the model's defaults; of a picture that is made again, what it does not say is as

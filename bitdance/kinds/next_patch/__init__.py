@@ -28,7 +28,7 @@ class JobRules:
     """What `bitdance generate` asks of a text model: a folder that is whole, and whose weights are not loaded. `unknown`: options
     of the command that are not for such a model."""
 
-    unknown = ("cfg_schedule",)
+    unknown = ("cfg_schedule", "tau", "schedule")
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._config = folder, check_folder(folder)

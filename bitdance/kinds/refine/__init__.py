@@ -15,7 +15,7 @@ load_pipeline = RefinePipeline.from_pretrained
 export = LAYOUT.export
 info, examine, compare = partial(facts.info, LAYOUT), partial(facts.examine, LAYOUT), partial(facts.compare, LAYOUT)
 batch_needs = COSTS.needs_of_batch
-__all__ = ["batch_needs", "bench", "compare", "examine", "export", "info", "load_pipeline", "rules", "sizes"]
+__all__ = ["batch_needs", "bench", "compare", "edit_settings", "examine", "export", "info", "load_pipeline", "rules", "sizes"]
 
 
 def sizes(folder: Path) -> dict[str, Any]:
@@ -32,6 +32,13 @@ def sizes(folder: Path) -> dict[str, Any]:
         "smallest_side": sides[0] if only else s,
         "largest_side": sides[-1],
     }
+
+
+def edit_settings(pipe: RefinePipeline, preset: str | None, said: dict[str, Any]) -> dict[str, Any]:
+    """What an edited picture says of its settings: those that `pipe.edit` took for the same arguments. A kind that has this can
+    edit."""
+    settings = pipe.settings(preset, **said)
+    return {"steps": settings.steps, "guidance": settings.guidance, **settings.words}
 
 
 def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

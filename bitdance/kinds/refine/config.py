@@ -193,7 +193,7 @@ class TextRefineConfig(RefineConfig):
     @property
     def inner(self) -> int:
         """Channels inside a block's feed-forward network."""
-        return 256 * round(self.width * self.mlp_ratio / 256)
+        return 256 * max(1, round(self.width * self.mlp_ratio / 256))
 
 
 def _published(width: int, depth: int, heads: int, bottleneck: int, start: int) -> ClassRefineConfig:

@@ -42,11 +42,26 @@ class Edit:
     size: tuple[int, int]
 
 
-def read_edit(pipe: Pipeline, image: Any, mask: Any, strength: float | None, condition: Any, source: Any) -> Edit:
+def read_edit(
+    pipe: Pipeline,
+    image: Any,
+    mask: Any,
+    strength: float | None,
+    condition: Any,
+    source: Any,
+    extend: Sequence[int] | None = None,
+) -> Edit:
     """See `RefinePipeline.edit`. ValueError for a picture, mask or strength that does not fit."""
     bits_Chw = _bits(pipe, image)
-    h, w = bits_Chw.shape[1:]
     s = pipe.model.tokenizer.downsampling
+    if extend is not None:
+        if mask is not None:
+            raise ValueError("mask and extend together; make the picture larger first, then change it")
+        bits_Chw, mask = extended(bits_Chw, extend, s)
+    h, w = bits_Chw.shape[1:]
+    only = pipe.model.sizes[0]
+    if pipe.model.names is not None and (h * s, w * s) != only:
+        raise ValueError(f"the picture becomes {w * s}×{h * s} pixels; this model makes pictures of {only[1]}×{only[0]} only")
     whole = mask is None and source is None
     share = (WHOLE if whole else 1.0) if strength is None else check_number("strength", strength)
     if mask is not None:
@@ -56,6 +71,18 @@ def read_edit(pipe: Pipeline, image: Any, mask: Any, strength: float | None, con
     else:
         free_hw = torch.ones(h, w, dtype=torch.bool)
     return Edit(bits_Chw, ~free_hw.to(bits_Chw.device), share, (h * s, w * s))
+
+
+def extended(bits_Chw: Tensor, extend: Sequence[int], downsampling: int) -> tuple[Tensor, Tensor]:
+    """The bits in a larger grid, and which tokens are new, bool (h,w). `extend`: top, right, bottom, left in pixels. ValueError
+    for what is no multiple of the downsampling, and for nothing."""
+    sides = [check_number("extend", side) for side in extend]
+    if len(sides) != 4 or any(side % downsampling for side in sides) or not any(sides):
+        raise ValueError(f"extend = {shown(tuple(extend))}; top, right, bottom, left in multiples of {downsampling} are allowed")
+    top, right, bottom, left = (side // downsampling for side in sides)
+    where = (left, right, top, bottom)
+    old = torch.ones(bits_Chw.shape[1:], dtype=torch.bool, device=bits_Chw.device)
+    return F.pad(bits_Chw, where, value=-1.0), ~F.pad(old, where)
 
 
 def token_mask(mask: Any, grid: tuple[int, int], downsampling: int) -> Tensor:

@@ -19,7 +19,7 @@ from bitdance.kinds.refine.folder import LAYOUT
 from bitdance.kinds.refine.labels import bits_of, labels_of
 from bitdance.kinds.refine.loop import OnStep, OwnDraws, Start, refine
 from bitdance.kinds.refine.predictors import ClassPredictor, TextPredictor
-from bitdance.kinds.refine.settings import RefineSettings, choose
+from bitdance.kinds.refine.settings import NAMES, RefineSettings, choose
 from bitdance.picture_pipeline import OUTPUT_TYPES, OutputType, PictureOutput, PicturePipeline
 from bitdance.values import check_number, shown
 
@@ -35,6 +35,11 @@ class RefinePipeline(PicturePipeline):
     def of_prompts(self) -> bool:
         """Whether the model makes pictures of prompts, not of classes."""
         return isinstance(self.model.network.config, TextRefineConfig)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt; pictures of equal lengths share a call of the network."""
+        assert self.model.text is not None
+        return len(self.model.text.reader.ids(prompt))
 
     def predictor(self, conditions: Sequence[Any], negative: Sequence[str] | None = None) -> ClassPredictor | TextPredictor:
         """The network with the conditions of a batch: class numbers, or prompts and what stands against each (default: "")."""
@@ -109,7 +114,7 @@ class RefinePipeline(PicturePipeline):
         """
         conditions = self._conditions(prompt, class_label, check_number("num_images_per_prompt", num_images_per_prompt))
         height, width = self._size(height, width)
-        settings = self._settings(preset, num_inference_steps, guidance_scale, said)
+        settings = self.settings(preset, num_inference_steps, guidance_scale, **said)
         negative = self._negative(negative_prompt, len(conditions))
         check_form(output_type, OUTPUT_TYPES, callback_on_step_end)
         generators, seeds = generators_for(len(conditions), seed, generator)
@@ -122,6 +127,7 @@ class RefinePipeline(PicturePipeline):
         class_label: int | str | None = None,
         mask: Any = None,
         strength: float | None = None,
+        extend: tuple[int, int, int, int] | None = None,
         source_prompt: str | None = None,
         source_class: int | str | None = None,
         num_inference_steps: int | None = None,
@@ -142,6 +148,8 @@ class RefinePipeline(PicturePipeline):
                         a token is drawn anew where any of its pixels is
         strength        share of the steps that are taken, in (0, 1]: at 1 (default with a mask) nothing of what is drawn anew
                         is kept, at less the picture's own labels are where it starts
+        extend          new ground at the top, right, bottom and left, in pixels: the picture grows, its own tokens stay (models
+                        of prompts)
         source_prompt, source_class   what the picture shows now. Without a mask this finds what must change: the labels that
                         the model would not give the picture under the new condition, but under this one. Without either all
                         may change, and strength (then 0.7 by default) says how far.
@@ -152,10 +160,10 @@ class RefinePipeline(PicturePipeline):
         source = None
         if source_prompt is not None or source_class is not None:
             source = self._conditions(source_prompt, source_class, 1)[0]
-        settings = self._settings(preset, num_inference_steps, guidance_scale, said)
+        settings = self.settings(preset, num_inference_steps, guidance_scale, **said)
         check_form(output_type, OUTPUT_TYPES, callback_on_step_end)
         count = check_number("num_images_per_prompt", num_images)
-        found = read_edit(self, image, mask, strength, conditions[0], source)
+        found = read_edit(self, image, mask, strength, conditions[0], source, extend)
         generators, seeds = generators_for(count, seed, generator)
         height, width = found.size
         negative = self._negative(negative_prompt, count)
@@ -217,15 +225,19 @@ class RefinePipeline(PicturePipeline):
             found.append(side)
         return found[0], found[1]
 
-    def _settings(self, preset: str | None, steps: Any, guidance: Any, said: dict[str, Any]) -> RefineSettings:
-        numbers = {"num_inference_steps": steps, "guidance_scale": guidance}
-        checked = {name: None if value is None else check_number(name, value) for name, value in numbers.items()}
-        if unknown := sorted(set(said) - set(RefineSettings.__dataclass_fields__)):
-            raise TypeError(
-                f"unknown arguments {', '.join(unknown)}; settings are {', '.join(RefineSettings.__dataclass_fields__)}"
-            )
-        values = {"steps": checked["num_inference_steps"], "guidance": checked["guidance_scale"], **said}
-        return choose(self.model.defaults, preset, **values)
+    def settings(
+        self,
+        preset: str | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        **said: Any,
+    ) -> RefineSettings:
+        """The settings that a call with these arguments has. ValueError says what is allowed."""
+        numbers = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+        steps, guidance = (None if value is None else check_number(name, value) for name, value in numbers.items())
+        if unknown := sorted(set(said) - set(NAMES)):
+            raise TypeError(f"unknown arguments {', '.join(unknown)}; settings are {', '.join(NAMES)}")
+        return choose(self.model.defaults, preset, steps=steps, guidance=guidance, **said)
 
     def _negative(self, prompt: Any, count: int) -> list[str] | None:
         if prompt is None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bitdance.kinds.refine.noise import shifted
+from bitdance.values import RANGES as NUMBERS
 from bitdance.values import Range, check_interval, check_number, shown
 
 SCHEDULES = ("linear", "cosine", "ramp")
@@ -145,7 +146,7 @@ class RefineSettings:
 
 
 RANGES = {
-    "tau": _FACTOR,
+    "tau": NUMBERS["tau"],
     "guidance_power": Range(0, 100, whole=False),
     "ramp_steps": Range(2, 10_000),
     "share_cap": Range(0, 1, whole=False, open_low=True),

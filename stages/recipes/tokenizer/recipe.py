@@ -3,8 +3,9 @@
     loss = l1·|y − x| + l2·(y − x)² + perceptual·LPIPS(y, x) + adversary·(−D(y))
          + entropy·(H(sample) − H(mean)) + commitment·|z − sg(bits)|²
 
-The discriminator D learns by its own loss, with its own optimiser (adversary.py). With a frozen encoder only the first line is
-left, and a generative decoder (`model.gan_decoder`) learns to use its noise: the second phase.
+With `model.quantizer = "hbq"` a latent is several bits; then there is no entropy term, and published training gives the
+commitment no weight. The discriminator D learns by its own loss, with its own optimiser (adversary.py). With a frozen encoder
+only the first line is left, and a generative decoder (`model.gan_decoder`) learns to use its noise: the second phase.
 Source: BitDance paper (arXiv 2602.14041), tokenizer section.
 """
 
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lfq_tokenizer import LFQTokenizer, LookupFreeQuantizer
+from lfq_tokenizer import HierarchicalQuantizer, LFQTokenizer, LookupFreeQuantizer, TokenizerConfig
 from lfq_tokenizer.growth import grow_generative
 from stages.config import OptimizerConfig, TokenizerTraining, TrainingConfig
 from stages.data.shards import ShardDataset, ShardIndex
@@ -40,9 +41,7 @@ class TokenizerObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.tokenizer, self.training_config = tokenizer, training
-        self.quantizer = LookupFreeQuantizer(
-            tokenizer.config.z_channels, training.groups, training.temperature, training.pool_groups
-        )
+        self.quantizer = quantizer_of(tokenizer.config, training)
         self.perceptual, self.adversary = Frozen(perceptual), Frozen(adversary)
         if training.freeze_encoder:
             tokenizer.encoder.requires_grad_(False)
@@ -62,13 +61,7 @@ class TokenizerObjective(nn.Module):
         l1, l2 = difference.abs().mean(), difference.square().mean()
         loss = weights.l1_weight * l1 + weights.l2_weight * l2
         psnr = -10 * torch.log10(difference.detach().square().mean(dim=(1, 2, 3)) / 4).mean()
-        scalars = {
-            "l1": l1,
-            "psnr": psnr,
-            "entropy_per_sample": q.entropy_per_sample,
-            "entropy_of_mean": q.entropy_of_mean,
-            "commitment": q.commitment,
-        }
+        scalars = {"l1": l1, "psnr": psnr, **q.terms}
         if self.perceptual.module is not None:
             scalars["perceptual"] = self.perceptual.module.to(out_B3HW.device)(out_B3HW, images_B3HW).mean()
             loss = loss + weights.perceptual_weight * scalars["perceptual"]
@@ -78,6 +71,13 @@ class TokenizerObjective(nn.Module):
         if not weights.freeze_encoder:
             loss = loss + weights.entropy_weight * q.entropy + weights.commitment_weight * q.commitment
         return loss, {k: v.detach() for k, v in scalars.items()}, out_B3HW.detach()
+
+
+def quantizer_of(config: TokenizerConfig, training: TokenizerTraining) -> nn.Module:
+    """Latents (B,C,h,w) → what the decoder reads, and `QuantizerLosses`."""
+    if config.quantizer == "hbq":
+        return HierarchicalQuantizer(config.z_channels, config.rounds)
+    return LookupFreeQuantizer(config.z_channels, training.groups, training.temperature, training.pool_groups)
 
 
 class TokenizerRecipe:
