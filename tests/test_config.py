@@ -16,6 +16,7 @@ from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.entropy import check_groups
 from stages.config import TrainingConfig, as_dict, load_config
 from stages.recipes.class_patch.config import ClassTrainingConfig
+from stages.recipes.refine.config import RefineTrainingConfig
 from stages.schema import DECLARED
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +53,10 @@ def test_every_config_that_ships_fits_the_code_that_reads_it(path: Path) -> None
         check_groups(config.tokenizer.model.z_channels, config.tokenizer.groups)
     elif isinstance(config, ClassTrainingConfig):
         assert config.class_patch.shape(16, config.class_patch.size // 4, config.class_patch.class_count).num_classes >= 10
+    elif isinstance(config, RefineTrainingConfig):
+        width = 256 if config.refine.text_encoder else None
+        shape = config.refine.shape(64, 8, None if width else config.refine.class_count, width)
+        assert shape.class_count is None or shape.class_count >= 10
     elif config.generator.head or not config.generator.init:  # else the head is that of the model that goes on
         hidden = int(config.generator.backbone.get("hidden_size", 1))
         HeadConfig.from_dict({"ch_target": 1, "ch_cond": hidden, **config.generator.head})

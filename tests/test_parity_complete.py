@@ -9,10 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import test_parity_generation
+import test_parity_grn
+import test_parity_grn_tokenizer
 import test_parity_imagenet
 import test_parity_model
 import test_parity_tokenizer
 from golden_cases import meta
+from grn_cases import recorded
 
 MODULES = (test_parity_generation, test_parity_imagenet, test_parity_model, test_parity_tokenizer)
 LATER: set[str] = set()
@@ -20,8 +23,8 @@ LATER: set[str] = set()
 LATER_OUTPUTS = {"ae_alt/vt_forward": "tokens_maxpad"}
 
 
-def cases_read_by(module: ModuleType) -> set[str]:
-    """Names that reach `case(…)` in the tests of a module."""
+def cases_read_by(module: ModuleType, reader: str = "case") -> set[str]:
+    """Names that reach `case(…)`, or another reader, in the tests of a module."""
     source = Path(module.__file__ or "").read_text(encoding="utf-8")
     read: set[str] = set()
     for test in ast.parse(source).body:
@@ -32,7 +35,7 @@ def cases_read_by(module: ModuleType) -> set[str]:
             if isinstance(decorator, ast.Call) and getattr(decorator.func, "attr", "") == "parametrize":
                 given[value(decorator.args[0], module)] = decorator.args[1]
         for call in ast.walk(test):
-            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "case":
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == reader:
                 (argument,) = call.args
                 if isinstance(argument, ast.Name) and argument.id in given:
                     read |= set(value(given[argument.id], module))
@@ -51,6 +54,11 @@ def test_every_recorded_case_is_read_or_listed_as_later() -> None:
     assert sorted(set(meta()["cases"]) - read - LATER) == [], "recorded, and no parity test reads it"
     assert sorted(read & LATER) == [], "read by now; take it from the list"
     assert sorted(read - set(meta()["cases"])) == []
+
+
+def test_every_recorded_case_of_refinement_is_read() -> None:
+    read = set.union(*(cases_read_by(module, "grn_case") for module in (test_parity_grn, test_parity_grn_tokenizer)))
+    assert sorted(read ^ set(recorded()["cases"])) == []
 
 
 def test_the_outputs_left_for_later_exist_and_are_unread() -> None:

@@ -1,16 +1,20 @@
 """Parity with the published refinement models: networks, losses, gradients, whole generations (tests/golden/grn/PARITY.md)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from grn_cases import class_network, grn_case, recorded, text_network, weights
+from grn_cases import class_network, grn_case, hbq_tokenizer, recorded, text_network, weights
 
 from bitdance.kinds.refine import loop
+from bitdance.kinds.refine.class_network import position_table
 from bitdance.kinds.refine.config import PUBLISHED, PUBLISHED_TEXT
 from bitdance.kinds.refine.labels import bits_of, label_major, labels_of, value_major
 from bitdance.kinds.refine.loop import OwnDraws, refine
 from bitdance.kinds.refine.model import build_network, label_losses
 from bitdance.kinds.refine.noise import RefineNoise, times
 from bitdance.kinds.refine.predictors import ClassPredictor, TextPredictor
+from bitdance.kinds.refine.published import flat_blocks
 from bitdance.kinds.refine.settings import AdaptiveSteps, RefineSettings
 from bitdance.kinds.refine.text_network import RATIOS, grid_of, grid_places, picture_turns, text_turns, time_turns
 from bitdance.networks import text_encoder
@@ -67,8 +71,6 @@ def test_logits_and_inner_states_match_published(name):
 
 @pytest.mark.parametrize("form", ["ind", "bit"])
 def test_the_position_table_is_the_stored_one(form):
-    from bitdance.kinds.refine.class_network import position_table
-
     network = class_network(form)
     close(position_table(network.config.grid, network.config.width), network.pos_embed[0], 1e-6)
 
@@ -148,10 +150,10 @@ class Recorded:
 
 
 class Watched:
-    """A predictor that remembers what it was given and what it answered; both branches always, as in the published code."""
+    """A predictor that remembers what it was given and what it answered."""
 
-    def __init__(self, inner, both=True):
-        self.inner, self.config, self.device, self.both, self.calls = inner, inner.config, inner.device, both, []
+    def __init__(self, inner):
+        self.inner, self.config, self.device, self.calls = inner, inner.config, inner.device, []
 
     def logits(self, pictures, labels, time, guided):
         found = self.inner.logits(pictures, labels, time, guided)
@@ -186,8 +188,6 @@ def test_class_generations_match_published(name):
     close(hierarchical_values(bits, rounds), t["out.features"], 0)
     assert torch.equal(labels_of(bits, network.config), labels)
     if "out.image" in t:
-        from grn_cases import hbq_tokenizer
-
         with torch.no_grad():
             close(hbq_tokenizer().decode(bits), t["out.image"])
 
@@ -198,23 +198,29 @@ def test_one_generator_draws_in_the_published_order(name):
     info, t = grn_case(name)
     by_token = name.startswith("t2i")
     network = text_network(form_of(name), "prefix") if by_token else class_network(form_of(name))
-    grid = tuple(info.get("grid", (4, 4)))
-    B = t["draw0"].shape[1]
-    g = torch.Generator().manual_seed(info["seed"])
-
-    class Batch(OwnDraws):
-        def _each(self, pictures, draw):
-            return torch.cat([draw(self.generators[0])[None] for _ in pictures])
-
-    if B == 1:
+    grid, g = tuple(info.get("grid", (4, 4))), torch.Generator().manual_seed(info["seed"])
+    if by_token:
         draws = OwnDraws([g], network.config, grid, by_token)
         assert torch.equal(draws.labels([0]), t["draw0"][0][:, :, 0])
         assert torch.equal(draws.exponential([0]), Recorded(t, grid, True).exponential([0]))
         assert torch.equal(draws.uniform([0]), t["draw2"][0][:, :, 0])
-    else:
-        shape = t["draw0"].shape[1:]
-        assert torch.equal(torch.randint(0, network.config.values, shape, generator=g), t["draw0"][0])
-        assert torch.equal(torch.empty(t["draw1"][0].shape).exponential_(1, generator=g), t["draw1"][0])
+        return
+    # a recorded batch of two draws both at once: ours, one after the other, are the two halves of each draw in turn
+    assert torch.equal(torch.randint(0, network.config.values, t["draw0"].shape[1:], generator=g), t["draw0"][0])
+    assert torch.equal(torch.empty(t["draw1"][0].shape).exponential_(1, generator=g), t["draw1"][0])
+    assert torch.equal(torch.rand(t["draw2"][0].shape, generator=g), t["draw2"][0])
+
+
+@pytest.mark.parametrize("name", CLASS_SAMPLES)
+def test_a_class_picture_draws_label_by_label(name):
+    """What one picture draws for itself has the order of a recorded batch of one: labels, then G·N·V numbers, then shares."""
+    network = class_network(form_of(name))
+    c = network.config
+    draws, g = OwnDraws([torch.Generator().manual_seed(3)], c, (4, 4), False), torch.Generator().manual_seed(3)
+    assert torch.equal(draws.labels([0]), torch.randint(0, c.values, (1, c.label_count, 4, 4), generator=g))
+    q = torch.empty(c.label_count * 16, c.values).exponential_(1, generator=g)
+    assert torch.equal(draws.exponential([0]).flatten(0, 3), q)
+    assert torch.equal(draws.uniform([0]), torch.rand(1, c.label_count, 4, 4, generator=g))
 
 
 def text_settings(info):
@@ -249,8 +255,6 @@ def test_text_generations_match_published(name):
     bits = bits_of(labels, network.config)
     close(hierarchical_values(bits, 3), t["out.features"][:, :, 0], 0)
     if "out.image" in t:
-        from grn_cases import hbq_tokenizer
-
         with torch.no_grad():
             close(hbq_tokenizer().decode(bits), t["out.image"][:, :, 0])
 
@@ -300,8 +304,6 @@ def test_text_losses_and_gradients_match_published(name):
         features = t[f"in.features{i}"][:, :, 0]
         bits = hierarchical_bits(features, 3)
         lognormal = info["log_norm_sigma"] > 0
-        from dataclasses import replace
-
         config = replace(
             network.config,
             P_mean=info["log_norm_mean"],
@@ -323,8 +325,6 @@ def test_text_losses_and_gradients_match_published(name):
     close(torch.cat(losses), t["out.token_loss"], 2e-5)
     close(loss, t["out.loss"], 1e-5)
     loss.backward()
-    from bitdance.kinds.refine.published import flat_blocks
-
     gradients = {key: parameter.grad for key, parameter in network.named_parameters()}
     for key, expected in flat_blocks(
         {k.removeprefix("out.grad."): v for k, v in t.items() if k.startswith("out.grad.")}, 2
@@ -342,8 +342,6 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_published_sizes_to_the_digit(name):
-    from dataclasses import replace
-
     with torch.device("meta"):
         for form, count in zip(("ind", "bit"), COUNTS[name], strict=True):
             network = build_network(replace(PUBLISHED[name], labels=form))

@@ -18,6 +18,7 @@ from bitdance.kinds.refine.pipeline import RefinePipeline
 from bitdance.kinds.refine.settings import AdaptiveSteps, RefineSettings, choose
 from bitdance.picture import read_metadata
 from lfq_tokenizer.json_file import write_json
+from stages.data.captions import PALETTE
 
 
 @pytest.fixture(scope="module")
@@ -459,3 +460,41 @@ def test_settings_go_from_defaults_over_presets_to_what_is_said():
     assert choose({}, "GRN-B").guidance_interval == (0.44, 1.0)
     settings = choose(defaults, "adaptive", guidance_interval=(0.2, 0.9))
     assert choose({}, None, steps=settings.steps, guidance=settings.guidance, **settings.words) == settings
+
+
+def test_edits_are_measured_against_what_was_taught(prompts, tmp_path, capsys):
+    from stages.cli import measure
+    from stages.data.pack import PackOptions, pack
+    from stages.data.sample import CaptionedPicture
+
+    class Drawings:
+        """Two concepts on three backgrounds, plain colours with a square in the middle."""
+
+        expected = 6
+
+        def __init__(self, backgrounds):
+            self.backgrounds = backgrounds
+
+        def __iter__(self):
+            for concept, middle in (("fox", (200, 100, 0)), ("mug", (0, 60, 200))):
+                for background in self.backgrounds:
+                    pixels = np.full((64, 64, 3), PALETTE[background], dtype=np.uint8)
+                    pixels[16:48, 16:48] = middle
+                    about = {"concept": concept, "style": "3d", "background": background}
+                    caption = f"a {concept} on a {background} background"
+                    yield CaptionedPicture(f"{concept}-{background}", Image.fromarray(pixels), [caption], about)
+
+        def describe(self):
+            return {"name": "drawings"}
+
+    names = list(PALETTE)[:4]
+    pack(Drawings(names[:3]), tmp_path / "taught", PackOptions())
+    pack(Drawings(names[3:]), tmp_path / "heldout", PackOptions())
+    shards = ["--train", str(tmp_path / "taught"), "--heldout", str(tmp_path / "heldout")]
+    command = ["edits", "--model", str(prompts), *shards, "--count", "4", "--grid", str(tmp_path / "grid.png"), "--json"]
+    assert measure(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pictures"] == 4 and 0 <= found["both"] <= min(found["background"], found["picture"]) <= 1
+    assert found["bits_kept"] >= 1 - found["tokens_free"] - 1e-6 and (tmp_path / "grid.png").is_file()
+    assert measure(["edits", "--model", "demo", *shards]) == 2
+    assert "cannot edit" in capsys.readouterr().err

