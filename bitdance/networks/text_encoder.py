@@ -24,8 +24,10 @@ from lfq_tokenizer.weights import check_shapes, read_safetensors, read_shapes, r
 T5_FAMILY = ("umt5", "t5")
 T5_TOKENS = 512  # of a prompt, at most
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "vocab.json")
-FILES += ("merges.txt", "added_tokens.json", "generation_config.json")
+FILES = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model", "vocab.json"),
+    *("merges.txt", "added_tokens.json", "generation_config.json"),
+)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ def info(layout: Layout[Any], folder: Path) -> dict[str, Any]:
     found = layout.check(folder)
     parts, files = {part: count_parameters(folder / file) for part, file in layout.files.items()}, file_sizes(folder)
     names = found.names
-    classes = {} if names is None else {"class_count": len(names)}
+    classes: dict[str, Any] = {} if names is None else {"class_count": len(names)}
     if names is not None:
         classes["classes"] = {str(number): ", ".join(entry.names) for number, entry in enumerate(names.entries)}
     if found.config.text_width is not None:

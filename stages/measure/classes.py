@@ -167,7 +167,8 @@ class Generated:
         class_N = torch.arange(count) % len(self.pipe.names)
         said = hashlib.sha256(json.dumps([settings, self.seed], sort_keys=True).encode()).hexdigest()[:12]
         (self.folder / said).mkdir(parents=True, exist_ok=True)
-        levels, steps, made, begun = [], [], 0, time.monotonic()
+        levels, made, begun = [], 0, time.monotonic()
+        steps: list[int] = []
         for start in range(0, count, GENERATED):
             numbers = class_N[start : start + GENERATED].tolist()
             path = self.folder / said / f"{start:06d}-{len(numbers)}.npy"

@@ -23,6 +23,7 @@ from stages.data.captions import PALETTE
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.engine.checkpoint import model_folder
 from stages.measure.prompts import Gallery, background_of, open_gallery
+from stages.recipes.tokenizer.feed import picture_of
 
 SHOWN = 32  # pairs of a grid
 
@@ -41,7 +42,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Image.I
     shown: list[Image.Image] = []
     settings = {name: value for name, value in vars(arguments).items() if name in ("strength", "guidance_scale") and value}
     for place, index in enumerate(chosen):
-        before, rendering = data[index].picture, gallery.renderings[index]
+        before, rendering = picture_of(data[index]), gallery.renderings[index]
         others = sorted(name for name in PALETTE if name != rendering.background and (rendering.picture, name) in wordings)
         wanted = others[(place + arguments.seed) % len(others)]
         source, target = rendering.captions[0], wordings[rendering.picture, wanted]

@@ -157,7 +157,7 @@ RANGES = {
 NAMES = ("guidance_interval", "schedule", "adaptive", *RANGES)
 
 
-_TEXT = {"schedule": "ramp", "guidance": 3.0, "tau": 1.1}
+_T2I = RefineSettings(50, 3.0, 1.1, schedule="ramp")
 # "fixed" and "adaptive" are the model's own settings without and with its rule; the others are those of published models
 PRESETS: dict[str, RefineSettings | None] = {
     "fixed": None,
@@ -165,8 +165,8 @@ PRESETS: dict[str, RefineSettings | None] = {
     "GRN-B": RefineSettings(50, 2.35, 1.31, (0.44, 1.0)),
     "GRN-B-adaptive": RefineSettings(50, 2.35, 1.31, (0.44, 1.0), adaptive=AdaptiveSteps()),
     "GRN-L": RefineSettings(50, 2.0, 1.3, (0.42, 1.0)),
-    "GRN-T2I": RefineSettings(50, **_TEXT),
-    "GRN-T2I-joint": RefineSettings(50, share_cap=0.95, end_share=0.98, **_TEXT),
+    "GRN-T2I": _T2I,
+    "GRN-T2I-joint": replace(_T2I, share_cap=0.95, end_share=0.98),
 }
 
 

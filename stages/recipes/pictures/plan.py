@@ -32,7 +32,8 @@ from stages.recipes.pictures.flops import picture_flops
 class Subject(Protocol):
     """What a kind says of the network that trains."""
 
-    training: PictureTraining
+    @property
+    def training(self) -> PictureTraining: ...
 
     def shape(self, bits: int, grid: int, classes: Callable[[], int]) -> Any:
         """The network's config. `classes` says how many there are, or that a plan needs to know."""
