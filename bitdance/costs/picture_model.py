@@ -28,6 +28,7 @@ class Costs:
         with torch.device("meta"):
             parts = {"network": self.layout.build(found.config), "decoder": build_tokenizer(found.tokenizer).decoder}
         weights = {name: itemsize * sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        weights |= {"text encoder": itemsize * found.text_parameters} if found.text_parameters else {}
         decoding = max(decoding_bytes(found.tokenizer, h, w, itemsize, strips=False) for h, w in found.sizes)
         working = self.working(found.config, batch, itemsize, guided)
         return {"tokens": weights | working, "decode": weights | {"decoding": decoding}}

@@ -18,8 +18,17 @@ import torch
 from torch import nn
 
 from bitdance.folder.fingerprint import fingerprint_of
-from bitdance.folder.parts import EXTRAS_FILE, TOKENIZER_CONFIG, TOKENIZER_WEIGHTS, read_extras
-from bitdance.folder.stored import open_stored
+from bitdance.folder.parts import (
+    BACKBONE,
+    EXTRAS_FILE,
+    STEMS,
+    TOKENIZER_CONFIG,
+    TOKENIZER_WEIGHTS,
+    count_parameters,
+    read_extras,
+    weight_files,
+)
+from bitdance.folder.stored import open_stored, stored_tensors
 from bitdance.networks.text_encoder import TextEncoder, width_of
 from bitdance.sequence.classes import ClassNames
 from lfq_tokenizer.any_tokenizer import PictureTokenizer, PictureTokenizerConfig, build_tokenizer, config_of, load_tokenizer
@@ -91,6 +100,7 @@ class FolderFacts(Generic[Config]):
     tokenizer: PictureTokenizerConfig
     names: ClassNames | None
     extras: dict[str, Any]
+    text_parameters: int = 0  # of the text encoder
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
@@ -140,12 +150,15 @@ class Layout(Generic[Config]):
         for name, network in networks.items():
             expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
             check_shapes(expected, read_shapes(folder / name), folder / name)
-        if config.text_width is not None and (width := width_of(folder / TEXT_ENCODER)) != config.text_width:
-            raise ValueError(
-                f"{folder / TEXT_ENCODER} gives {width} features per token, {self.config_file} reads {config.text_width}; "
-                "must be equal"
-            )
-        return FolderFacts(config, tokenizer, self._names(folder, config.class_count), self._extras(folder))
+        text_parameters = 0
+        if config.text_width is not None:
+            if (width := width_of(folder / TEXT_ENCODER)) != config.text_width:
+                raise ValueError(
+                    f"{folder / TEXT_ENCODER} gives {width} features per token, {self.config_file} reads {config.text_width}; "
+                    "must be equal"
+                )
+            text_parameters = sum(map(count_parameters, weight_files(folder / TEXT_ENCODER, STEMS[BACKBONE])))
+        return FolderFacts(config, tokenizer, self._names(folder, config.class_count), self._extras(folder), text_parameters)
 
     def load(self, folder: Path, device: torch.device, dtype: torch.dtype, generation_only: bool = False) -> PictureModel:
         """Read a folder, in eval mode, in `dtype` on `device`. `generation_only` leaves the picture encoder out."""
@@ -205,7 +218,7 @@ class Layout(Generic[Config]):
         tensors = {part: open_stored(folder / file) for part, file in self.files.items()}
         config = read_config(folder / self.config_file, self.config_of)
         if config.text_width is not None:
-            tensors[TEXT_ENCODER] = open_stored(folder / TEXT_ENCODER / "model.safetensors")
+            tensors[TEXT_ENCODER] = stored_tensors(folder / TEXT_ENCODER, STEMS[BACKBONE])
         tokenizer = read_config(folder / TOKENIZER_CONFIG, config_of)
         return fingerprint_of(tensors, {**config.decides, TOKENIZER: tokenizer.to_published()})
 

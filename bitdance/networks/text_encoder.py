@@ -41,9 +41,10 @@ class PromptReader:
     def ids(self, prompt: str) -> list[int]:
         """At least one id; "" is what stands for no prompt. ValueError for what is no text."""
         text = check_prompt(prompt)
+        text = self.prefix + text if text else text
         if not self.t5:
             return conditional_ids(self.tokenizer, text)
-        text = cleaned(self.prefix + text if text else text)
+        text = cleaned(text)
         found = self.tokenizer(text, max_length=T5_TOKENS, truncation=True, add_special_tokens=True)["input_ids"]
         return [int(number) for number in found]
 

@@ -88,6 +88,38 @@ class Start:
     strength: float = 1.0
 
 
+class Pace:
+    """How far each picture is: the steps that it has and took, its progress from 0 to 1, and what the network is told of it."""
+
+    def __init__(self, settings: RefineSettings, count: int, first: int) -> None:
+        """Steps before `first` are left out."""
+        self.settings, self.first = settings, first
+        self.totals, self.taken = [settings.steps] * count, [0] * count
+        self.progress = [first / settings.steps] * count
+        self.told = [0.0] * count  # the share of kept labels
+        self.heat = [1.0] * count  # of the temperature
+
+    def adapt(self, pictures: Sequence[int], step: int, entropy_B: Tensor) -> None:
+        """At the end of the warm-up: how many steps each picture needs, and how hot they are."""
+        rule = self.settings.adaptive
+        if rule is None or step != self.first + rule.warmup:
+            return
+        for p, entropy in zip(pictures, entropy_B.tolist(), strict=True):
+            more = rule.more_steps(entropy, self.settings.steps - self.first)
+            self.totals[p], self.heat[p] = step + more, min(max((more - 10) / 40 + 0.5, 0.5), 1.0)
+
+    def advance(self, pictures: Sequence[int], step: int) -> list[float]:
+        """The share of labels that each picture keeps after this step."""
+        for p in pictures:
+            self.progress[p] += (1 - self.progress[p]) / (self.totals[p] - step)
+            self.taken[p] += 1
+        return [self.settings.share(self.progress[p]) for p in pictures]
+
+    def settled(self, picture: int) -> bool:
+        """Whether the step that was just taken saw a finished picture."""
+        return self.settings.tells_kept_share and self.told[picture] >= self.settings.end_share
+
+
 @torch.no_grad()
 def refine(
     predictor: Predictor,
@@ -106,57 +138,44 @@ def refine(
     the run, and pictures whose number it adds to `cancelled` are not worked on any more. A finished picture leaves the batch.
     `spent` gets the steps that each picture took. ValueError for NaN.
     """
-    device = predictor.device
-    alive = list(range(count))
+    device, alive = predictor.device, list(range(count))
+    first = 0 if start is None else settings.steps - max(1, round(start.strength * settings.steps))
+    pace = Pace(settings, count, first)
     random_BGhw = draws.labels(alive).to(device)
     result_BGhw, seen_BGhw = random_BGhw.clone(), random_BGhw
-    share_B = [0.0] * count  # what the network is told
-    totals, taken, first = [settings.steps] * count, [0] * count, 0
-    progress = [0.0] * count
-    fixed = None
+    fixed_BGhw = torch.zeros_like(random_BGhw, dtype=torch.bool)
     if start is not None:
-        first = settings.steps - max(1, round(start.strength * settings.steps))
-        progress = [first / settings.steps] * count
-        given_BGhw, fixed = start.labels_BGhw.to(device), start.fixed_Bhw.to(device)[:, None].expand_as(random_BGhw)
-        share = settings.share(progress[0]) if first else 0.0
-        kept = (draws.uniform(alive).to(device) < share) | fixed
-        seen_BGhw = torch.where(kept, given_BGhw, random_BGhw)
-        result_BGhw = given_BGhw.clone()
-        share_B = kept.float().mean(dim=(1, 2, 3)).tolist()
+        result_BGhw = start.labels_BGhw.to(device).clone()
+        fixed_BGhw |= start.fixed_Bhw.to(device)[:, None]
+        kept_BGhw = (draws.uniform(alive).to(device) < (settings.share(first / settings.steps) if first else 0.0)) | fixed_BGhw
+        seen_BGhw = torch.where(kept_BGhw, result_BGhw, random_BGhw)
+        pace.told = kept_BGhw.float().mean(dim=(1, 2, 3)).tolist()
     lost = torch.zeros((), dtype=torch.long, device=device)
-    heat = [1.0] * count  # of the temperature
-    for i in range(first, settings.steps):
-        time_B = torch.tensor([share_B[p] for p in alive], dtype=torch.float32, device=device)
+    for step in range(first, settings.steps):
+        time_B = torch.tensor([pace.told[p] for p in alive], device=device)
         guidance_B = settings.guidance_at(time_B)
-        logits, plain = predictor.logits(alive, seen_BGhw, time_B, bool((guidance_B != 1).any()))
-        if settings.adaptive and i == first + settings.adaptive.warmup:
-            for p, entropy in zip(alive, entropies(logits).tolist(), strict=True):
-                more = settings.adaptive.more_steps(entropy, settings.steps - first)
-                totals[p], heat[p] = i + more, min(max((more - 10) / 40 + 0.5, 0.5), 1.0)
-        if plain is not None:
-            wide_B = guidance_B[:, None, None, None, None]
-            logits = torch.where(wide_B == 1, logits, plain + wide_B * (logits - plain))
-        lost = lost + torch.isnan(logits).sum()
-        tau_B = torch.tensor([settings.tau * heat[p] for p in alive], device=device)[:, None, None, None, None]
-        chosen = (logits / tau_B - draws.exponential(alive).to(device).log()).argmax(dim=-1)
-        if fixed is not None:
-            chosen = torch.where(fixed[alive], result_BGhw[alive], chosen)
-        result_BGhw[alive] = chosen
-        for p in alive:
-            left = totals[p] - i
-            progress[p], taken[p] = progress[p] + (1 - progress[p]) / left, taken[p] + 1
-        aim_B = torch.tensor([settings.share(progress[p]) for p in alive], dtype=torch.float32, device=device)
-        kept = draws.uniform(alive).to(device) < aim_B[:, None, None, None]
-        if fixed is not None:
-            kept = kept | fixed[alive]
-        seen_BGhw = torch.where(kept, chosen, random_BGhw[alive])
-        settled = [settings.tells_kept_share and share_B[p] >= settings.end_share for p in alive]
-        told_B = kept.float().mean(dim=(1, 2, 3)) if settings.tells_kept_share or fixed is not None else aim_B
-        for p, told in zip(alive, told_B.tolist(), strict=True):
-            share_B[p] = told
+        logits, without = predictor.logits(alive, seen_BGhw, time_B, bool((guidance_B != 1).any()))
+        if settings.adaptive:
+            pace.adapt(alive, step, entropies(logits))
+        if without is not None:
+            g = guidance_B[:, None, None, None, None]
+            logits = torch.where(g == 1, logits, without + g * (logits - without))
+        lost = lost + torch.isnan(logits).sum()  # read at the end: until then nothing waits for the device
+        tau_B = torch.tensor([settings.tau * pace.heat[p] for p in alive], device=device)
+        chosen_BGhw = draw_values(logits / tau_B[:, None, None, None, None], draws.exponential(alive).to(device))
+        fixed, known = fixed_BGhw[alive], result_BGhw[alive]
+        result_BGhw[alive] = chosen_BGhw = torch.where(fixed, known, chosen_BGhw)
+
+        settled = [pace.settled(p) for p in alive]
+        aim_B = torch.tensor(pace.advance(alive, step), dtype=torch.float32, device=device)
+        kept_BGhw = (draws.uniform(alive).to(device) < aim_B[:, None, None, None]) | fixed
+        seen_BGhw = torch.where(kept_BGhw, chosen_BGhw, random_BGhw[alive])
+        really = settings.tells_kept_share or start is not None
+        for p, told in zip(alive, (kept_BGhw.float().mean(dim=(1, 2, 3)) if really else aim_B).tolist(), strict=True):
+            pace.told[p] = told
         if on_step is not None:
-            on_step(i + 1 - first, max(totals[p] for p in alive) - first, result_BGhw)
-        going = [k for k, p in enumerate(alive) if i + 1 < totals[p] and p not in cancelled and not settled[k]]
+            on_step(step + 1 - first, max(pace.totals[p] for p in alive) - first, result_BGhw)
+        going = [k for k, p in enumerate(alive) if step + 1 < pace.totals[p] and p not in cancelled and not settled[k]]
         if not going:
             break
         if len(going) < len(alive):
@@ -164,8 +183,13 @@ def refine(
     if int(lost):
         raise ValueError(LOST)
     if spent is not None:
-        spent[:] = taken
+        spent[:] = pace.taken
     return result_BGhw
+
+
+def draw_values(logits_BGhwV: Tensor, exponential_BGhwV: Tensor) -> Tensor:
+    """A value for every label with the probabilities of its logits: the one whose p / q is largest, q standard exponential."""
+    return (logits_BGhwV - exponential_BGhwV.log()).argmax(dim=-1)
 
 
 def entropies(logits_BGhwV: Tensor) -> Tensor:
