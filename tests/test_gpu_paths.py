@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from refine_model import class_model, text_model
 from test_distill_view import REPEATS, drawn
 from tiny_model import BITS, tiny_model
 
@@ -16,6 +17,8 @@ from bitdance.generate import generate_bits
 from bitdance.heads.diffusion.block_sampler import BlockSampler
 from bitdance.heads.diffusion.sampler import SAMPLERS
 from bitdance.heads.diffusion.settings import Sampling
+from bitdance.kinds.refine.pipeline import RefinePipeline
+from bitdance.kinds.refine.settings import RefineSettings
 from bitdance.model import BitDanceModel
 from bitdance.sequence.batch import TrainingBatch, build_batch
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
@@ -107,3 +110,14 @@ def test_bits_on_a_gpu_are_those_of_the_cpu() -> None:
         model = tiny_model().to(device)
         bits.append(generate_bits(model, PROMPTS, 8, 8, sampling, seeded(2)).cpu())
     assert float((bits[0] != bits[1]).float().mean()) < 0.05
+
+
+@pytest.mark.parametrize("make", [class_model, text_model])
+def test_refinement_on_a_gpu_is_that_of_the_processor_up_to_rounding(make) -> None:
+    conditions = [0, 1, 2] if make is class_model else ["a red cube", "a blue ball on a table", "a"]
+    pipe, tokens = RefinePipeline(make()), []
+    for device in ("cpu", "cuda"):
+        pipe.to(device)
+        s = pipe.model.tokenizer.downsampling
+        tokens.append(pipe.generate(conditions, 4 * s, 4 * s, RefineSettings(6, 2.0, 1.0), seeded(3)).cpu())
+    assert (tokens[0] == tokens[1]).float().mean() > 0.98

@@ -152,13 +152,13 @@ def refine(
         pace.told = kept_BGhw.float().mean(dim=(1, 2, 3)).tolist()
     lost = torch.zeros((), dtype=torch.long, device=device)
     for step in range(first, settings.steps):
-        time_B = torch.tensor([pace.told[p] for p in alive], device=device)
+        time_B = torch.tensor([pace.told[p] for p in alive])  # on the host, where the way is decided
         guidance_B = settings.guidance_at(time_B)
-        logits, without = predictor.logits(alive, seen_BGhw, time_B, bool((guidance_B != 1).any()))
+        logits, without = predictor.logits(alive, seen_BGhw, time_B.to(device), bool((guidance_B != 1).any()))
         if settings.adaptive:
             pace.adapt(alive, step, entropies(logits))
         if without is not None:
-            g = guidance_B[:, None, None, None, None]
+            g = guidance_B.to(device)[:, None, None, None, None]
             logits = torch.where(g == 1, logits, without + g * (logits - without))
         lost = lost + torch.isnan(logits).sum()  # read at the end: until then nothing waits for the device
         tau_B = torch.tensor([settings.tau * pace.heat[p] for p in alive], device=device)
@@ -167,12 +167,13 @@ def refine(
         result_BGhw[alive] = chosen_BGhw = torch.where(fixed, known, chosen_BGhw)
 
         settled = [pace.settled(p) for p in alive]
-        aim_B = torch.tensor(pace.advance(alive, step), dtype=torch.float32, device=device)
-        kept_BGhw = (draws.uniform(alive).to(device) < aim_B[:, None, None, None]) | fixed
+        shares = pace.advance(alive, step)
+        kept_BGhw = (draws.uniform(alive).to(device) < torch.tensor(shares, device=device)[:, None, None, None]) | fixed
         seen_BGhw = torch.where(kept_BGhw, chosen_BGhw, random_BGhw[alive])
-        really = settings.tells_kept_share or start is not None
-        for p, told in zip(alive, (kept_BGhw.float().mean(dim=(1, 2, 3)) if really else aim_B).tolist(), strict=True):
-            pace.told[p] = told
+        if settings.tells_kept_share or start is not None:
+            shares = kept_BGhw.float().mean(dim=(1, 2, 3)).tolist()
+        for p, share in zip(alive, shares, strict=True):
+            pace.told[p] = share
         if on_step is not None:
             on_step(step + 1 - first, max(pace.totals[p] for p in alive) - first, result_BGhw)
         going = [k for k, p in enumerate(alive) if step + 1 < pace.totals[p] and p not in cancelled and not settled[k]]
