@@ -212,3 +212,13 @@ rounds = 3
     assert made.config.bits == 12
     bits = made.encode(torch.zeros(1, 3, 8, 8))
     assert bits.shape == (1, 12, 4, 4) and made.decode(bits).shape == (1, 3, 8, 8)
+
+
+def test_captions_beyond_those_that_are_remembered_are_encoded_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = RefineRecipe(of_prompts(home))
+    some, others = batch(recipe, range(0, 4)), batch(recipe, range(4, 8))
+    with torch.no_grad():
+        expected = [recipe.module.rows(one) for one in (some, others, some)]
+        monkeypatch.setattr("stages.recipes.refine.objective.REMEMBERED", 5)
+        for one, rows in zip((some, others, some), expected, strict=True):
+            assert torch.equal(recipe.module.rows(one), rows)

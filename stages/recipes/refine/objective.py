@@ -38,10 +38,10 @@ class RefineObjective(PictureObjective):
     def _memory(self, ids: tuple[tuple[int, ...], ...], device: torch.device) -> object:
         known = self.__dict__.setdefault("_known", {})
         encoder = self.text.module.to(device)
+        if len(known) + len(ids) > REMEMBERED:
+            known.clear()
         for caption in ids:
             if caption not in known:
-                if len(known) >= REMEMBERED:
-                    known.clear()
                 with torch.autocast(device.type, enabled=False):
                     known[caption] = encoder.features(caption).float()
         features = [known[caption] for caption in ids]
