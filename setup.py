@@ -49,6 +49,7 @@ setup(
         "bitdance.jobs",
         "bitdance.kinds",
         "bitdance.kinds.class_patch",
+        "bitdance.kinds.next_scale",
         "bitdance.kinds.refine",
         "bitdance.kinds.next_patch",
         "bitdance.networks",

@@ -1,4 +1,7 @@
-"""The one autoregressive loop: conditions of a block → its bits → conditions of the next, for every causal kind of model.
+"""The one autoregressive loop: what predicts a block → its tokens → what predicts the next, for every causal kind of model.
+
+A kind brings two things: a `Predictor`, its network with the pictures of one run in its memory, and a `Canvas`, which samples
+a block and keeps what was sampled. `predict` is the loop over patches of bits with a diffusion head.
 
 B pictures, R rows of the network (B conditional, then with guidance B unconditional), K rows that are sampled, P tokens per
 block, M blocks, C bits per token, D hidden size, S draws. Source: BitDance paper (arXiv 2602.14041), next-patch diffusion;
@@ -6,7 +9,7 @@ published code for the order of random draws.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +20,7 @@ from bitdance.heads.diffusion.settings import Sampling
 from bitdance.sequence.patches import PatchPlan
 from lfq_tokenizer.binary import binarize_unchecked, check_lost
 
-OnBlock = Callable[[int, int, Tensor], None]
+OnBlock = Callable[[int, int, Any], None]
 Noise = Callable[[int], Tensor]
 
 
@@ -25,16 +28,56 @@ class Predictor(Protocol):
     """A network with the pictures of one run in its memory: what the loop asks of a kind."""
 
     def begin(self) -> Tensor:
-        """The conditions (R,P,D) of block 0."""
+        """What predicts block 0, (R,…): conditions of a head, or logits."""
         ...
 
-    def extend(self, bits_KPC: Tensor, m: int) -> Tensor:
-        """Bits of block m → the conditions (R,P,D) of block m + 1. K = R, or B where all branches go on from the same bits."""
+    def extend(self, tokens_K: Tensor, m: int) -> Tensor:
+        """Tokens of block m → what predicts block m + 1, (R,…). K = R, or B where all branches go on from the same tokens."""
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these of the R rows alone."""
         ...
+
+
+class Canvas(Protocol):
+    """Samples the blocks of the pictures of one run, and keeps what was sampled."""
+
+    blocks: int  # M
+
+    def sample(self, ahead_R: Tensor, m: int, pictures: Sequence[int]) -> Tensor:
+        """Sample block m of these pictures from what predicts it, keep it, and return the tokens (K,…) that the network goes on
+        from."""
+        ...
+
+    def tokens(self) -> Any:
+        """All that was sampled so far, of all pictures."""
+        ...
+
+
+def run(
+    predictor: Predictor, canvas: Canvas, count: int, on_block: OnBlock | None = None, cancelled: Collection[int] = ()
+) -> Any:
+    """`count` pictures, block after block → what the canvas holds in the end.
+
+    `on_block(done, M, tokens)` is called after each block; what it raises ends the run, and pictures whose number it adds to
+    `cancelled` are not worked on any more. The network is called M times.
+    """
+    ahead_R = predictor.begin()
+    branches, alive = len(ahead_R) // count, list(range(count))
+    for m in range(canvas.blocks):
+        tokens_K = canvas.sample(ahead_R, m, alive)
+        if on_block is not None:
+            on_block(m + 1, canvas.blocks, canvas.tokens())
+        going = [place for place, picture in enumerate(alive) if picture not in cancelled]
+        if m == canvas.blocks - 1 or not going:  # the last block predicts nothing
+            break
+        if len(going) < len(alive):
+            predictor.keep([branch * len(alive) + place for branch in range(branches) for place in going])
+            tokens_K = tokens_K.unflatten(0, (-1, len(alive)))[:, going].flatten(0, 1)
+            alive = [alive[place] for place in going]
+        ahead_R = predictor.extend(tokens_K, m)
+    return canvas.tokens()
 
 
 @torch.no_grad()
@@ -57,36 +100,56 @@ def predict(
 
     Picture i draws from `generators[i]` alone, per block the initial noise and one draw per stochastic step, of (1,P,C), or
     (2,P,C) where both branches are sampled; so it does not depend on its neighbours. `noise(rows)` replaces these draws by
-    given ones of (rows,P,C), conditional rows first. `on_block(done, M, bits_BChw)` is called after each block, unfinished
-    positions being 0; what it raises ends the run, and pictures whose number it adds to `cancelled` are not worked on any more.
-    The network is called M times.
+    given ones of (rows,P,C), conditional rows first. `on_block(done, M, bits_BChw)` and `cancelled`: see `run`; unfinished
+    positions are 0.
     """
-    B, M, C = len(generators), len(blocks), bits
-    P = plan.h * plan.w // M
-    cond_RPD = predictor.begin()
-    branches, alive = len(cond_RPD) // B, list(range(B))
-    tokens_BNC = torch.zeros(B, plan.h * plan.w, C, device=cond_RPD.device)
-    lost = tokens_BNC.new_zeros((), dtype=torch.long)
-    for m, (sampling, steps) in enumerate(blocks):
+    canvas = PatchCanvas(sample, plan, blocks, bits, generators, noise)
+    found: Tensor = run(predictor, canvas, len(generators), on_block, cancelled)
+    canvas.check()
+    return found
+
+
+class PatchCanvas:
+    """See `Canvas` and `predict`: patches of bits, sampled by a diffusion head."""
+
+    def __init__(
+        self,
+        sample: BlockSampler,
+        plan: PatchPlan,
+        blocks: Sequence[tuple[Sampling, int]],
+        bits: int,
+        generators: Sequence[torch.Generator],
+        noise: Noise | None,
+    ) -> None:
+        self._sample, self._plan, self._settings, self._generators, self._noise = sample, plan, blocks, generators, noise
+        self.blocks, self.bits, self.P = len(blocks), bits, plan.h * plan.w // len(blocks)
+        self._tokens_BNC: Tensor | None = None
+        self._lost: Tensor | int = 0
+
+    def sample(self, ahead_R: Tensor, m: int, pictures: Sequence[int]) -> Tensor:
+        """Conditions (R,P,D) → bits (K,P,C)."""
+        B, (sampling, steps) = len(self._generators), self._settings[m]
+        if self._tokens_BNC is None:
+            self._tokens_BNC = torch.zeros(B, self._plan.h * self._plan.w, self.bits, device=ahead_R.device)
+        branches = len(ahead_R) // len(pictures)
         apart = 1 if sampling.guided else branches  # branches that are sampled on their own
-        own = noise or _own_noise([generators[i] for i in alive], apart, P, C)
-        drawn = [own(apart * len(alive)) for _ in range(draws(sampling.sampler, steps))]
-        bits_KPC, nans = binarize_unchecked(sample(cond_RPD, _to(torch.stack(drawn), cond_RPD.device), sampling, steps))
-        lost = lost + nans  # read at the end: until then nothing waits for the device
-        there = slice(None) if len(alive) == B else alive  # a list of rows would be sent to the device
-        tokens_BNC[there, m * P : (m + 1) * P] = bits_KPC[: len(alive)].float()
-        if on_block is not None:
-            on_block(m + 1, M, plan.unorder(tokens_BNC))
-        going = [place for place, picture in enumerate(alive) if picture not in cancelled]
-        if m == M - 1 or not going:  # the last block predicts nothing
-            break
-        if len(going) < len(alive):
-            predictor.keep([branch * len(alive) + place for branch in range(branches) for place in going])
-            bits_KPC = bits_KPC.unflatten(0, (-1, len(alive)))[:, going].flatten(0, 1)
-            alive = [alive[place] for place in going]
-        cond_RPD = predictor.extend(bits_KPC, m)
-    check_lost(lost, tokens_BNC.numel())
-    return plan.unorder(tokens_BNC)
+        own = self._noise or _own_noise([self._generators[i] for i in pictures], apart, self.P, self.bits)
+        drawn = [own(apart * len(pictures)) for _ in range(draws(sampling.sampler, steps))]
+        bits_KPC, nans = binarize_unchecked(self._sample(ahead_R, _to(torch.stack(drawn), ahead_R.device), sampling, steps))
+        self._lost = self._lost + nans  # read at the end: until then nothing waits for the device
+        there = slice(None) if len(pictures) == B else list(pictures)  # a list of rows would be sent to the device
+        self._tokens_BNC[there, m * self.P : (m + 1) * self.P] = bits_KPC[: len(pictures)].float()
+        return bits_KPC
+
+    def tokens(self) -> Tensor:
+        """Bits (B,C,h,w), 0 where nothing was sampled."""
+        assert self._tokens_BNC is not None
+        return self._plan.unorder(self._tokens_BNC)
+
+    def check(self) -> None:
+        """ValueError where NaN was met."""
+        assert isinstance(self._lost, Tensor) and self._tokens_BNC is not None
+        check_lost(self._lost, self._tokens_BNC.numel())
 
 
 def _own_noise(generators: Sequence[torch.Generator], apart: int, P: int, C: int) -> Noise:

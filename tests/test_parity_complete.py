@@ -8,14 +8,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import test_parity_generation
 import test_parity_grn
 import test_parity_grn_tokenizer
 import test_parity_imagenet
+import test_parity_infinity
 import test_parity_model
 import test_parity_tokenizer
+import test_parity_var
 from golden_cases import meta
 from grn_cases import recorded
+from scale_cases import infinity_recorded, var_recorded
 
 MODULES = (test_parity_generation, test_parity_imagenet, test_parity_model, test_parity_tokenizer)
 LATER: set[str] = set()
@@ -59,6 +63,18 @@ def test_every_recorded_case_is_read_or_listed_as_later() -> None:
 def test_every_recorded_case_of_refinement_is_read() -> None:
     read = set.union(*(cases_read_by(module, "grn_case") for module in (test_parity_grn, test_parity_grn_tokenizer)))
     assert sorted(read ^ set(recorded()["cases"])) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "reader", "known"),
+    [
+        (test_parity_var, "var_case", var_recorded()["cases"]),
+        (test_parity_infinity, "infinity_case", infinity_recorded()["cases"]),
+    ],
+)
+def test_every_recorded_case_of_next_scale_models_is_read_or_listed_as_later(module: Any, reader: str, known: Any) -> None:
+    read = cases_read_by(module, reader)
+    assert sorted(set(known) - read - module.LATER) == [] and sorted(read & module.LATER) == []
 
 
 def test_the_outputs_left_for_later_exist_and_are_unread() -> None:

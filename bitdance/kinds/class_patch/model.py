@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdance.heads.diffusion.network import BinaryDiffusionHead
 from bitdance.kinds.class_patch.config import ClassPatchConfig
-from bitdance.kinds.class_patch.network import NORM_EPS, Layer, Memory, SwiGLU, initialise
+from bitdance.kinds.class_patch.network import NORM_EPS, Layer, SwiGLU, initialise
 from bitdance.kinds.class_patch.noise import ClassNoise
 from bitdance.kinds.class_patch.rotary import turns
+from bitdance.networks.memory import Memory
 from bitdance.sequence.mask import dense_mask
 
 

@@ -3,42 +3,15 @@
 B rows, L new positions, S positions so far, H heads, E width of a head, D hidden size.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitdance.networks.memory import Memory
 from bitdance.networks.rotary import rotate
 
 NORM_EPS = 1e-6
 _MULTIPLE = 256  # the SwiGLU's width is a multiple of this
-
-
-class Memory:
-    """Keys and values of one layer in room that is taken once; what attention gets is a view of the filled part."""
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity, self.length = capacity, 0
-        self._kept: tuple[Tensor, Tensor] | None = None
-
-    def add(self, key_BHLE: Tensor, value_BHLE: Tensor) -> tuple[Tensor, Tensor]:
-        """New positions → all positions so far (B,H,S,E)."""
-        if self._kept is None:
-            B, H, _, E = key_BHLE.shape
-            self._kept = key_BHLE.new_empty(B, H, self.capacity, E), value_BHLE.new_empty(B, H, self.capacity, E)
-        start, self.length = self.length, self.length + key_BHLE.shape[2]
-        assert self.length <= self.capacity, f"{self.length} positions in a memory for {self.capacity}"
-        for kept, new in zip(self._kept, (key_BHLE, value_BHLE)):
-            kept[:, :, start : self.length] = new
-        keys, values = (kept[:, :, : self.length] for kept in self._kept)
-        return keys, values
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone."""
-        if self._kept is not None:
-            keys, values = (kept[list(rows)] for kept in self._kept)
-            self._kept = keys, values
 
 
 class Attention(nn.Module):

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from bitdance.heads.categorical import draw
 from bitdance.kinds.refine.config import RefineConfig
 from bitdance.kinds.refine.settings import RefineSettings
 
@@ -73,8 +74,8 @@ class OwnDraws:
         shape = (self.config.label_count, *self.grid)
         return self._each(pictures, lambda g: torch.rand(shape, generator=g, device=g.device))
 
-    def _each(self, pictures: Sequence[int], draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        drawn = [draw(self.generators[i]) for i in pictures]
+    def _each(self, pictures: Sequence[int], numbers: Callable[[torch.Generator], Tensor]) -> Tensor:
+        drawn = [numbers(self.generators[i]) for i in pictures]
         return torch.stack(drawn if len({d.device for d in drawn}) == 1 else [d.cpu() for d in drawn])
 
 
@@ -162,7 +163,7 @@ def refine(
             logits = torch.where(g == 1, logits, without + g * (logits - without))
         lost = lost + torch.isnan(logits).sum()  # read at the end: until then nothing waits for the device
         tau_B = torch.tensor([settings.tau * pace.heat[p] for p in alive], device=device)
-        chosen_BGhw = draw_values(logits / tau_B[:, None, None, None, None], draws.exponential(alive).to(device))
+        chosen_BGhw = draw(logits / tau_B[:, None, None, None, None], draws.exponential(alive).to(device))
         fixed, known = fixed_BGhw[alive], result_BGhw[alive]
         result_BGhw[alive] = chosen_BGhw = torch.where(fixed, known, chosen_BGhw)
 
@@ -186,11 +187,6 @@ def refine(
     if spent is not None:
         spent[:] = pace.taken
     return result_BGhw
-
-
-def draw_values(logits_BGhwV: Tensor, exponential_BGhwV: Tensor) -> Tensor:
-    """A value for every label with the probabilities of its logits: the one whose p / q is largest, q standard exponential."""
-    return (logits_BGhwV - exponential_BGhwV.log()).argmax(dim=-1)
 
 
 def entropies(logits_BGhwV: Tensor) -> Tensor:

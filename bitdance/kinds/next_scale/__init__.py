@@ -1,0 +1,1 @@
+"""Next-scale prediction (VAR, Infinity)."""

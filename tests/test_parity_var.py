@@ -1,0 +1,228 @@
+"""Parity with VAR (tests/golden/var/PARITY.md): tokenizer, transformer, losses, gradients, whole generations, edits."""
+
+import pytest
+import torch
+from scale_cases import SIDES, by_scale, joined, var_case, var_network, var_recorded, var_tokenizer
+from torch.nn import functional as F
+
+from bitdance.heads.categorical import draw, filtered
+from bitdance.kinds.next_scale.config import PUBLISHED
+from bitdance.kinds.next_scale.generate import Given, generate_tokens
+from bitdance.kinds.next_scale.model import scale_losses
+from bitdance.kinds.next_scale.network import NextScaleNetwork, scale_mask
+from bitdance.kinds.next_scale.published import renamed
+from bitdance.kinds.next_scale.settings import NextScaleSettings
+from lfq_tokenizer.scales import ScaleCodes, shared_index, squares
+
+NAMES = var_recorded()["cases"]
+QUANTS = tuple(name for name in NAMES if name.startswith("quant/"))
+LOGITS = ("var/logits", "var_saln/logits")
+LOSSES = ("loss/var", "loss/var_droppath", "loss/var_saln_ls")
+SAMPLES = tuple(name for name in NAMES if name.startswith("sample/"))
+EDITS = tuple(name for name in NAMES if name.startswith("edit/"))
+# covered by later work: the training schedule, usage statistics, progressive training, several sizes, masks from boxes
+LATER = {"tok/train", "tok/usage", "tok/decode_multires", "loss/var_prog2", "train_steps/var", "eval/var", "lr"}
+LATER |= {"fn/gumbel", "fn/rng"}
+LATER |= {"mask/edit_256", "mask/edit_512"}
+COUNTS = {
+    "VAR-d16": 310_283_520,
+    "VAR-d20": 600_917_136,
+    "VAR-d24": 1_033_399_360,
+    "VAR-d30": 2_010_020_356,
+    "VAR-d36-512": 2_353_893_904,
+}
+
+
+def close(found, expected, tolerance=1e-4):
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def pictures():
+    return var_case("tok/encode")[1]["in.image_u8"].float() / 127.5 - 1
+
+
+def test_the_shared_convolutions_are_the_recorded_ones():
+    _, t = var_case("phi_index")
+    for n in (2, 3, 4, 5, 8):
+        for row, expected in enumerate(t[f"out.k{n}"].tolist()):
+            assert shared_index(row + 2, n) == [k for k in expected if k >= 0]
+
+
+@pytest.mark.parametrize("name", QUANTS)
+def test_the_quantiser_its_loss_and_gradients(name):
+    info, t = var_case(name)
+    sides = squares(info["patch_nums"])
+    shape = t["in.embedding"].shape
+    quantizer = ScaleCodes(*shape, len(sides), info["share_quant_resi"], info["quant_resi"], info["using_znorm"])
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(t["in.embedding"])
+        for conv, weight, bias in zip(quantizer.smooth, t.get("in.phi_weight", ()), t.get("in.phi_bias", ()), strict=True):
+            conv.weight.copy_(weight)
+            conv.bias.copy_(bias)
+    f = t["in.f"].clone().requires_grad_()
+    targets, inputs = quantizer.teach(f.detach(), sides)
+    assert torch.equal(joined(targets), t["out.idx"])
+    close(joined(inputs), t["out.var_input"], 1e-5)
+    close(quantizer.sums(targets, sides)[-1], t["out.f_hat_last"], 1e-5)
+    out, loss = quantizer(f, sides, info["beta"])
+    close(loss, t["out.vq_loss"], 1e-6)
+    (loss + (out * t["in.r"]).sum()).backward()
+    close(f.grad, t["out.grad_f"], 1e-6)
+    if "out.grad_embedding" in t:
+        close(quantizer.embedding.weight.grad, t["out.grad_embedding"], 1e-6)
+    if "out.grad_phi_bias" in t:
+        found = [torch.zeros_like(c.bias) if c.bias.grad is None else c.bias.grad for c in quantizer.smooth]
+        close(torch.stack(found), t["out.grad_phi_bias"], 1e-6)
+
+
+@torch.no_grad()
+def test_pictures_become_the_recorded_codes():
+    _, t = var_case("tok/encode")
+    tokenizer = var_tokenizer()
+    close(tokenizer.latents(pictures()), t["out.f"])
+    tokens = tokenizer.encode(pictures(), SIDES)
+    assert torch.equal(joined(tokens), t["out.idx"])
+    for found, expected in zip(tokenizer.quantize.sums(tokens, SIDES), t["out.f_hat"], strict=True):
+        close(found, expected, 1e-5)
+
+
+@torch.no_grad()
+def test_a_rectangular_picture():
+    info, t = var_case("tok/encode_rect")
+    tokenizer, sides = var_tokenizer(), squares(info["v_patch_nums"])
+    tokens = tokenizer.encode(t["in.image_u8"].float() / 127.5 - 1, sides)
+    assert torch.equal(joined(tokens), t["out.idx"])
+    close(tokenizer.quantize.sums(tokens, sides)[-1], t["out.f_hat_last"], 1e-5)
+    close(tokenizer.decode(tokens)[:, :, ::4, ::4], t["out.image_sub4"])
+
+
+@torch.no_grad()
+def test_codes_become_the_recorded_pictures():
+    _, t = var_case("tok/decode")
+    tokenizer = var_tokenizer()
+    sums = tokenizer.quantize.sums(by_scale(t["in.idx"], SIDES), SIDES)
+    for found, total, picture in zip(sums, t["out.f_hat"], t["out.images_sub4"], strict=True):
+        close(found, total, 1e-5)
+        close(tokenizer.decode_sum(found)[:, :, ::4, ::4], picture)
+
+
+@torch.no_grad()
+def test_a_sum_becomes_the_recorded_picture():
+    _, t = var_case("tok/fhat_to_img")
+    close(var_tokenizer().decode_sum(t["in.f_hat"]), t["out.image"])
+
+
+@torch.no_grad()
+def test_the_transformer_reads_the_recorded_input():
+    _, t = var_case("tf/input")
+    tokens = by_scale(var_case("tok/encode")[1]["out.idx"], SIDES)
+    quantizer = var_tokenizer().quantize
+    sums = quantizer.sums(tokens, SIDES)
+    close(joined([quantizer.input(one, side) for one, side in zip(sums, SIDES[1:], strict=False)]), t["out.x"], 1e-5)
+
+
+@pytest.mark.parametrize("name", LOGITS)
+@torch.no_grad()
+def test_logits_match_published(name):
+    info, t = var_case(name)
+    network, _ = var_network(info["model"]), None
+    dropped = torch.tensor(info["dropped"])
+    assert torch.equal(t["draw0"] < 0.1, dropped)
+    classes = torch.where(dropped, network.null_class, t["in.label"])
+    logits = network(by_scale(var_case("tf/input")[1]["out.x"], SIDES[1:]), network.of_classes(classes), SIDES)
+    close(logits, t["out.logits"])
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_gradients_match_published(name):
+    info, t = var_case(name)
+    network, tokenizer = var_network(info["model"]), var_tokenizer()
+    classes = torch.where(t["draw0"] < 0.1, network.null_class, t["in.label"])
+    kept = None
+    if "draw1" in t:  # masks of 0 and 1 for every block but the first, attention before the feed-forward network
+        B, depth = len(classes), network.config.depth
+        share = torch.linspace(0, info["drop_path_rate"], depth)[1:]
+        drawn = t["draw1"].view(depth - 1, 2, B) / (1 - share)[:, None, None]
+        kept = torch.cat([torch.ones(1, 2, B), drawn])
+    with torch.no_grad():
+        targets, inputs = tokenizer.quantize.teach(tokenizer.latents(pictures()), SIDES)
+    loss = scale_losses(network, targets, inputs, network.of_classes(classes), SIDES, kept, info["label_smooth"]).mean()
+    close(loss, t["out.loss"], 1e-5)
+    loss.backward()
+    gradients = {key: parameter.grad for key, parameter in network.named_parameters()}
+    for key, expected in renamed({k.removeprefix("out.grad."): v for k, v in t.items() if k.startswith("out.grad.")}).items():
+        close(gradients[key], expected, 1e-5)
+    norms = renamed(info["grad_norms"])
+    assert set(norms) == set(gradients)
+    for key, norm in norms.items():
+        assert gradients[key].norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-7), key
+
+
+def replayed(seed, B, generator=None):
+    """Draws of a batch from one generator, as the published code makes them."""
+    g = generator or torch.Generator().manual_seed(seed)
+    return lambda pictures, shape: torch.empty(B * shape[0], *shape[1:]).exponential_(1, generator=g).view(B, *shape)
+
+
+def made(info, t, classes, exponential, given=None):
+    network, tokenizer = var_network(info["model"]), var_tokenizer()
+    settings = NextScaleSettings(info["cfg"], top_k=info["top_k"], top_p=info["top_p"], more_smooth=info["more_smooth"])
+    classes = torch.where(classes < 0, network.null_class, classes)
+    rows = torch.cat([classes, torch.full_like(classes, network.null_class)]) if settings.guided else classes
+    with torch.no_grad():
+        condition = network.of_classes(rows)
+        canvas = generate_tokens(network, tokenizer.quantize, condition, SIDES, settings, exponential, info["B"], given=given)
+        total = t["out.f_hat_last"] if "out.f_hat_last" in t else t["out.f_hat"][-1]
+        close(canvas.total, total, 2e-3 if info["more_smooth"] else 1e-4)
+        picture = (tokenizer.decode_sum(canvas.total) + 1) / 2
+        close(picture[:, :, ::4, ::4], t["out.image_sub4"], 2e-3 if info["more_smooth"] else 1e-4)
+    return canvas
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_generations_match_published(name):
+    info, t = var_case(name)
+    B, seed = info["B"], info["global_seed"] if info["g_seed"] is None else info["g_seed"]
+    generator = torch.Generator().manual_seed(seed)
+    if "label_none" in name:
+        classes = torch.multinomial(torch.full((10,), 0.1), B, replacement=True, generator=generator)
+        assert torch.equal(classes, t["out.label"])
+    else:
+        classes = t["in.label"] if "in.label" in t else torch.full((B,), info["label_int"])
+    canvas = made(info, t, classes, replayed(seed, B, generator))
+    assert torch.equal(joined(canvas.scales), t["out.idx_unused" if info["more_smooth"] else "out.idx"])
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edits_match_published(name):
+    info, t = var_case(name)
+    mask = t["in.edit_mask"].float()
+    mask = (mask if mask.ndim == 3 else mask[None])[:, None]
+    keep = [F.interpolate(mask, side, mode="bilinear")[:, 0] > 0.5 for side in SIDES]
+    keep[0] = torch.ones_like(keep[0])  # the first scale is always the picture's
+    keep = [one.expand(info["B"], -1, -1) for one in keep]
+    assert torch.equal(joined(keep), t["out.keep"].bool())
+    given = Given(by_scale(t["in.tokens"], SIDES), keep)
+    canvas = made(info, t, t["in.label"], replayed(info["g_seed"], info["B"]), given)
+    assert torch.equal(joined(canvas.scales)[joined(keep)], t["in.tokens"][joined(keep)])
+
+
+def test_the_mask_is_the_recorded_one():
+    _, t = var_case("mask/attention")
+    assert torch.equal(scale_mask(SIDES), t["out.allowed"].bool())
+
+
+def test_filters_and_draws_match_published():
+    info, t = var_case("fn/top_k_top_p")
+    for n, (top_k, top_p) in enumerate(info["settings"]):
+        logits = filtered(t["in.logits"], top_k, top_p)
+        assert torch.equal(logits, t[f"out.masked{n}"])
+        q = torch.empty(12, 24).exponential_(1, generator=torch.Generator().manual_seed(info["seed"] + n)).view(3, 4, 24)
+        assert torch.equal(draw(logits, q), t[f"out.idx{n}"])
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_sizes_to_the_digit(name):
+    with torch.device("meta"):
+        network = NextScaleNetwork(PUBLISHED[name])
+    assert sum(parameter.numel() for parameter in network.parameters()) == COUNTS[name]
