@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -95,7 +95,7 @@ def read_picture(path: Path | str) -> tuple[Image.Image, dict[str, Any]]:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as picture:
             if picture.width * picture.height > limits.PICTURE_PIXELS:
                 raise ValueError(f"{picture.width}×{picture.height} pixels; up to {limits.PICTURE_PIXELS:,} are read")
-            rgb = picture.convert("RGB")
+            rgb = ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable picture ({error})") from error
     try:

@@ -233,6 +233,10 @@ def test_a_picture_is_encoded_before_it_is_changed(class_pipe):
     out = class_pipe.edit(picture, class_label=1, mask=free, seed=1)
     assert torch.equal(out.tokens[:, :, 1:], class_pipe.encode(picture)[:, :, 1:])
     assert out.images[0].size == picture.size
+    with pytest.raises(ValueError, match="the picture has 67×64 pixels; multiples of .*: crop it to 6"):
+        class_pipe.edit(Image.new("RGB", (67, 64)), class_label=1)
+    with pytest.raises(ValueError, match="this model makes pictures of"):
+        class_pipe.edit(Image.new("RGB", (picture.width * 2, picture.height)), class_label=1)
     with pytest.raises(ValueError, match="strength = 0; a number above 0"):
         class_pipe.edit(picture, class_label=1, strength=0)
 
