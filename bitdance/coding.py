@@ -16,7 +16,7 @@ from torch import Tensor
 from bitdance.networks.offload import Phase
 from bitdance.picture import to_pil, to_unit
 from bitdance.values import check_number, shown
-from lfq_tokenizer.any_tokenizer import PictureTokenizer, decoding_bytes
+from lfq_tokenizer.any_tokenizer import BitTokenizer, decoding_bytes
 
 # OURS: a picture that would take more is decoded in strips, which takes a fifth longer and two fifths of the memory.
 DECODE_BYTES = 1 << 30
@@ -35,7 +35,7 @@ def check_form(output_type: Any, allowed: Sequence[str], callback: Any = None) -
 class PictureCoding:
     """The half of a pipeline that knows the picture tokenizer. A pipeline says where it computes (`device`)."""
 
-    _tokenizer: PictureTokenizer
+    _tokenizer: BitTokenizer
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +56,7 @@ class PictureCoding:
         if getattr(self._tokenizer, "encoder", None) is None:
             raise ValueError("the model was loaded without its picture encoder; load it with generation_only=False")
         self._enter("decode")  # the phase of the picture tokenizer
-        unit_B3HW = _unit(images).to(self.device, next(self._tokenizer.encoder.parameters()).dtype)
+        unit_B3HW = as_unit(images).to(self.device, next(self._tokenizer.encoder.parameters()).dtype)
         return self._tokenizer.encode(2 * unit_B3HW - 1).float()
 
     def decode(self, tokens: Tensor, generators: Sequence[torch.Generator] | None = None, output_type: str = "pil") -> Images:
@@ -110,7 +110,7 @@ class PictureCoding:
         return unit_B3HW if output_type == "pt" else unit_B3HW.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def _unit(images: Any) -> Tensor:
+def as_unit(images: Any) -> Tensor:
     """Pictures of any form that an output has → (B,3,H,W) float32 in [0,1]."""
     if isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == 3:
         return images.float()
@@ -124,7 +124,7 @@ def _unit(images: Any) -> Tensor:
         )
     if len(sizes := {picture.size for picture in pictures}) > 1:
         raise ValueError(f"the pictures of a batch have sizes {sorted(sizes)}; encode each size by itself")
-    return _unit(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
+    return as_unit(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
 
 
 def generators_for(count: int, seed: Any, generator: Any) -> tuple[list[torch.Generator], list[int | None]]:

@@ -29,10 +29,13 @@ KINDS = {
     "next_patch": "bitdance.kinds.next_patch",
     "class_patch": "bitdance.kinds.class_patch",
     "refine": "bitdance.kinds.refine",
+    "next_scale": "bitdance.kinds.next_scale",
 }
 DEFAULT = "next_patch"
 # family of published files → the module that converts them, with PARTS and convert(file, out, parts) → facts
-FAMILIES = {"imagenet": f"{KINDS['class_patch']}.convert", "grn": f"{KINDS['refine']}.convert"}
+FAMILIES = {"imagenet": f"{KINDS['class_patch']}.convert", "grn": f"{KINDS['refine']}.convert"} | dict.fromkeys(
+    ("var", "infinity"), f"{KINDS['next_scale']}.convert"
+)
 
 
 def kind_of(folder: Path | str) -> str:

@@ -16,7 +16,7 @@ from bitdance.folder.picture_model import Layout, PictureModel
 from bitdance.networks.kernels import use_onednn
 from bitdance.networks.precision import AUTO, DTYPES, wanted_dtype
 from bitdance.sequence.classes import ClassNames
-from bitdance.values import check_number
+from bitdance.values import check_number, shown
 
 OUTPUT_TYPES = (*FORMS, "tokens", "bits")
 OutputType = Literal["pil", "np", "pt", "tokens", "bits"]
@@ -108,11 +108,32 @@ class PicturePipeline(PictureCoding):
         """From a callback: no more work on picture `i` of the batch; the others go on, and their bits stay what they would be."""
         self._cancelled.add(i)
 
+    @property
+    def of_prompts(self) -> bool:
+        """Whether the model makes pictures of prompts, not of classes."""
+        return self.names is None
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens of a prompt; pictures of equal lengths share a call of the network."""
+        assert self.model.text is not None
+        return len(self.model.text.reader.ids(prompt))
+
     def _classes(self, class_label: Any, prompt: Any, each: int) -> list[int]:
         """The class numbers of a call, each so many times. ValueError without a class, and for a prompt."""
         if prompt is not None or class_label is None or self.names is None:
             raise ValueError("this model makes pictures of classes; give class_label, a number or a name, and no prompt")
         return [number for number in self.names.numbers_of(class_label) for _ in range(each)]
+
+    def _conditions(self, prompt: Any, class_label: Any, each: int) -> list[Any]:
+        """The prompts or class numbers of a call, each so many times. ValueError for the one that the model does not take."""
+        if not self.of_prompts:
+            return self._classes(class_label, prompt, each)
+        if prompt is None or class_label is not None:
+            raise ValueError("this model makes pictures of prompts; give a prompt, and no class_label")
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"prompt = {shown(prompt)}; give a string or a list of strings")
+        return [text for text in prompts for _ in range(each)]
 
     def _check_only_size(self, height: Any, width: Any) -> None:
         """ValueError for another size than the one of a class model."""
@@ -120,6 +141,26 @@ class PicturePipeline(PictureCoding):
         for name, value, side in (("height", height, only[0]), ("width", width, only[1])):
             if value is not None and check_number(name, value) != side:
                 raise ValueError(f"{name} = {value}; this model makes pictures of {only[0]}×{only[1]} pixels only")
+
+    def _size(self, height: Any, width: Any) -> tuple[int, int]:
+        if not self.of_prompts:
+            self._check_only_size(height, width)
+        default, s = self.model.sizes[0], self.model.tokenizer.downsampling
+        found = []
+        for name, value, usual in (("height", height, default[0]), ("width", width, default[1])):
+            side = usual if value is None else check_number(name, value)
+            if side % s:
+                near = max(s, round(side / s) * s)
+                raise ValueError(f"{name} = {side}; a multiple of {s} is allowed, for instance {near}")
+            found.append(side)
+        return found[0], found[1]
+
+    def _negative(self, prompt: Any, count: int) -> list[str] | None:
+        if prompt is None:
+            return None
+        if not self.of_prompts or not isinstance(prompt, str):
+            raise ValueError(f"negative_prompt = {shown(prompt)}; a string is allowed, for models of prompts")
+        return [prompt] * count
 
     def _output(
         self,

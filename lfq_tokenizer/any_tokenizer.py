@@ -1,4 +1,4 @@
-"""Both architectures behind one door: a folder's `ae_config.json` says which picture tokenizer lies beside it."""
+"""All architectures behind one door: a folder's `ae_config.json` says which picture tokenizer lies beside it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,20 +8,26 @@ from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.files import check_links
 from lfq_tokenizer.hbq_vae import HBQConfig, HBQTokenizer
 from lfq_tokenizer.json_file import read_config
+from lfq_tokenizer.scale_vae import ScaleConfig, ScaleTokenizer
 from lfq_tokenizer.strips import decoding_bytes as _decoding_bytes
 from lfq_tokenizer.tokenizer import CONFIG_FILE, DEMO, LFQTokenizer
 
-PictureTokenizer: TypeAlias = LFQTokenizer | HBQTokenizer
-PictureTokenizerConfig: TypeAlias = TokenizerConfig | HBQConfig
+BitTokenizer: TypeAlias = LFQTokenizer | HBQTokenizer  # one grid of bits per picture
+PictureTokenizer: TypeAlias = LFQTokenizer | HBQTokenizer | ScaleTokenizer
+PictureTokenizerConfig: TypeAlias = TokenizerConfig | HBQConfig | ScaleConfig
 
 
 def config_of(data: Any) -> PictureTokenizerConfig:
     """From the JSON object of an `ae_config.json`. ValueError for unknown keys and values."""
-    return HBQConfig.from_published(data) if isinstance(data, Mapping) and "hbq" in data else TokenizerConfig.from_published(data)
+    if isinstance(data, Mapping) and ("hbq" in data or "scales" in data):
+        return HBQConfig.from_published(data) if "hbq" in data else ScaleConfig.from_published(data)
+    return TokenizerConfig.from_published(data)
 
 
 def build_tokenizer(config: PictureTokenizerConfig) -> PictureTokenizer:
     """A tokenizer with fresh weights."""
+    if isinstance(config, ScaleConfig):
+        return ScaleTokenizer(config)
     return HBQTokenizer(config) if isinstance(config, HBQConfig) else LFQTokenizer(config)
 
 
@@ -30,12 +36,16 @@ def load_tokenizer(folder: Path | str) -> PictureTokenizer:
     folder = DEMO if str(folder) == "demo" else Path(folder)
     if folder.is_dir():
         check_links(folder)
-    hbq = isinstance(read_config(folder / CONFIG_FILE, config_of), HBQConfig)
-    return HBQTokenizer.from_pretrained(folder) if hbq else LFQTokenizer.from_pretrained(folder)
+    config = read_config(folder / CONFIG_FILE, config_of)
+    if isinstance(config, ScaleConfig):
+        return ScaleTokenizer.from_pretrained(folder)
+    return HBQTokenizer.from_pretrained(folder) if isinstance(config, HBQConfig) else LFQTokenizer.from_pretrained(folder)
 
 
 def decoding_bytes(config: PictureTokenizerConfig, height: int, width: int, itemsize: int, strips: bool) -> int:
-    """Bytes that decoding one picture takes beside the weights; the HBQ decoder knows no strips."""
+    """Bytes that decoding one picture takes beside the weights; only LFQ decoders know strips."""
+    if isinstance(config, ScaleConfig):
+        return 6 * config.ch * height * width * itemsize
     if isinstance(config, HBQConfig):
         return 5 * 2 * config.dec_dim * height * width // 4 * itemsize
     return _decoding_bytes(config, height, width, itemsize, strips)

@@ -70,6 +70,11 @@ class TokenizerConfig:
         return self.z_channels * self.rounds
 
     @property
+    def token(self) -> str:
+        """What a token is; a model must have been trained on the same."""
+        return f"{self.bits} bits"
+
+    @property
     def layers(self) -> int:
         """Residual blocks of the encoder, each of which has tensors of its own."""
         return len(self.ch_mult) * self.num_res_blocks

@@ -56,6 +56,11 @@ class HBQConfig:
         return self.latent_channels * self.rounds
 
     @property
+    def token(self) -> str:
+        """What a token is; a model must have been trained on the same."""
+        return f"{self.bits} bits"
+
+    @property
     def downsampling(self) -> int:
         """Pixels per token along a side."""
         return 2 ** len(WIDTHS)

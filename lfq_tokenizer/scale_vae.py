@@ -71,8 +71,17 @@ class ScaleConfig:
 
     @property
     def bits(self) -> int:
-        """Bits per token, 0 where tokens are codes."""
-        return 0 if self.quantizer == "codes" else self.latents * (4 if self.patchify else 1)
+        """Bits per token; of codes as many as tell them apart."""
+        if self.quantizer == "codes":
+            return max(1, (self.codes - 1).bit_length())
+        return self.latents * (4 if self.patchify else 1)
+
+    @property
+    def token(self) -> str:
+        """What a token is; a model must have been trained on the same."""
+        if self.quantizer == "codes":
+            return f"one of {self.codes} codes of {self.latents} numbers at every scale"
+        return f"{self.bits} bits at every scale"
 
     @property
     def downsampling(self) -> int:

@@ -193,7 +193,7 @@ def spoiled(folder: Path, target: Path, name: str, change: Any) -> Path:
         (
             "ae_config.json",
             lambda d: d | {"ddconfig": d["ddconfig"] | {"z_channels": 4}},
-            "8 bits per token, but 4 in ae_config.json",
+            "tokens of 8 bits, but of 4 bits in ae_config.json",
         ),
         ("classes.json", lambda d: {k: v for k, v in d.items() if k != "4"}, "classes 4 are missing; every class from 0 to 9"),
         ("classes.json", lambda d: d | {"10": "more"}, "11 classes, and the model has 10"),

@@ -362,7 +362,7 @@ def test_a_folder_that_does_not_fit_is_refused_by_file(classes, prompts, tmp_pat
     import shutil
 
     for folder, file, change, said in (
-        (classes, "refine.json", {"bits": 16}, "16 bits per token, but 8"),
+        (classes, "refine.json", {"bits": 16}, "tokens of 16 bits, but of 8 bits"),
         (classes, "refine.json", {"condition": "sound"}, "allowed are class, text"),
         (classes, "bitdance.json", {"defaults": {"tau": 0}}, "tau = 0"),
         (classes, "bitdance.json", {"defaults": {"preset": "x"}}, "preset = 'x'"),

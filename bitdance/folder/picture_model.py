@@ -31,7 +31,7 @@ from bitdance.folder.parts import (
 from bitdance.folder.stored import open_stored, stored_tensors
 from bitdance.networks.text_encoder import TextEncoder, width_of
 from bitdance.sequence.classes import ClassNames
-from lfq_tokenizer.any_tokenizer import PictureTokenizer, PictureTokenizerConfig, build_tokenizer, config_of, load_tokenizer
+from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig, build_tokenizer, config_of, load_tokenizer
 from lfq_tokenizer.files import check_links, check_room, whole_folder
 from lfq_tokenizer.json_file import read_config, write_json
 from lfq_tokenizer.text import listed
@@ -46,6 +46,9 @@ class NetworkConfig(Protocol):
 
     @property
     def bits(self) -> int: ...  # per token
+
+    @property
+    def token(self) -> str: ...  # what a token is, as the tokenizer's config says it
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]: ...  # (height, width) in tokens that it makes, the first by default
@@ -74,7 +77,7 @@ class PictureModel:
     `bitdance.json`."""
 
     network: Any
-    tokenizer: PictureTokenizer
+    tokenizer: Any  # a picture tokenizer of whichever architecture
     names: ClassNames | None = None
     extras: dict[str, Any] = field(default_factory=dict)
     text: TextEncoder | None = None
@@ -140,9 +143,9 @@ class Layout(Generic[Config]):
         check_links(folder)
         config = read_config(folder / self.config_file, self.config_of)
         tokenizer = read_config(folder / TOKENIZER_CONFIG, config_of)
-        if config.bits != tokenizer.bits:
+        if config.token != tokenizer.token:
             raise ValueError(
-                f"{folder / self.config_file}: {config.bits} bits per token, but {tokenizer.bits} in {TOKENIZER_CONFIG}; must be "
+                f"{folder / self.config_file}: tokens of {config.token}, but of {tokenizer.token} in {TOKENIZER_CONFIG}; must be "
                 "equal"
             )
         with torch.device("meta"):

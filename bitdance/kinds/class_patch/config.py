@@ -80,6 +80,11 @@ class ClassPatchConfig:
         return self.latent_dim
 
     @property
+    def token(self) -> str:
+        """What a token is."""
+        return f"{self.latent_dim} bits"
+
+    @property
     def grids(self) -> tuple[tuple[int, int], ...]:
         """The one (height, width) in tokens that it makes."""
         return ((self.grid, self.grid),)

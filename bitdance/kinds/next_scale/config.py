@@ -83,6 +83,43 @@ class NextScaleConfig:
         return self.width // self.heads
 
     @property
+    def bits(self) -> int:
+        """Bits per token; of codes as many as tell them apart."""
+        return max(1, (self.values - 1).bit_length()) if self.tokens == "codes" else self.latents
+
+    @property
+    def token(self) -> str:
+        """What a token is."""
+        if self.tokens == "codes":
+            return f"one of {self.values} codes of {self.latents} numbers at every scale"
+        return f"{self.latents} bits at every scale"
+
+    @property
+    def grids(self) -> tuple[Side, ...]:
+        """The (height, width) in tokens of the last scale of what it makes by default."""
+        return (self.sides[-1],)
+
+    @property
+    def class_count(self) -> int | None:
+        """How many classes there are, without the one that stands for none; None: it makes pictures of prompts."""
+        return self.num_classes or None
+
+    @property
+    def known(self) -> tuple[str, int] | None:
+        """Name and parameters of the published model that this is, None for another shape or other classes."""
+        training = {"drop", "drop_path", "flips", "flip_scales", "text_tokens"}
+        mine = {name: value for name, value in self.to_dict().items() if name not in training}
+        for name, config in PUBLISHED.items():
+            if mine == {key: value for key, value in config.to_dict().items() if key not in training}:
+                return name, COUNTS[name]
+        return None
+
+    @property
+    def decides(self) -> dict[str, Any]:
+        """What decides pictures and does not show in the shapes of the weights."""
+        return {name: getattr(self, name) for name in ("heads", "sides", "tokens", "condition", "rotary")}
+
+    @property
     def outputs(self) -> int:
         """Logits of a token."""
         return self.values if self.tokens == "codes" else 2 * self.latents
@@ -155,6 +192,21 @@ def infinity(width: int, depth: int, heads: int, bits: int) -> NextScaleConfig:
     )
 
 
+COUNTS = {
+    "VAR-d16": 310_283_520,
+    "VAR-d20": 600_917_136,
+    "VAR-d24": 1_033_399_360,
+    "VAR-d30": 2_010_020_356,
+    "VAR-d36-512": 2_353_893_904,
+    "Infinity-125M": 125_148_800,
+    "Infinity-layer16": 361_578_464,
+    "Infinity-layer24": 940_871_072,
+    "Infinity-2B": 2_204_564_032,
+    "Infinity-layer32": 2_256_694_912,
+    "Infinity-layer40": 4_716_421_888,
+    "Infinity-layer48": 8_767_198_528,
+    "Infinity-8B": 8_375_791_824,
+}
 PUBLISHED: dict[str, NextScaleConfig] = {
     "VAR-d16": var(16),
     "VAR-d20": var(20),

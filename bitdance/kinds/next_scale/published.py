@@ -1,9 +1,37 @@
-"""The published files of VAR and Infinity → a model of ours."""
+"""The published files of VAR and Infinity → a model of ours. No code of theirs runs, nothing is un-pickled blindly.
 
+    VAR        name → tensor, or a trainer's {"trainer": {"var_wo_ddp": …}}
+    Infinity   name → tensor, {"trainer": {"gpt_fsdp": …}}, or a folder with shards and their index
+
+The tokenizer lies in a file of its own, and of a model of prompts so does the text encoder.
+"""
+
+import math
 import re
 from collections.abc import Mapping
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
+
+from bitdance.folder.picture_model import PictureModel
+from bitdance.kinds.next_scale.config import INFINITY_1M, VAR_256, VAR_512, NextScaleConfig
+from bitdance.kinds.next_scale.network import NextScaleNetwork
+from bitdance.kinds.next_scale.settings import NAMES, PRESETS, NextScaleSettings
+from bitdance.networks.text_encoder import TextEncoder
+from bitdance.sequence.classes import names_for
+from bitdance.values import shown
+from lfq_tokenizer.any_tokenizer import load_tokenizer
+from lfq_tokenizer.json_file import read_config
+from lfq_tokenizer.pt_file import DTYPES, read_content
+from lfq_tokenizer.scale_file import read_scales
+from lfq_tokenizer.scale_vae import ScaleTokenizer
+from lfq_tokenizer.scales import squares
+from lfq_tokenizer.text import listed
+from lfq_tokenizer.weights import check_shapes, read_safetensors
+
+PARTS = ("tokenizer", "text_encoder", "classes", "config")
 T = TypeVar("T")
 _CHUNK = re.compile(r"block_chunks\.([0-9]{1,4})\.module\.([0-9]{1,4})\.")
 _NAMES = (
@@ -29,3 +57,159 @@ def renamed(state: Mapping[str, T], chunk: int = 0) -> dict[str, T]:
             name = name.replace(theirs, ours)
         found[name] = tensor
     return found
+
+
+def read_published(path: Path, parts: Mapping[str, Path]) -> tuple[PictureModel, dict[str, Any]]:
+    """The model of a published file or folder, and what it says of where its parts came from.
+
+    `parts`: "tokenizer", a published `.pth` or a folder; "text_encoder", a folder as transformers keeps it; "classes", a
+    classes.json; "config", a JSON object of fields that the weights do not say (sides, and those of training).
+    FileNotFoundError, or ValueError that names the file, for one that is broken, would run code, or is no such model.
+    """
+    if "tokenizer" not in parts:
+        raise ValueError(f"{path} holds no picture tokenizer; give its file with --part tokenizer=FILE")
+    said = read_config(parts["config"], _checked) if "config" in parts else {}
+    name, published = _content(path)
+    state = renamed(published)
+    text = "text_norm.weight" in state
+    config = config_of(published, state, said, text, path)
+    source = parts["tokenizer"]
+    patchify = config.tokens == "bits" and config.latents % 4 == 0 and _latents(source) * 4 == config.latents
+    tokenizer = load_tokenizer(source) if source.is_dir() else read_scales(source, len(config.sides), patchify)
+    if not isinstance(tokenizer, ScaleTokenizer) or tokenizer.config.token != config.token:
+        raise ValueError(f"{source} makes tokens of {tokenizer.config.token}, the model reads {config.token}; give its own")
+    with torch.device("meta"):
+        network = NextScaleNetwork(config)
+    check_shapes(_shapes(network.state_dict()), _shapes(state), path)
+    network.load_state_dict({key: tensor.detach() for key, tensor in state.items()}, strict=True, assign=True)
+    for module, file in ((network, path), (tokenizer, source)):
+        if odd := [key for key, tensor in module.state_dict().items() if not bool(torch.isfinite(tensor).all())]:
+            raise ValueError(f"{file}: {listed(odd, ', ')} hold NaN or infinity; download it again")
+    extras, encoder, names = _extras(config), None, None
+    found = {"weights from": name, "tokenizer from": str(source)}
+    if text:
+        if "text_encoder" not in parts:
+            raise ValueError(f"{path} reads the features of a text encoder; give its folder with --part text_encoder=DIR")
+        encoder = TextEncoder.from_pretrained(parts["text_encoder"], weights=False)
+        if encoder.width != config.text_width:
+            raise ValueError(
+                f"{parts['text_encoder']} gives {encoder.width} features per token, the model reads {config.text_width}; give "
+                "the encoder that it was trained with"
+            )
+        found["text encoder from"] = str(parts["text_encoder"])
+    else:
+        names, found["names from"] = names_for(config.num_classes, parts.get("classes"))
+    return PictureModel(network.eval(), tokenizer.eval(), names, extras, encoder), found
+
+
+def config_of(
+    published: Mapping[str, Tensor], state: Mapping[str, Tensor], said: Mapping[str, Any], text: bool, path: Path
+) -> NextScaleConfig:
+    """The shape that the weights have, and what they do not show from `said` or as published."""
+    heads = _shape(state, "blocks.0.attn.scale_mul", path)[1]
+    width, latents = _shape(state, "word_embed.weight", path)
+    outputs = _shape(state, "head.weight", path)[0]
+    depth = 0
+    while f"blocks.{depth}.attn.proj.weight" in state:
+        depth += 1
+    by_weights: dict[str, Any] = {
+        "condition": "text" if text else "class",
+        "tokens": "bits" if outputs == 2 * latents and text else "codes",
+        "width": width,
+        "depth": depth,
+        "heads": heads,
+        "inner": _shape(state, "blocks.0.ffn.fc1.weight", path)[0],
+        "latents": latents,
+        "shared_ada": "shared_ada_lin.1.weight" in state,
+        "rotary": "pos_1LC" not in state,
+    }
+    by_weights["values"] = 2 if by_weights["tokens"] == "bits" else outputs
+    if text:
+        by_weights |= dict(zip(("text_tokens", "text_width"), _shape(state, "cfg_uncond", path), strict=True))
+        by_weights["levels"] = _shape(state, "lvl_embed.weight", path)[0]
+        sides: Any = INFINITY_1M
+    else:
+        by_weights["num_classes"] = _shape(state, "class_emb.weight", path)[0] - 1
+        sides = _sides(published, _shape(state, "pos_1LC", path)[1])
+    for key, value in said.items():
+        if key in by_weights and by_weights[key] != value:
+            raise ValueError(f"{path}: {key} = {by_weights[key]} by its weights, {shown(value)} by its config; must be equal")
+    try:
+        config = NextScaleConfig.from_dict({"sides": sides, **said, **by_weights})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not config.rotary and config.length != len(state["pos_1LC"][0]):
+        raise ValueError(
+            f"{path} has positions for {len(state['pos_1LC'][0])} tokens, its scales {config.length}; say them with --part "
+            'config=FILE, a JSON object such as {"sides": [1, 2, 3, 4]}'
+        )
+    return config
+
+
+def _sides(published: Mapping[str, Tensor], length: int) -> Any:
+    """The squares whose tokens the table of levels counts, else those of a published model of so many tokens."""
+    if "lvl_1L" in published:
+        levels = published["lvl_1L"].flatten().long()
+        counts = torch.bincount(levels).tolist()
+        if all(math.isqrt(count) ** 2 == count for count in counts):
+            return tuple(math.isqrt(count) for count in counts)
+    return VAR_512 if length == sum(h * w for h, w in squares(VAR_512)) else VAR_256
+
+
+def _latents(source: Path) -> int:
+    """Numbers of a position of the tokenizer of a file or folder."""
+    if source.is_dir():
+        return load_tokenizer(source).config.latents
+    return read_scales(source).config.latents
+
+
+def _content(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """(where the weights lie, the weights)."""
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"{path} holds no .safetensors; give the folder of the published shards")
+        return "its shards", {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
+    if path.suffix == ".safetensors":
+        return "the file itself", read_safetensors(path)
+    content: Any = read_content(path)
+    trainer = content.get("trainer")
+    for name in ("var_wo_ddp", "gpt_fsdp"):
+        if isinstance(trainer, Mapping) and isinstance(trainer.get(name), Mapping):
+            return f"trainer.{name}", _plain(trainer[name], path)
+    return "the file itself", _plain(content, path)
+
+
+def _plain(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise ValueError(f"{path}: {shown(key)} is a {type(value).__name__}; expected plain tensors of a next-scale model")
+        if value.dtype not in DTYPES and key not in BUFFERS:
+            raise ValueError(f"{path}: {shown(key)} is a {value.dtype}; expected floating point numbers")
+    return dict(state)
+
+
+def _extras(config: NextScaleConfig) -> dict[str, Any]:
+    """Settings that published figures were made with."""
+    preset = "VAR" if config.condition == "class" else "Infinity-8B" if config.width >= 3584 else "Infinity-2B"
+    settings, plain = PRESETS[preset], NextScaleSettings()
+    assert settings is not None
+    own = {key: getattr(settings, key) for key in NAMES if getattr(settings, key) != getattr(plain, key)}
+    card = {"card": {"name": config.known[0]}} if config.known else {}
+    return {"defaults": {"guidance_scale": settings.guidance, **own}, **card}
+
+
+def _checked(data: Any) -> dict[str, Any]:
+    if not isinstance(data, Mapping):
+        raise ValueError(f"a {type(data).__name__}; expected an object")
+    return dict(data)
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _shape(state: Mapping[str, Tensor], name: str, path: Path) -> tuple[int, ...]:
+    if name not in state:
+        raise ValueError(f"{path} has no tensor {name}; it is no next-scale model of this family")
+    return tuple(state[name].shape)

@@ -3,6 +3,7 @@
 Sources: public codes of VAR and Infinity for names and formulas.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +34,7 @@ class NextScaleSettings:
     guidance_by_scale: tuple[float, ...] = ()
     tau_by_scale: tuple[float, ...] = ()
     insertion: tuple[int, ...] = (0,)
+    steps: int = 0  # scales of a picture, which follow from its size: to be told, not chosen
 
     def __post_init__(self) -> None:
         if not isinstance(self.cfg_schedule, str) or self.cfg_schedule not in SCHEDULES:
@@ -58,6 +60,17 @@ class NextScaleSettings:
         if self.guidance_by_scale:
             return any(g != 1 for g in self.guidance_by_scale)
         return self.guidance != (0 if self.cfg_schedule == "rising" else 1)
+
+    @property
+    def words(self) -> dict[str, Any]:
+        """What a picture says beside its guidance: all that is not as by default."""
+        plain = NextScaleSettings()
+        words = {name: getattr(self, name) for name in NAMES if getattr(self, name) != getattr(plain, name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in words.items()}
+
+    def arguments(self) -> dict[str, Any]:
+        """Those of `NextScalePipeline` for exactly this, whatever the model's defaults."""
+        return {"preset": "plain", "guidance_scale": self.guidance} | {name: getattr(self, name) for name in NAMES}
 
     def changed(self, **values: Any) -> "NextScaleSettings":
         """The same with other values, as far as they are not None."""
@@ -95,3 +108,32 @@ def smoothing(k: int, K: int) -> tuple[float, float]:
     """(factor of the logits, temperature) of `more_smooth` at scale k of K. Source: published code of VAR."""
     progress = k / (K - 1) if K > 1 else 0.0
     return 1 + progress, max(0.27 * (1 - 0.95 * progress), 0.005)
+
+
+# what can be said beside guidance, at every door
+NAMES = ("cfg_schedule", "tau", "top_k", "top_p", "more_smooth", "guidance_by_scale", "tau_by_scale", "insertion")
+# "own" are the model's own settings, "plain" no filter and no guidance; the others are those of published models
+PRESETS: dict[str, NextScaleSettings | None] = {
+    "own": None,
+    "plain": NextScaleSettings(0.0),
+    "VAR": NextScaleSettings(1.5, top_k=900, top_p=0.96),
+    "VAR-demo": NextScaleSettings(4.0, top_k=900, top_p=0.95, more_smooth=True),
+    "Infinity-2B": NextScaleSettings(3.0, "constant", 0.5, 900, 0.97),
+    "Infinity-8B": NextScaleSettings(3.0, "constant", 1.0, 900, 0.97),
+}
+
+
+def choose(defaults: Mapping[str, Any], preset: str | None = None, **said: Any) -> NextScaleSettings:
+    """What was said (fields of `NextScaleSettings`, None: nothing said), else the preset, else the model's defaults.
+    ValueError for an unknown preset and for defaults that cannot be carried out."""
+    name = "own" if preset is None else preset
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset = {shown(preset)}; allowed are {', '.join(PRESETS)}")
+    own = PRESETS[name]
+    if own is None:
+        known = {"guidance_scale": "guidance", **{key: key for key in NAMES}}
+        try:
+            own = NextScaleSettings().changed(**{known[key]: value for key, value in defaults.items() if key in known})
+        except ValueError as error:
+            raise ValueError(f'"defaults" of bitdance.json: {error}') from None
+    return own.changed(**said)

@@ -83,6 +83,11 @@ class RefineConfig:
         raise NotImplementedError
 
     @property
+    def token(self) -> str:
+        """What a token is."""
+        return f"{self.bits} bits"
+
+    @property
     def head_width(self) -> int:
         """Channels of an attention head."""
         return self.width // self.heads

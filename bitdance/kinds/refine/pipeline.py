@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from bitdance.coding import check_form, generators_for
-from bitdance.kinds.refine.config import TextRefineConfig
 from bitdance.kinds.refine.edit import Edit, read_edit
 from bitdance.kinds.refine.folder import LAYOUT
 from bitdance.kinds.refine.labels import bits_of, labels_of
@@ -21,7 +20,7 @@ from bitdance.kinds.refine.loop import OnStep, OwnDraws, Start, refine
 from bitdance.kinds.refine.predictors import ClassPredictor, TextPredictor
 from bitdance.kinds.refine.settings import NAMES, RefineSettings, choose
 from bitdance.picture_pipeline import OUTPUT_TYPES, OutputType, PictureOutput, PicturePipeline
-from bitdance.values import check_number, shown
+from bitdance.values import check_number
 
 Callback = Callable[["RefinePipeline", int, float, dict[str, Any]], Any]
 
@@ -30,16 +29,6 @@ class RefinePipeline(PicturePipeline):
     """Class or prompt → picture by refinement. `.model` holds the parts, `.names` are the classes of a model that has any."""
 
     layout = LAYOUT
-
-    @property
-    def of_prompts(self) -> bool:
-        """Whether the model makes pictures of prompts, not of classes."""
-        return isinstance(self.model.network.config, TextRefineConfig)
-
-    def prompt_length(self, prompt: str) -> int:
-        """Tokens of a prompt; pictures of equal lengths share a call of the network."""
-        assert self.model.text is not None
-        return len(self.model.text.reader.ids(prompt))
 
     def predictor(self, conditions: Sequence[Any], negative: Sequence[str] | None = None) -> ClassPredictor | TextPredictor:
         """The network with the conditions of a batch: class numbers, or prompts and what stands against each (default: "")."""
@@ -201,30 +190,6 @@ class RefinePipeline(PicturePipeline):
         classes = None if self.of_prompts else list(conditions)
         return self._output(bits_BChw, generators, output_type, seeds, classes=classes, steps=spent)
 
-    def _conditions(self, prompt: Any, class_label: Any, each: int) -> list[Any]:
-        """The prompts or class numbers of a call, each so many times. ValueError for the one that the model does not take."""
-        if not self.of_prompts:
-            return self._classes(class_label, prompt, each)
-        if prompt is None or class_label is not None:
-            raise ValueError("this model makes pictures of prompts; give a prompt, and no class_label")
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"prompt = {shown(prompt)}; give a string or a list of strings")
-        return [text for text in prompts for _ in range(each)]
-
-    def _size(self, height: Any, width: Any) -> tuple[int, int]:
-        if not self.of_prompts:
-            self._check_only_size(height, width)
-        default, s = self.model.sizes[0], self.model.tokenizer.downsampling
-        found = []
-        for name, value, usual in (("height", height, default[0]), ("width", width, default[1])):
-            side = usual if value is None else check_number(name, value)
-            if side % s:
-                near = max(s, round(side / s) * s)
-                raise ValueError(f"{name} = {side}; a multiple of {s} is allowed, for instance {near}")
-            found.append(side)
-        return found[0], found[1]
-
     def settings(
         self,
         preset: str | None = None,
@@ -238,10 +203,3 @@ class RefinePipeline(PicturePipeline):
         if unknown := sorted(set(said) - set(NAMES)):
             raise TypeError(f"unknown arguments {', '.join(unknown)}; settings are {', '.join(NAMES)}")
         return choose(self.model.defaults, preset, steps=steps, guidance=guidance, **said)
-
-    def _negative(self, prompt: Any, count: int) -> list[str] | None:
-        if prompt is None:
-            return None
-        if not self.of_prompts or not isinstance(prompt, str):
-            raise ValueError(f"negative_prompt = {shown(prompt)}; a string is allowed, for models of prompts")
-        return [prompt] * count

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lfq_tokenizer.any_tokenizer import PictureTokenizer
+from lfq_tokenizer.any_tokenizer import BitTokenizer
 from stages.config import TrainingConfig
 from stages.data.crops import square_crop
 from stages.data.order import EpochOrder
@@ -60,7 +60,7 @@ class PictureBatch:
         bits, pixels = (x if x is None else x.to(device, non_blocking=non_blocking) for x in (self.bits_BChw, self.pixels_B3HW))
         return PictureBatch(self.condition.to(device), self.noise.to(device), bits, pixels)
 
-    def encoded(self, tokenizer: PictureTokenizer) -> Tensor:
+    def encoded(self, tokenizer: BitTokenizer) -> Tensor:
         """Bits (B,C,h,w), float32, on the device of the batch."""
         if self.bits_BChw is not None:
             return self.bits_BChw.float()

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from bitdance.picture import to_pil, write_png
 from lfq_tokenizer import any_tokenizer
-from lfq_tokenizer.any_tokenizer import PictureTokenizer
+from lfq_tokenizer.any_tokenizer import BitTokenizer
+from lfq_tokenizer.scale_vae import ScaleTokenizer
 from lfq_tokenizer.tokenizer import WEIGHTS_FILE
 from stages.data.bits import pack_bits
 from stages.data.pack import PackOptions, pack
@@ -28,15 +29,17 @@ from stages.recipes.tokenizer.input import TokenizerInput, safe_key
 BATCH_SIZE = 16
 
 
-def load_tokenizer(place: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PictureTokenizer:
+def load_tokenizer(place: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> BitTokenizer:
     """Of a model folder, a run, a checkpoint or "demo". ValueError where a weight is no number."""
     folder = model_folder(place)
     tokenizer = any_tokenizer.load_tokenizer(folder)
+    if isinstance(tokenizer, ScaleTokenizer):
+        raise ValueError(f"{folder} holds a tokenizer of scales; this needs one that makes a single grid of bits")
     check_finite(tokenizer, folder / WEIGHTS_FILE)
     return tokenizer.to(device=device, dtype=dtype).eval()
 
 
-def check_finite(tokenizer: PictureTokenizer, source: str | Path) -> None:
+def check_finite(tokenizer: BitTokenizer, source: str | Path) -> None:
     """ValueError names up to ten tensors that hold NaN or an infinity."""
     broken = [name for name, tensor in tokenizer.state_dict().items() if not bool(torch.isfinite(tensor).all())]
     if broken:
@@ -44,19 +47,19 @@ def check_finite(tokenizer: PictureTokenizer, source: str | Path) -> None:
         raise ValueError(f"{source}: {', '.join(broken[:10])}{more} hold NaN or infinity; export or download it again")
 
 
-def encode_pictures(tokenizer: PictureTokenizer, images_B3HW: Tensor) -> Tensor:
+def encode_pictures(tokenizer: BitTokenizer, images_B3HW: Tensor) -> Tensor:
     """images in [-1,1], of any device and dtype → bits (B,C,h,w) on the tokenizer's."""
     with torch.no_grad():
         return tokenizer.encode(images_B3HW.to(next(tokenizer.parameters())))
 
 
-def encode_pixels(tokenizer: PictureTokenizer, pixels_B3HW: Tensor) -> Tensor:
+def encode_pixels(tokenizer: BitTokenizer, pixels_B3HW: Tensor) -> Tensor:
     """uint8 pixels → bits (B,C,h,w) in the tokenizer's dtype, channels last in memory (the fastest layout)."""
     images_B3HW = pixels_B3HW.to(next(tokenizer.parameters()).dtype) / 127.5 - 1
     return encode_pictures(tokenizer, images_B3HW.contiguous(memory_format=torch.channels_last))
 
 
-def decode_pictures(tokenizer: PictureTokenizer, bits_BChw: Tensor, seed: int = 0) -> Tensor:
+def decode_pictures(tokenizer: BitTokenizer, bits_BChw: Tensor, seed: int = 0) -> Tensor:
     """bits (B,C,h,w) → images (B,3,H,W) float32 on the tokenizer's device. The noise of a generative decoder comes from one
     generator per picture, seeded with `seed`, so that a picture depends on its bits and the seed alone. ValueError for NaN.
     """
@@ -77,7 +80,7 @@ class EncodedInput:
     """A `PictureSource` whose members are `.bits` instead of the pictures; captions and attributes stay. `mirror`: each picture
     and its mirror image, under the key KEY-mirrored."""
 
-    tokenizer: PictureTokenizer
+    tokenizer: BitTokenizer
     source: TokenizerInput
     batch_size: int = BATCH_SIZE
     mirror: bool = False
@@ -142,7 +145,7 @@ def picture_grid(sample: Sample, downsampling: int) -> tuple[int, int]:
 
 
 def encode_input(
-    tokenizer: PictureTokenizer,
+    tokenizer: BitTokenizer,
     source: TokenizerInput,
     out: Path,
     options: PackOptions,
@@ -159,7 +162,7 @@ def encode_input(
 
 
 def decode_input(
-    tokenizer: PictureTokenizer, source: TokenizerInput, out: Path, seed: int = 0, batch_size: int = BATCH_SIZE
+    tokenizer: BitTokenizer, source: TokenizerInput, out: Path, seed: int = 0, batch_size: int = BATCH_SIZE
 ) -> tuple[int, Counter[str]]:
     """Write `KEY.png` for every sample of shards of bits into the folder `out`, in its true size; returns their number, and what
     was skipped by reason. Pictures that exist are replaced. ValueError for pictures and for bits that do not fit the tokenizer.

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from lfq_tokenizer.any_tokenizer import PictureTokenizer
+from lfq_tokenizer.any_tokenizer import BitTokenizer
 from lfq_tokenizer.files import whole_folder
 from lfq_tokenizer.hbq_file import ROUNDS, is_hbq, read_hbq
 from lfq_tokenizer.hbq_vae import HBQConfig
@@ -12,7 +12,7 @@ from lfq_tokenizer.text import printable
 from stages.recipes.tokenizer.coding import check_finite
 
 
-def convert_file(file: Path, out: Path, rounds: int | None = None) -> tuple[PictureTokenizer, PtReport]:
+def convert_file(file: Path, out: Path, rounds: int | None = None) -> tuple[BitTokenizer, PtReport]:
     """Write `ae_config.json` and `ae.safetensors` into the new folder `out`, whole or not at all; tensors keep value and dtype.
     `rounds` of an HBQ tokenizer, whose file does not say them.
 
@@ -21,7 +21,7 @@ def convert_file(file: Path, out: Path, rounds: int | None = None) -> tuple[Pict
     target = Path(os.path.abspath(out))
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; choose another one")
-    tokenizer: PictureTokenizer
+    tokenizer: BitTokenizer
     if file.suffix == ".safetensors" or is_hbq(read_content(file)):
         tokenizer, report = read_hbq(file, rounds or ROUNDS), PtReport("", "", {}, ())
     else:
@@ -35,7 +35,7 @@ def convert_file(file: Path, out: Path, rounds: int | None = None) -> tuple[Pict
     return tokenizer, report
 
 
-def summary(tokenizer: PictureTokenizer, report: PtReport) -> str:
+def summary(tokenizer: BitTokenizer, report: PtReport) -> str:
     """What was found in the file and what was left there, for a reader."""
     config = tokenizer.config
     dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in tokenizer.parameters()})
