@@ -13,6 +13,7 @@ only when it is called:
     examine(folder) → facts with "problems" and "warnings"              `bitdance verify`
     compare(folder, other) → facts                                      `bitdance verify --against`
     bench(options) → facts, and as text                                 `bitdance bench`
+    EDITS, edit_settings(pipe, preset, said)   (kinds that can)         `bitdance edit`
     batch_needs(options) → facts                                        `bitdance doctor --model`
 
 `bitdance.json` of a folder names its kind; a folder that names none is of the first. Nothing else asks which kind it has.

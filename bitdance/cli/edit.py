@@ -71,29 +71,21 @@ def run(argv: Sequence[str]) -> int:
     mask = read_picture(options.mask)[0] if options.mask else None
     folder = resolve(options.model)
     kind = module_of(folder)
-    if not hasattr(kind, "edit_settings"):
-        raise UsageError(f"the kind of model in {options.model} cannot edit; models of kind refine can")
-    source = _source(options, found)
+    takes = getattr(kind, "EDITS", ())
+    if not takes:
+        raise UsageError(f"the kind of model in {options.model} cannot edit; refinement and next-scale models can")
+    for name in ("strength", "extend", "source_prompt", "source_class", "whole", "tau"):
+        if getattr(options, name) not in (None, False) and name not in takes:
+            raise UsageError(f"--{name.replace('_', '-')} is not for the kind of model in {options.model}; leave it out")
+    how = {"mask": mask, "strength": strength, **(_source(options, found) if "source_prompt" in takes else {})}
     pipe = kind.load_pipeline(folder, usable_device(options.device), options.dtype)
-    said: dict[str, Any] = {"num_inference_steps": numbers.get("steps"), "guidance_scale": numbers.get("guidance")}
-    if "tau" in numbers:
-        said["tau"] = numbers["tau"]
-    extend = None
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale", "tau": "tau"}
+    said = {names[name]: value for name, value in numbers.items()}
     if options.extend:
-        extend = tuple(from_text("extend", text, "--extend") for text in options.extend)
-    out = pipe.edit(
-        picture,
-        prompt,
-        options.label,
-        mask,
-        strength,
-        **source,
-        extend=extend,
-        num_images=len(seeds),
-        seed=seeds,
-        preset=options.preset,
-        **said,
-    )
+        how["extend"] = tuple(from_text("extend", text, "--extend") for text in options.extend)
+    how = {name: value for name, value in how.items() if value is not None}
+    what = {"prompt": prompt, "class_label": options.label}
+    out = pipe.edit(picture, **what, **how, num_images=len(seeds), seed=seeds, preset=options.preset, **said)
     settings = kind.edit_settings(pipe, options.preset, said)
     places = (
         [output] if output.suffix.lower() == ".png" else [output / f"{Path(options.picture).stem}-{seed}.png" for seed in seeds]

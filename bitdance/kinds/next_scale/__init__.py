@@ -13,10 +13,23 @@ from bitdance.kinds.next_scale.schedule import SCHEDULES
 from bitdance.verify import picture_model as facts
 
 load_pipeline = NextScalePipeline.from_pretrained
+EDITS = ("mask", "tau")  # what `bitdance edit` may say
 export = LAYOUT.export
 info, examine, compare = partial(facts.info, LAYOUT), partial(facts.examine, LAYOUT), partial(facts.compare, LAYOUT)
 batch_needs = COSTS.needs_of_batch
-__all__ = ["batch_needs", "bench", "compare", "edit_settings", "examine", "export", "info", "load_pipeline", "rules", "sizes"]
+__all__ = [
+    "EDITS",
+    "batch_needs",
+    "bench",
+    "compare",
+    "edit_settings",
+    "examine",
+    "export",
+    "info",
+    "load_pipeline",
+    "rules",
+    "sizes",
+]
 
 
 def sizes(folder: Path) -> dict[str, Any]:

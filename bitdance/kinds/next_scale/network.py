@@ -157,7 +157,7 @@ class Pool(nn.Module):
 
     def __init__(self, text_width: int, width: int) -> None:
         super().__init__()
-        self.heads = text_width // 128 if width <= 4096 else text_width // 64
+        self.heads = max(1, text_width // (128 if width <= 4096 else 64))
         self.mat_q = nn.Parameter(torch.zeros(1, self.heads, width // self.heads))
         self.mat_kv = nn.Linear(text_width, 2 * width, bias=False)
         self.v_bias = nn.Parameter(torch.zeros(width))

@@ -53,7 +53,7 @@ class NextScalePipeline(PicturePipeline):
         assert self.model.text is not None
         most = network.config.text_tokens
         features = [one[:most].to(self.device) for one in self.model.text.encode(conditions)]
-        against = [network.cfg_uncond[: len(one)] for one in features]
+        against = [network.cfg_uncond[: len(one)].detach() for one in features]
         if negative is not None:
             against = [one[:most].to(self.device) for one in self.model.text.encode(negative)]
         return network.of_text([*features, *against] if guided else features)

@@ -12,10 +12,23 @@ from bitdance.kinds.refine.pipeline import RefinePipeline
 from bitdance.verify import picture_model as facts
 
 load_pipeline = RefinePipeline.from_pretrained
+EDITS = ("mask", "strength", "extend", "source_prompt", "source_class", "whole", "tau")  # what `bitdance edit` may say
 export = LAYOUT.export
 info, examine, compare = partial(facts.info, LAYOUT), partial(facts.examine, LAYOUT), partial(facts.compare, LAYOUT)
 batch_needs = COSTS.needs_of_batch
-__all__ = ["batch_needs", "bench", "compare", "edit_settings", "examine", "export", "info", "load_pipeline", "rules", "sizes"]
+__all__ = [
+    "EDITS",
+    "batch_needs",
+    "bench",
+    "compare",
+    "edit_settings",
+    "examine",
+    "export",
+    "info",
+    "load_pipeline",
+    "rules",
+    "sizes",
+]
 
 
 def sizes(folder: Path) -> dict[str, Any]:
@@ -35,8 +48,7 @@ def sizes(folder: Path) -> dict[str, Any]:
 
 
 def edit_settings(pipe: RefinePipeline, preset: str | None, said: dict[str, Any]) -> dict[str, Any]:
-    """What an edited picture says of its settings: those that `pipe.edit` took for the same arguments. A kind that has this can
-    edit."""
+    """What an edited picture says of its settings: those that `pipe.edit` took for the same arguments."""
     settings = pipe.settings(preset, **said)
     return {"steps": settings.steps, "guidance": settings.guidance, **settings.words}
 
