@@ -16,7 +16,7 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="bitdance convert",
         description="Published files of other systems → a model folder. Nothing in them is run.",
-        epilog="parts of imagenet: tokenizer (its own .pt, or a folder), classes (a classes.json), config (fields that the "
+        epilog="parts: tokenizer (its own .pt, or a folder), classes (a classes.json), config (fields that the "
         "weights do not show)",
     )
     parser.add_argument("foreign", metavar="FOREIGN", help="the published file (.pt or .safetensors)")
