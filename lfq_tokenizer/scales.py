@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lfq_tokenizer.binary import binarize
+from lfq_tokenizer.quantizer import QuantizerLosses
 
 Side: TypeAlias = tuple[int, int]
 
@@ -156,10 +157,34 @@ class ScaleBits(ScaleQuantizer):
     """
 
     input_mode = "bilinear"
+    steep = 400.0  # how sharply a bit's probability follows its latent in the entropy terms
 
     def __init__(self, latents: int, patchify: bool = False) -> None:
         super().__init__()
         self.latents, self.patchify = latents, patchify
+
+    def forward(self, latents_BZhw: Tensor, sides: Sequence[Side]) -> tuple[Tensor, QuantizerLosses]:
+        """In training: the sum of all scales, which the decoder reads, and the terms of the loss, means over scales.
+
+        At each scale what is lacking is brought to length 1 over the latents, and its code carries the straight-through gradient.
+        """
+        rest, total, terms = latents_BZhw.float(), torch.zeros_like(latents_BZhw.float()), []
+        for k in range(len(sides)):
+            unit = F.normalize(self.shrunk(rest, sides, k), dim=1)
+            terms.append(self.terms(unit))
+            code = unit + (binarize(unit.detach()) / math.sqrt(self.latents) - unit).detach()
+            enlarged = self.enlarged(code, k, len(sides), self.full(sides))
+            rest, total = rest - enlarged, total + enlarged
+        means = [torch.stack(values).mean() for values in zip(*terms, strict=True)]
+        return total, QuantizerLosses(*means)
+
+    def terms(self, unit_BZhw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents of length 1 → the entropy of a position's bits, that of the mean probabilities, each summed over bits, and the
+        mean square distance to the code. Source: public code of the tokenizer's training."""
+        up_BZhw = torch.sigmoid(self.steep / math.sqrt(self.latents) * unit_BZhw)
+        mean_Z = up_BZhw.mean(dim=(0, 2, 3))
+        commitment = (unit_BZhw - binarize(unit_BZhw.detach()) / math.sqrt(self.latents)).square().mean()
+        return _entropy(up_BZhw).sum(dim=1).mean(), _entropy(mean_Z).sum(), commitment
 
     def full(self, sides: Sequence[Side]) -> Side:
         h, w = sides[-1]
@@ -179,3 +204,8 @@ class ScaleBits(ScaleQuantizer):
     def input(self, sum_BZhw: Tensor, side: Side) -> Tensor:
         found = super().input(sum_BZhw, self.full([side]))
         return F.pixel_unshuffle(found, 2) if self.patchify else found
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """Of a bit that is up with probability p, in nats."""
+    return -(p * (p + 1e-8).log() + (1 - p) * (1 - p + 1e-8).log())

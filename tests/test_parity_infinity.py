@@ -26,7 +26,7 @@ CORRECTIONS = tuple(name for name in NAMES if name.startswith("bsc/"))
 FORWARDS = tuple(name for name in NAMES if name.startswith("forward/"))
 TRAININGS = tuple(name for name in NAMES if name.startswith("train/"))
 SAMPLES = tuple(name for name in NAMES if name.startswith("sample/"))
-LATER = {"data/transform", "bsq/entropy"}
+LATER = {"data/transform"}
 COUNTS = {
     "Infinity-125M": 125_148_800,
     "Infinity-layer16": 361_578_464,
@@ -91,6 +91,26 @@ def test_zeros_are_bit_0():
     bits = quantizer.quantise(t["in.x"][:, :, 0])
     assert torch.equal((bits.permute(0, 2, 3, 1) > 0).to(torch.uint8), t["out.bits"][:, 0])
     close(quantizer.code(bits), t["out.codes"][:, :, 0], 1e-6)
+
+
+def test_the_entropy_terms_and_their_gradients():
+    _, t = infinity_case("bsq/entropy")
+    quantizer, side = ScaleBits(8), (4, 5)
+    x = t["in.x"].clone().requires_grad_()
+    unit = F.normalize(x, dim=1)
+    per_sample, of_mean, commitment = quantizer.terms(unit)
+    close(per_sample, t["out.per_sample_entropy"], 1e-5)
+    close(of_mean, t["out.codebook_entropy"], 1e-5)
+    close(commitment, t["out.commitment"], 1e-6)
+    aux = 0.25 * commitment + 0.1 * (per_sample - of_mean) / 100
+    close(aux, t["out.aux_loss"], 1e-6)
+    (gradient,) = torch.autograd.grad(aux, x)
+    close(gradient, t["out.grad_aux"], 1e-6)
+    total, losses = quantizer(x, [side])  # one scale: nothing is shrunk or enlarged
+    close(total.detach(), quantizer.sums(quantizer.encode(x.detach(), [side]), [side])[-1], 1e-6)
+    close(losses.commitment, commitment, 1e-7)
+    (total.flatten(2).transpose(1, 2) * t["in.r"]).sum().backward()
+    close(x.grad, t["out.grad_straight_through"], 1e-5)
 
 
 def test_schedules_are_the_published_ones():

@@ -1,17 +1,21 @@
 """Parity with VAR (tests/golden/var/PARITY.md): tokenizer, transformer, losses, gradients, whole generations, edits."""
 
+import copy
+
 import pytest
 import torch
 from scale_cases import SIDES, by_scale, joined, var_case, var_network, var_recorded, var_tokenizer
 from torch.nn import functional as F
 
-from bitdance.heads.categorical import draw, filtered
+from bitdance.heads.categorical import draw, filtered, softened
 from bitdance.kinds.next_scale.config import PUBLISHED
 from bitdance.kinds.next_scale.generate import Given, generate_tokens
 from bitdance.kinds.next_scale.model import scale_losses
 from bitdance.kinds.next_scale.network import NextScaleNetwork, scale_mask
+from bitdance.kinds.next_scale.pipeline import kept_places
 from bitdance.kinds.next_scale.published import renamed
 from bitdance.kinds.next_scale.settings import NextScaleSettings
+from lfq_tokenizer import scale_file
 from lfq_tokenizer.scales import ScaleCodes, shared_index, squares
 
 NAMES = var_recorded()["cases"]
@@ -20,10 +24,9 @@ LOGITS = ("var/logits", "var_saln/logits")
 LOSSES = ("loss/var", "loss/var_droppath", "loss/var_saln_ls")
 SAMPLES = tuple(name for name in NAMES if name.startswith("sample/"))
 EDITS = tuple(name for name in NAMES if name.startswith("edit/"))
-# covered by later work: the training schedule, usage statistics, progressive training, several sizes, masks from boxes
-LATER = {"tok/train", "tok/usage", "tok/decode_multires", "loss/var_prog2", "train_steps/var", "eval/var", "lr"}
-LATER |= {"fn/gumbel", "fn/rng"}
-LATER |= {"mask/edit_256", "mask/edit_512"}
+# the training schedule, and what neither training nor sampling reads: statistics of use, pictures of growing size
+LATER = {"train_steps/var", "lr", "tok/usage", "tok/decode_multires"}
+MASKS = ("mask/edit_256", "mask/edit_512")
 COUNTS = {
     "VAR-d16": 310_283_520,
     "VAR-d20": 600_917_136,
@@ -112,6 +115,20 @@ def test_a_sum_becomes_the_recorded_picture():
     close(var_tokenizer().decode_sum(t["in.f_hat"]), t["out.image"])
 
 
+def test_the_loss_of_the_tokenizer_and_its_gradients():
+    info, t = var_case("tok/train")
+    tokenizer = copy.deepcopy(var_tokenizer()).requires_grad_()
+    out, loss = tokenizer.quantize(tokenizer.latents(pictures()), SIDES)
+    close(out, t["out.f_hat"], 1e-5)
+    close(loss, t["out.vq_loss"], 1e-5)
+    picture = tokenizer.decoder(tokenizer.post_quant_conv(out))
+    close(picture[:, :, ::4, ::4], t["out.rec_sub4"])
+    (loss + (picture - pictures()).abs().mean()).backward()
+    gradients = {key: parameter.grad for key, parameter in tokenizer.named_parameters()}
+    for key, norm in scale_file.renamed(info["grad_norms"]).items():
+        assert gradients[key].norm().item() == pytest.approx(norm, rel=1e-3, abs=1e-5), key
+
+
 @torch.no_grad()
 def test_the_transformer_reads_the_recorded_input():
     _, t = var_case("tf/input")
@@ -156,6 +173,40 @@ def test_losses_and_gradients_match_published(name):
     assert set(norms) == set(gradients)
     for key, norm in norms.items():
         assert gradients[key].norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-7), key
+
+
+def test_the_first_scales_alone_in_progressive_training():
+    info, t = var_case("loss/var_prog2")
+    network, tokenizer, count = var_network(info["model"]), var_tokenizer(), info["prog_si"] + 1
+    classes = torch.where(t["draw0"] < 0.1, network.null_class, t["in.label"])
+    with torch.no_grad():
+        targets, inputs = tokenizer.quantize.teach(tokenizer.latents(pictures()), SIDES)
+    losses = scale_losses(network, targets[:count], inputs[: count - 1], network.of_classes(classes), SIDES)
+    newest = SIDES[count - 1][0] * SIDES[count - 1][1]
+    weights = torch.full((losses.shape[1],), 1 / sum(h * w for h, w in SIDES))
+    weights[-newest:] *= 1 / info["prog_wp_it"]  # the weight of a new scale rises step by step; this is the first
+    loss = (losses * weights).sum(dim=1).mean()
+    close(loss, t["out.loss"], 1e-5)
+    loss.backward()
+    for key, norm in renamed(info["grad_norms"]).items():
+        assert dict(network.named_parameters())[key].grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-7), key
+
+
+@torch.no_grad()
+def test_a_validation_pass_matches_published():
+    _, t = var_case("eval/var")
+    network, tokenizer = var_network("var"), var_tokenizer()
+    classes = torch.where(t["draw0"] < 0.1, network.null_class, t["in.label"])
+    targets, inputs = tokenizer.quantize.teach(tokenizer.latents(pictures()), SIDES)
+    losses, last = scale_losses(network, targets, inputs, network.of_classes(classes), SIDES), SIDES[-1][0] * SIDES[-1][1]
+    right = network(inputs, network.of_classes(classes), SIDES).argmax(dim=-1) == joined(targets)
+    for found, expected in (
+        (losses.mean(), t["out.L_mean"]),
+        (losses[:, -last:].mean(), t["out.L_tail"]),
+        (100 * right.float().mean(), t["out.acc_mean"]),
+        (100 * right[:, -last:].float().mean(), t["out.acc_tail"]),
+    ):
+        close(found, expected.squeeze(), 1e-4)
 
 
 def replayed(seed, B, generator=None):
@@ -210,6 +261,41 @@ def test_edits_match_published(name):
 def test_the_mask_is_the_recorded_one():
     _, t = var_case("mask/attention")
     assert torch.equal(scale_mask(SIDES), t["out.allowed"].bool())
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_boxes_keep_the_recorded_tokens(name):
+    info, t = var_case(name)
+    sides = squares(info["patch_nums"])
+    for i in range(len(info["boxes"])):
+        for way in ("in", "out"):
+            mask = t[f"out.box{i}_{way}"]
+            kept = kept_places(mask == 0, sides, 1)
+            assert torch.equal(joined(kept)[0], t[f"out.box{i}_{way}_keep"].flatten().bool())
+
+
+def test_softened_draws_match_published():
+    info, t = var_case("fn/gumbel")
+    for n, (heat, hard) in enumerate(info["settings"]):
+        found = softened(t["in.logits"], t["draw0"].view(-1, 3, 4, 24)[n], heat)
+        close(F.one_hot(found.argmax(dim=-1), 24).float() if hard else found, t[f"out.y{n}"], 1e-5)
+
+
+def test_random_numbers_are_those_that_torch_gave():
+    """What the recorded generations were drawn with: if torch changes it, seeds give other pictures."""
+    info, t = var_case("fn/rng")
+    generator = torch.Generator().manual_seed(info["seed"])
+    close(torch.empty(5, 7).exponential_(1, generator=generator), t["out.exponential_5x7"], 0)
+    close(torch.empty(3).exponential_(1, generator=generator), t["out.exponential_next_3"], 0)
+    for B in info["B"]:
+        for n in info["num_classes"]:
+            generator = torch.Generator().manual_seed(info["seed"])
+            drawn = torch.multinomial(torch.full((n,), 1 / n), B, replacement=True, generator=generator)
+            assert torch.equal(drawn, t[f"out.label_B{B}_n{n}"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(info["seed"])
+        close(torch.rand(4), t["out.rand4"], 0)
+        close(torch.empty(4).bernoulli_(0.7), t["out.bernoulli_4"], 0)
 
 
 def test_filters_and_draws_match_published():

@@ -26,3 +26,8 @@ def draw(logits: Tensor, exponential: Tensor) -> Tensor:
     """A value with the probabilities of the logits: the one whose p / q is largest, q standard exponential numbers of their
     shape."""
     return (logits - exponential.log()).argmax(dim=-1)
+
+
+def softened(logits: Tensor, exponential: Tensor, heat: float) -> Tensor:
+    """Shares of the values instead of a draw (the Gumbel softmax); the smaller `heat`, the nearer to one value alone."""
+    return ((logits - exponential.log()) / heat).softmax(dim=-1)

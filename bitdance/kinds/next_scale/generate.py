@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bitdance.heads.categorical import draw, filtered
+from bitdance.heads.categorical import draw, filtered, softened
 from bitdance.kinds.next_scale.network import Condition, NextScaleNetwork
 from bitdance.kinds.next_scale.settings import NextScaleSettings, smoothing
 from bitdance.loop import OnBlock, run
@@ -157,8 +157,7 @@ class ScaleCanvas:
         if self.settings.more_smooth and codes:
             assert isinstance(self.quantizer, ScaleCodes)
             factor, heat = smoothing(m, K)
-            gumbel = -self._exponential(pictures, tuple(likely.shape[1:])).to(device).log()
-            share = ((likely * factor + gumbel) / heat).softmax(dim=-1)
+            share = softened(likely * factor, self._exponential(pictures, tuple(likely.shape[1:])).to(device), heat)
             code = (share @ self.quantizer.embedding.weight.float()).unflatten(1, (h, w)).permute(0, 3, 1, 2)
         if self._given is not None:
             kept = self._given.keep[m][list(pictures)].to(device)
