@@ -65,6 +65,35 @@ def var_pipe(var_folder):
     return pipe
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_fresh_weights_begin_as_published(text):
+    sides = ((1, 1), (2, 2), (4, 4))
+    condition = {"condition": "text", "text_width": 256} if text else {"condition": "class", "num_classes": 10}
+    own = {"width": 256, "depth": 4, "heads": 4, "inner": 512, "latents": 8, "values": 2, "sides": sides, "gate": 1e-2}
+    config = NextScaleConfig(tokens="bits", shared_ada=text, rotary=text, **condition, **own)
+    network, again = (NextScaleNetwork(config, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), again.parameters(), strict=True))
+    std, rest, block = (3 * 256) ** -0.5, 1e-3 if text else 0.5, network.blocks[1]
+    spread = {
+        block.attn.mat_qkv.weight: std,
+        block.attn.proj.weight: std / 8**0.5,
+        block.ffn.fc2.weight: std / 8**0.5,
+        network.head.weight: std / 50,
+        network.head_nm.ada_lin[1].weight: std * rest,
+    }
+    if text:
+        spread |= {block.ada_gss[0, 0, :2]: 1e-2 / 16, block.ada_gss[0, 0, 2:]: 1e-3 / 16, network.shared_ada_lin[1].weight: std}
+    else:
+        rows = block.ada_lin[1].weight.unflatten(0, (6, -1))
+        spread |= {rows[:2]: std * 1e-2, rows[2:]: std * 0.5, network.pos_1LC: std}
+    for weight, expected in spread.items():
+        assert weight.detach().std().item() == pytest.approx(expected, rel=0.1)
+    assert not any(bool(p.any()) for name, p in network.named_parameters() if name.endswith("bias") and "norm" not in name)
+    one = network.of_text([torch.ones(5, 256)]) if text else network.of_classes(torch.tensor([3]))
+    logits = network.run(network.start(one), one, sides, 0)
+    assert float(logits.detach().abs().max()) < 0.2, "nothing is sure at first"
+
+
 def shaken(module, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

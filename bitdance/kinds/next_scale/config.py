@@ -27,7 +27,7 @@ class NextScaleConfig:
     (height, width) in tokens of every scale of the square picture it was trained with; other ratios follow from `schedule.py`
     where `rotary`. `shared_ada`: one modulation for all blocks, to which each adds its own table. `rotary`: rotary positions
     instead of learned ones. Training: `drop` share of conditions left out, `drop_path` of the last block, `flips` strength of
-    bitwise self-correction in the first `flip_scales` scales.
+    bitwise self-correction in the first `flip_scales` scales, `gate` factor of the gates' first weights.
     """
 
     condition: str
@@ -49,6 +49,7 @@ class NextScaleConfig:
     drop_path: float = 0.1
     flips: float = 0.3
     flip_scales: int = 13
+    gate: float = 1e-3
 
     def __post_init__(self) -> None:
         for name, value, words in (("condition", self.condition, CONDITIONS), ("tokens", self.tokens, TOKENS)):
@@ -57,7 +58,7 @@ class NextScaleConfig:
         ranges = {
             **dict.fromkeys(("width", "heads", "inner", "latents", "values", "text_tokens"), _WIDTH),
             **dict.fromkeys(("num_classes", "levels", "flip_scales"), Range(0, limits.WIDTH)),
-            **dict.fromkeys(("drop", "drop_path", "flips"), _SHARE),
+            **dict.fromkeys(("drop", "drop_path", "flips", "gate"), _SHARE),
             "depth": _LAYERS,
         }
         for name, allowed in ranges.items():
@@ -107,7 +108,7 @@ class NextScaleConfig:
     @property
     def known(self) -> tuple[str, int] | None:
         """Name and parameters of the published model that this is, None for another shape or other classes."""
-        training = {"drop", "drop_path", "flips", "flip_scales", "text_tokens"}
+        training = {"drop", "drop_path", "flips", "flip_scales", "gate", "text_tokens"}
         mine = {name: value for name, value in self.to_dict().items() if name not in training}
         for name, config in PUBLISHED.items():
             if mine == {key: value for key, value in config.to_dict().items() if key not in training}:

@@ -62,7 +62,38 @@ class NextScaleNetwork(nn.Module):
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.depth))
         self.head_nm = HeadNorm(c.width)
         self.head = nn.Linear(c.width, c.outputs)
+        self.initialise(generator)
         self.checkpoint_layers = False  # in training, keep a block's input alone and compute the rest again in the backward pass
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Weights that have learned nothing, as published: gates begin almost shut, so that a deep network begins as a shallow
+        one."""
+        c = self.config
+        std, rest = (3 * c.width) ** -0.5, 0.5 if c.text_width is None else 1e-3
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                module.weight.normal_(std=std, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+        self.pos_start.normal_(std=std, generator=generator)
+        if not c.rotary:
+            self.pos_1LC.normal_(std=std, generator=generator)
+        if c.text_width is not None:
+            self.text_pool.mat_q.normal_(std=std, generator=generator)
+            nn.init.trunc_normal_(self.cfg_uncond, std=1.2, generator=generator)
+            self.cfg_uncond.div_(math.sqrt(c.text_width))
+        self.head.weight.mul_(0.02)
+        self.head_nm.ada_lin[1].weight.mul_(rest)
+        for block in self.blocks:
+            last = [block.attn.proj, block.ffn.fc2] + ([block.cross.proj] if c.text_width is not None else [])
+            for layer in last:
+                layer.weight.div_(math.sqrt(2 * c.depth))
+            if c.shared_ada:
+                block.ada_gss.normal_(std=c.width**-0.5, generator=generator)
+            parts = block.ada_gss[0, 0] if c.shared_ada else block.ada_lin[1].weight.unflatten(0, (6, -1))
+            parts[:2].mul_(c.gate)
+            parts[2:].mul_(rest)
 
     @property
     def null_class(self) -> int:
