@@ -8,9 +8,9 @@ from golden_cases import GOLDEN
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bitdance.folder.published import flat_blocks
 from bitdance.kinds.refine.class_network import ClassRefineNetwork
 from bitdance.kinds.refine.config import ClassRefineConfig, TextRefineConfig
-from bitdance.kinds.refine.published import flat_blocks
 from bitdance.kinds.refine.text_network import TextRefineNetwork
 from lfq_tokenizer.hbq_vae import HBQConfig, HBQTokenizer, picture_part
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from grn_cases import class_network, grn_case, hbq_tokenizer, recorded, text_network, weights
 
+from bitdance.folder.published import flat_blocks
 from bitdance.kinds.refine import loop
 from bitdance.kinds.refine.class_network import position_table
 from bitdance.kinds.refine.config import PUBLISHED, PUBLISHED_TEXT
@@ -14,7 +15,6 @@ from bitdance.kinds.refine.loop import OwnDraws, refine
 from bitdance.kinds.refine.model import build_network, label_losses
 from bitdance.kinds.refine.noise import RefineNoise, times
 from bitdance.kinds.refine.predictors import ClassPredictor, TextPredictor
-from bitdance.kinds.refine.published import flat_blocks
 from bitdance.kinds.refine.settings import AdaptiveSteps, RefineSettings
 from bitdance.kinds.refine.text_network import RATIOS, grid_of, grid_places, picture_turns, text_turns, time_turns
 from bitdance.networks import text_encoder

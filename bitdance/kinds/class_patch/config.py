@@ -1,10 +1,10 @@
 """The shape of a class-conditional model, in the names of the published code, and the published sizes."""
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bitdance.folder.json_config import config_from
 from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.sequence.patches import PatchPlan, patch_side
 from bitdance.values import Range, shown
@@ -139,14 +139,7 @@ class ClassPatchConfig:
     @classmethod
     def from_dict(cls, data: Any) -> "ClassPatchConfig":
         """From a JSON object; an unknown or missing key is an error."""
-        if not isinstance(data, Mapping):
-            raise ValueError(f"the config is a {type(data).__name__}; expected an object")
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - set(fields)):
-            raise ValueError(f"unknown keys {shown(unknown)}; known are {', '.join(fields)}")
-        if missing := [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in data]:
-            raise ValueError(f"the config lacks {', '.join(missing)}")
-        return cls(**data)
+        return config_from(cls, data)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `from_dict` reads."""

@@ -9,13 +9,14 @@ The picture tokenizer lies inside as vae.*, and its own file, where one is given
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitdance.folder.picture_model import PictureModel
+from bitdance.folder.published import check_finite, check_said, count_of, filled, plain_tensors
 from bitdance.kinds.class_patch.config import HEAD_WIDTH, PUBLISHED, ClassPatchConfig, published_name
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import STEPS
@@ -23,9 +24,9 @@ from bitdance.sequence.classes import names_for
 from bitdance.values import shown
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.json_file import read_config
-from lfq_tokenizer.pt_file import DTYPES, read_content, read_pt, tokenizer_of
+from lfq_tokenizer.pt_file import read_content, read_pt, tokenizer_of
 from lfq_tokenizer.text import listed
-from lfq_tokenizer.weights import check_shapes, read_safetensors
+from lfq_tokenizer.weights import read_safetensors
 
 PARTS = ("tokenizer", "classes", "config")
 STATE_DICTS = ("ema", "model")
@@ -58,12 +59,9 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> Found:
     if "config" in parts:
         said |= read_config(parts["config"], _config_fields)
     body = {key: value for key, value in state.items() if not (isinstance(key, str) and key.startswith(_PREFIX))}
-    _check_plain(body, path)
+    body = plain_tensors(body, path)
     config = config_of(body, said, path)
-    with torch.device("meta"):
-        network = ClassPatchModel(config)
-    check_shapes({key: tuple(t.shape) for key, t in network.state_dict().items()}, _shapes(body), path)
-    network.load_state_dict({key: value.detach() for key, value in body.items()}, strict=True, assign=True)
+    network = filled(partial(ClassPatchModel, config), body, path)
     if "tokenizer" in parts:
         tokenizer, source = _tokenizer_part(parts["tokenizer"]), str(parts["tokenizer"])
     elif len(body) == len(state):
@@ -73,9 +71,8 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> Found:
     if tokenizer.config.bits != config.latent_dim:
         bits = f"{tokenizer.config.bits} bits per token, the model {config.latent_dim}"
         raise ValueError(f"the tokenizer of {source} has {bits}; give the one that the model was trained with")
-    for module, file in ((network, path), (tokenizer, source)):
-        if odd := [key for key, tensor in module.state_dict().items() if not bool(torch.isfinite(tensor).all())]:
-            raise ValueError(f"{file}: {listed(odd, ', ')} hold NaN or infinity; download it again")
+    check_finite(network, path)
+    check_finite(tokenizer, source)
     names, names_from = names_for(config.num_classes, parts.get("classes"))
     known = published_name(config)
     extras: dict[str, Any] = {"card": {"name": f"BitDance-{known}"}} if known else {}
@@ -85,7 +82,7 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> Found:
             "num_inference_steps": STEPS,
             "cfg_schedule": "linear",
         }
-    return Found(PictureModel(network.eval(), tokenizer.eval(), names, extras), known, name, source, names_from)
+    return Found(PictureModel(network, tokenizer.eval(), names, extras), known, name, source, names_from)
 
 
 def _content(path: Path) -> tuple[str, Mapping[Any, Any], dict[str, Any]]:
@@ -129,12 +126,6 @@ def config_of(state: Mapping[str, Tensor], said: Mapping[str, Any], path: Path) 
             raise ValueError(f"{path}: {name} has shape {list(found)}; expected {dimensions} dimensions")
         return found
 
-    def count(pattern: str) -> int:
-        number = 0
-        while pattern.format(number) in state:
-            number += 1
-        return number
-
     (dim,) = shape("norm.weight", 1)
     rows, columns = shape("cls_embedding.weight", 2)
     tokens, _ = shape("pos_for_diff.weight", 2)
@@ -143,19 +134,17 @@ def config_of(state: Mapping[str, Tensor], said: Mapping[str, Any], path: Path) 
         raise ValueError(f"{path}: a class embedding of {rows} × {columns} and {tokens} tokens do not fit a width of {dim}")
     shown_by_weights = {
         "dim": dim,
-        "n_layer": count("layers.{}.attention_norm.weight"),
+        "n_layer": count_of(state, "layers.{}.attention_norm.weight"),
         "diff_dim": head_width,
-        "diff_layers": count("head.net.res_blocks.{}.w1.weight"),
-        "diff_adanln_layers": count("head.net.ada_ln_blocks.{}.weight"),
+        "diff_layers": count_of(state, "head.net.res_blocks.{}.w1.weight"),
+        "diff_adanln_layers": count_of(state, "head.net.ada_ln_blocks.{}.weight"),
         "latent_dim": bits,
         "num_classes": rows - 1,
         "cls_token_num": columns // dim,
         "grid": math.isqrt(tokens),
         "parallel_num": 1 + (shape("query_token", 3)[1] if "query_token" in state else 0),
     }
-    for name, value in shown_by_weights.items():
-        if name in said and said[name] != value:
-            raise ValueError(f"{path}: {name} = {value} by its weights, {shown(said[name])} by its config; must be equal")
+    check_said(said, shown_by_weights, path)
     if "n_head" not in said and dim % HEAD_WIDTH:
         raise ValueError(
             f"{path} does not say its attention heads, and its width {dim} is no multiple of {HEAD_WIDTH}, the published width "
@@ -169,18 +158,6 @@ def config_of(state: Mapping[str, Tensor], said: Mapping[str, Any], path: Path) 
     if known and "perturb_rate" not in said:
         config = replace(config, perturb_rate=PUBLISHED[known][0].perturb_rate)
     return config
-
-
-def _check_plain(state: Mapping[Any, Any], path: Path) -> None:
-    for key, value in state.items():
-        plain = isinstance(value, Tensor) and value.layout == torch.strided and value.dtype in DTYPES
-        if not isinstance(key, str) or not plain:
-            kind = f"{value.dtype} {value.layout}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{path}: {shown(key)} is a {kind}; expected a plain tensor of floating point numbers")
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
 
 
 def _tokenizer_part(path: Path) -> LFQTokenizer:

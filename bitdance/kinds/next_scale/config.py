@@ -5,10 +5,10 @@ ones. Sources: VAR paper (arXiv 2404.02905), Infinity paper (arXiv 2412.04431); 
 """
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bitdance.folder.json_config import config_from
 from bitdance.values import Range, shown
 from lfq_tokenizer import limits
 from lfq_tokenizer.scales import Side, squares
@@ -138,14 +138,7 @@ class NextScaleConfig:
     @classmethod
     def from_dict(cls, data: Any) -> "NextScaleConfig":
         """From a JSON object; an unknown or missing key is an error."""
-        if not isinstance(data, Mapping):
-            raise ValueError(f"the config is a {type(data).__name__}; expected an object")
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - set(fields)):
-            raise ValueError(f"unknown keys {shown(unknown)}; known are {', '.join(fields)}")
-        if missing := [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in data]:
-            raise ValueError(f"the config lacks {', '.join(missing)}")
-        return cls(**data)
+        return config_from(cls, data)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `from_dict` reads."""

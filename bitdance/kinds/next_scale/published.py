@@ -7,8 +7,8 @@ The tokenizer lies in a file of its own, and of a model of prompts so does the t
 """
 
 import math
-import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,24 +16,29 @@ import torch
 from torch import Tensor
 
 from bitdance.folder.picture_model import PictureModel
+from bitdance.folder.published import (
+    check_said,
+    count_of,
+    filled,
+    flat_blocks,
+    need_tokenizer,
+    plain_tensors,
+    put_together,
+    said_in,
+    shape_of,
+)
 from bitdance.kinds.next_scale.config import INFINITY_1M, VAR_256, VAR_512, NextScaleConfig
 from bitdance.kinds.next_scale.network import NextScaleNetwork
 from bitdance.kinds.next_scale.settings import NAMES, PRESETS, NextScaleSettings
-from bitdance.networks.text_encoder import TextEncoder
-from bitdance.sequence.classes import names_for
-from bitdance.values import shown
 from lfq_tokenizer.any_tokenizer import load_tokenizer
-from lfq_tokenizer.json_file import read_config
-from lfq_tokenizer.pt_file import DTYPES, read_content
+from lfq_tokenizer.pt_file import read_content
 from lfq_tokenizer.scale_file import read_scales
 from lfq_tokenizer.scale_vae import ScaleTokenizer
 from lfq_tokenizer.scales import squares
-from lfq_tokenizer.text import listed
-from lfq_tokenizer.weights import check_shapes, read_safetensors
+from lfq_tokenizer.weights import read_safetensors
 
 PARTS = ("tokenizer", "text_encoder", "classes", "config")
 T = TypeVar("T")
-_CHUNK = re.compile(r"block_chunks\.([0-9]{1,4})\.module\.([0-9]{1,4})\.")
 _NAMES = (
     (".sa.", ".attn."),
     (".ca.", ".cross."),
@@ -47,12 +52,10 @@ BUFFERS = ("lvl_1L", "attn_bias_for_masking")
 def renamed(state: Mapping[str, T], chunk: int = 0) -> dict[str, T]:
     """The tensors of a published transformer under our names. Buffers that follow from the shape are left out; blocks that
     come in chunks (0: as large as the names show) get one number each."""
-    chunk = chunk or 1 + max((int(match[2]) for name in state if (match := _CHUNK.match(name))), default=0)
     found: dict[str, T] = {}
-    for name, tensor in state.items():
+    for name, tensor in flat_blocks(state, chunk).items():
         if name in BUFFERS or name.endswith("zero_k_bias"):
             continue
-        name = _CHUNK.sub(lambda match: f"blocks.{int(match[1]) * chunk + int(match[2])}.", name)
         for theirs, ours in _NAMES:
             name = name.replace(theirs, ours)
         found[name] = tensor
@@ -66,74 +69,45 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> tuple[PictureModel,
     classes.json; "config", a JSON object of fields that the weights do not say (sides, and those of training).
     FileNotFoundError, or ValueError that names the file, for one that is broken, would run code, or is no such model.
     """
-    if "tokenizer" not in parts:
-        raise ValueError(f"{path} holds no picture tokenizer; give its file with --part tokenizer=FILE")
-    said = read_config(parts["config"], _checked) if "config" in parts else {}
+    source, said = need_tokenizer(path, parts), said_in(parts)
     name, published = _content(path)
     state = renamed(published)
-    text = "text_norm.weight" in state
-    config = config_of(published, state, said, text, path)
-    source = parts["tokenizer"]
+    config = config_of(published, state, said, "text_norm.weight" in state, path)
     patchify = config.tokens == "bits" and config.latents % 4 == 0 and _latents(source) * 4 == config.latents
     tokenizer = load_tokenizer(source) if source.is_dir() else read_scales(source, len(config.sides), patchify)
     if not isinstance(tokenizer, ScaleTokenizer) or tokenizer.config.token != config.token:
         raise ValueError(f"{source} makes tokens of {tokenizer.config.token}, the model reads {config.token}; give its own")
-    with torch.device("meta"):
-        network = NextScaleNetwork(config)
-    check_shapes(_shapes(network.state_dict()), _shapes(state), path)
-    network.load_state_dict({key: tensor.detach() for key, tensor in state.items()}, strict=True, assign=True)
-    for module, file in ((network, path), (tokenizer, source)):
-        if odd := [key for key, tensor in module.state_dict().items() if not bool(torch.isfinite(tensor).all())]:
-            raise ValueError(f"{file}: {listed(odd, ', ')} hold NaN or infinity; download it again")
-    extras, encoder, names = _extras(config), None, None
-    found = {"weights from": name, "tokenizer from": str(source)}
-    if text:
-        if "text_encoder" not in parts:
-            raise ValueError(f"{path} reads the features of a text encoder; give its folder with --part text_encoder=DIR")
-        encoder = TextEncoder.from_pretrained(parts["text_encoder"], weights=False)
-        if encoder.width != config.text_width:
-            raise ValueError(
-                f"{parts['text_encoder']} gives {encoder.width} features per token, the model reads {config.text_width}; give "
-                "the encoder that it was trained with"
-            )
-        found["text encoder from"] = str(parts["text_encoder"])
-    else:
-        names, found["names from"] = names_for(config.num_classes, parts.get("classes"))
-    return PictureModel(network.eval(), tokenizer.eval(), names, extras, encoder), found
+    network = filled(partial(NextScaleNetwork, config), state, path)
+    return put_together(path, name, network, tokenizer, _extras(config), parts)
 
 
 def config_of(
     published: Mapping[str, Tensor], state: Mapping[str, Tensor], said: Mapping[str, Any], text: bool, path: Path
 ) -> NextScaleConfig:
     """The shape that the weights have, and what they do not show from `said` or as published."""
-    heads = _shape(state, "blocks.0.attn.scale_mul", path)[1]
-    width, latents = _shape(state, "word_embed.weight", path)
-    outputs = _shape(state, "head.weight", path)[0]
-    depth = 0
-    while f"blocks.{depth}.attn.proj.weight" in state:
-        depth += 1
+    heads = shape_of(state, "blocks.0.attn.scale_mul", path)[1]
+    width, latents = shape_of(state, "word_embed.weight", path)
+    outputs = shape_of(state, "head.weight", path)[0]
     by_weights: dict[str, Any] = {
         "condition": "text" if text else "class",
         "tokens": "bits" if outputs == 2 * latents and text else "codes",
         "width": width,
-        "depth": depth,
+        "depth": count_of(state, "blocks.{}.attn.proj.weight"),
         "heads": heads,
-        "inner": _shape(state, "blocks.0.ffn.fc1.weight", path)[0],
+        "inner": shape_of(state, "blocks.0.ffn.fc1.weight", path)[0],
         "latents": latents,
         "shared_ada": "shared_ada_lin.1.weight" in state,
         "rotary": "pos_1LC" not in state,
     }
     by_weights["values"] = 2 if by_weights["tokens"] == "bits" else outputs
     if text:
-        by_weights |= dict(zip(("text_tokens", "text_width"), _shape(state, "cfg_uncond", path), strict=True))
-        by_weights["levels"] = _shape(state, "lvl_embed.weight", path)[0]
+        by_weights |= dict(zip(("text_tokens", "text_width"), shape_of(state, "cfg_uncond", path), strict=True))
+        by_weights["levels"] = shape_of(state, "lvl_embed.weight", path)[0]
         sides: Any = INFINITY_1M
     else:
-        by_weights["num_classes"] = _shape(state, "class_emb.weight", path)[0] - 1
-        sides = _sides(published, _shape(state, "pos_1LC", path)[1])
-    for key, value in said.items():
-        if key in by_weights and by_weights[key] != value:
-            raise ValueError(f"{path}: {key} = {by_weights[key]} by its weights, {shown(value)} by its config; must be equal")
+        by_weights["num_classes"] = shape_of(state, "class_emb.weight", path)[0] - 1
+        sides = _sides(published, shape_of(state, "pos_1LC", path)[1])
+    check_said(said, by_weights, path)
     try:
         config = NextScaleConfig.from_dict({"sides": sides, **said, **by_weights})
     except ValueError as error:
@@ -176,17 +150,8 @@ def _content(path: Path) -> tuple[str, dict[str, Tensor]]:
     trainer = content.get("trainer")
     for name in ("var_wo_ddp", "gpt_fsdp"):
         if isinstance(trainer, Mapping) and isinstance(trainer.get(name), Mapping):
-            return f"trainer.{name}", _plain(trainer[name], path)
-    return "the file itself", _plain(content, path)
-
-
-def _plain(state: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise ValueError(f"{path}: {shown(key)} is a {type(value).__name__}; expected plain tensors of a next-scale model")
-        if value.dtype not in DTYPES and key not in BUFFERS:
-            raise ValueError(f"{path}: {shown(key)} is a {value.dtype}; expected floating point numbers")
-    return dict(state)
+            return f"trainer.{name}", plain_tensors(trainer[name], path, BUFFERS)
+    return "the file itself", plain_tensors(content, path, BUFFERS)
 
 
 def _extras(config: NextScaleConfig) -> dict[str, Any]:
@@ -197,19 +162,3 @@ def _extras(config: NextScaleConfig) -> dict[str, Any]:
     own = {key: getattr(settings, key) for key in NAMES if getattr(settings, key) != getattr(plain, key)}
     card = {"card": {"name": config.known[0]}} if config.known else {}
     return {"defaults": {"guidance_scale": settings.guidance, **own}, **card}
-
-
-def _checked(data: Any) -> dict[str, Any]:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"a {type(data).__name__}; expected an object")
-    return dict(data)
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in state.items()}
-
-
-def _shape(state: Mapping[str, Tensor], name: str, path: Path) -> tuple[int, ...]:
-    if name not in state:
-        raise ValueError(f"{path} has no tensor {name}; it is no next-scale model of this family")
-    return tuple(state[name].shape)

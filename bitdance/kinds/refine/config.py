@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from bitdance.folder.json_config import config_from
 from bitdance.values import Range, shown
 from lfq_tokenizer import limits
 
@@ -112,12 +113,7 @@ class RefineConfig:
         if not isinstance(condition, str) or condition not in kinds:
             raise ValueError(f'"condition" = {shown(condition)}; allowed are {", ".join(kinds)}')
         kind, values = kinds[condition], {key: value for key, value in data.items() if key != "condition"}
-        fields = {field.name: field for field in dataclasses.fields(kind)}
-        if unknown := sorted(set(values) - set(fields)):
-            raise ValueError(f"unknown keys {shown(unknown)}; known are {', '.join(fields)}")
-        if missing := [name for name, f in fields.items() if f.default is dataclasses.MISSING and name not in values]:
-            raise ValueError(f"the config lacks {', '.join(missing)}")
-        return kind(**values)
+        return config_from(kind, values)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that `from_dict` reads."""
