@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lfq_tokenizer.config import TokenizerConfig
-from lfq_tokenizer.files import check_links
+from lfq_tokenizer.folder import read_folder
 from lfq_tokenizer.hbq_vae import HBQConfig, HBQTokenizer
-from lfq_tokenizer.json_file import read_config
 from lfq_tokenizer.scale_vae import ScaleConfig, ScaleTokenizer
 from lfq_tokenizer.strips import decoding_bytes as _decoding_bytes
-from lfq_tokenizer.tokenizer import CONFIG_FILE, DEMO, LFQTokenizer
+from lfq_tokenizer.tokenizer import LFQTokenizer
 
 BitTokenizer: TypeAlias = LFQTokenizer | HBQTokenizer  # one grid of bits per picture
 PictureTokenizer: TypeAlias = LFQTokenizer | HBQTokenizer | ScaleTokenizer
@@ -33,13 +32,7 @@ def build_tokenizer(config: PictureTokenizerConfig) -> PictureTokenizer:
 
 def load_tokenizer(folder: Path | str) -> PictureTokenizer:
     """Read `ae_config.json` and `ae.safetensors` of a folder, or of "demo". FileNotFoundError or ValueError name the file."""
-    folder = DEMO if str(folder) == "demo" else Path(folder)
-    if folder.is_dir():
-        check_links(folder)
-    config = read_config(folder / CONFIG_FILE, config_of)
-    if isinstance(config, ScaleConfig):
-        return ScaleTokenizer.from_pretrained(folder)
-    return HBQTokenizer.from_pretrained(folder) if isinstance(config, HBQConfig) else LFQTokenizer.from_pretrained(folder)
+    return read_folder(build_tokenizer, config_of, folder)
 
 
 def decoding_bytes(config: PictureTokenizerConfig, height: int, width: int, itemsize: int, strips: bool) -> int:

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lfq_tokenizer import limits
-from lfq_tokenizer.files import check_links
+from lfq_tokenizer.folder import read_folder, write_folder
 from lfq_tokenizer.hierarchical import hierarchical_bits, hierarchical_values
-from lfq_tokenizer.json_file import read_config, write_json
-from lfq_tokenizer.weights import check_shapes, read_safetensors, read_shapes, write_safetensors
 
 WIDTHS = (1, 2, 4, 4)  # of the levels, times `dim`; the decoder's the other way round, times `dec_dim`
 SLOTS = (1, 2, 2)  # frames that a skip between levels folds; of one picture all but the last are zeros
@@ -136,20 +134,11 @@ class HBQTokenizer(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "HBQTokenizer":
         """Read `ae_config.json` and `ae.safetensors` of a folder. FileNotFoundError or ValueError name the file."""
-        folder = Path(folder)
-        check_links(folder)
-        config, weights = read_config(folder / "ae_config.json", HBQConfig.from_published), folder / "ae.safetensors"
-        with torch.device("meta"):
-            tokenizer = cls(config)
-        check_shapes({name: tuple(t.shape) for name, t in tokenizer.state_dict().items()}, read_shapes(weights), weights)
-        tokenizer.load_state_dict(read_safetensors(weights), strict=True, assign=True)
-        return tokenizer.eval()
+        return read_folder(cls, HBQConfig.from_published, folder)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `ae_config.json` and `ae.safetensors`; each file appears whole or not at all."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_json(self.config.to_published(), Path(folder) / "ae_config.json")
-        write_safetensors(self.state_dict(), Path(folder) / "ae.safetensors")
+        write_folder(self, folder)
 
 
 def picture_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,15 +10,10 @@ from lfq_tokenizer.binary import binarize
 from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
-from lfq_tokenizer.files import check_links
+from lfq_tokenizer.folder import read_folder, write_folder
 from lfq_tokenizer.hierarchical import hierarchical_bits, hierarchical_values
-from lfq_tokenizer.json_file import read_config, write_json
 from lfq_tokenizer.strips import decode_in_strips, encode_in_strips
-from lfq_tokenizer.weights import check_depth, check_shapes, read_safetensors, read_shapes, write_safetensors
 
-CONFIG_FILE = "ae_config.json"
-WEIGHTS_FILE = "ae.safetensors"
-DEMO = Path(__file__).parent.parent / "bitdance" / "pretrained" / "demo"  # of the same distribution
 # OURS: a whole picture takes about five activations at full size, in float32 12 GB for the published 32-bit tokenizer at this
 # size; what it was trained for stays below.
 STRIP_PIXELS = 1536 * 1536
@@ -94,24 +89,8 @@ class LFQTokenizer(nn.Module):
 
         FileNotFoundError or ValueError name the file and, for wrong tensors, the first ten offenders.
         """
-        folder = DEMO if str(folder) == "demo" else Path(folder)
-        if folder.is_dir():
-            check_links(folder)
-        config, weights_path = read_config(folder / CONFIG_FILE, TokenizerConfig.from_published), folder / WEIGHTS_FILE
-        found = read_shapes(weights_path)
-        check_depth(config.layers, found, weights_path)
-        with torch.device("meta"):
-            tokenizer = cls(config)
-        expected = {name: tuple(t.shape) for name, t in tokenizer.state_dict().items()}
-        check_shapes(expected, found, weights_path)
-        tokenizer.load_state_dict(read_safetensors(weights_path), strict=True, assign=True)
-        return tokenizer.eval()
+        return read_folder(cls, TokenizerConfig.from_published, folder)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `ae_config.json` and `ae.safetensors` (published layout); each file appears whole or not at all."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_json(self.config.to_published(), Path(folder) / CONFIG_FILE)
-        write_safetensors(self.state_dict(), Path(folder) / WEIGHTS_FILE)
-
-
-__all__ = ["CONFIG_FILE", "WEIGHTS_FILE", "LFQTokenizer"]
+        write_folder(self, folder)

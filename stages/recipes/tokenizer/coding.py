@@ -15,8 +15,8 @@ from tqdm import tqdm
 from bitdance.picture import to_pil, write_png
 from lfq_tokenizer import any_tokenizer
 from lfq_tokenizer.any_tokenizer import BitTokenizer
+from lfq_tokenizer.folder import WEIGHTS_FILE
 from lfq_tokenizer.scale_vae import ScaleTokenizer
-from lfq_tokenizer.tokenizer import WEIGHTS_FILE
 from stages.data.bits import pack_bits
 from stages.data.pack import PackOptions, pack
 from stages.data.sample import CaptionedPicture, Skipped
