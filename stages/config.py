@@ -105,7 +105,8 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Checked):
-    """AdamW. `schedule` is 'constant' or 'cosine' (down to `final_fraction` of lr), both after a linear warm-up."""
+    """AdamW. After a linear warm-up `schedule` is 'constant', or goes down to `final_fraction` of lr: 'cosine', or 'linear' after
+    the share `hold` of the steps that are left."""
 
     SECTION = "optimizer"
 
@@ -113,10 +114,13 @@ class OptimizerConfig(Checked):
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Share = 1e-15
     weight_decay: Weight = 0.0
+    weight_decay_end: Weight = 0.0  # at the last step, along a cosine; 0: it stays what it is
     # parameters that weight decay leaves alone: a part of their names, or "vectors" for all of fewer than two dimensions
     no_decay: tuple[str, ...] = ()
     warmup_steps: StepsOrNone = 2000
-    schedule: Annotated[str, Choice(("constant", "cosine"))] = "constant"
+    warmup_from: Share = 0.0  # the factor on lr at the first step; 0: that of one step of the warm-up
+    schedule: Annotated[str, Choice(("constant", "cosine", "linear"))] = "constant"
+    hold: Decay = 0.0
     final_fraction: Share = 0.0
     clip: Weight = 1.0  # gradient norm; 0 switches clipping off
     # part of the model → factor on lr: backbone, projector, head; encoder, decoder

@@ -17,6 +17,8 @@ from bitdance.kinds.next_scale.published import renamed
 from bitdance.kinds.next_scale.settings import NextScaleSettings
 from lfq_tokenizer import scale_file
 from lfq_tokenizer.scales import ScaleCodes, shared_index, squares
+from stages.config import OptimizerConfig
+from stages.engine.learner import learning_rate, weight_decay
 
 NAMES = var_recorded()["cases"]
 QUANTS = tuple(name for name in NAMES if name.startswith("quant/"))
@@ -24,8 +26,8 @@ LOGITS = ("var/logits", "var_saln/logits")
 LOSSES = ("loss/var", "loss/var_droppath", "loss/var_saln_ls")
 SAMPLES = tuple(name for name in NAMES if name.startswith("sample/"))
 EDITS = tuple(name for name in NAMES if name.startswith("edit/"))
-# the training schedule, and what neither training nor sampling reads: statistics of use, pictures of growing size
-LATER = {"train_steps/var", "lr", "tok/usage", "tok/decode_multires"}
+# what neither training nor sampling reads: statistics of use, pictures of growing size
+LATER = {"tok/usage", "tok/decode_multires"}
 MASKS = ("mask/edit_256", "mask/edit_512")
 COUNTS = {
     "VAR-d16": 310_283_520,
@@ -190,6 +192,64 @@ def test_the_first_scales_alone_in_progressive_training():
     loss.backward()
     for key, norm in renamed(info["grad_norms"]).items():
         assert dict(network.named_parameters())[key].grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-7), key
+
+
+def test_rates_and_weight_decay_are_the_recorded_ones():
+    info, t = var_case("lr")
+    way = {"warmup_steps": int(info["wp_it"]), "warmup_from": info["wp0"], "final_fraction": info["wpe"], "lr": info["peak_lr"]}
+    own = {"weight_decay": info["wd"], "weight_decay_end": info["wd_end"]}
+    schedules = {
+        name: OptimizerConfig(schedule="linear", hold=hold, **way, **own) for name, hold in (("lin0", 0.05), ("lin", 0.15))
+    }
+    for name, config in schedules.items():
+        found = [learning_rate(config, it, info["max_it"]) for it in info["its"]]
+        close(torch.tensor(found, dtype=torch.float64), t[f"out.lr_{name}"], 1e-12)
+    decay = [weight_decay(schedules["lin0"], it, info["max_it"]) for it in info["its"]]
+    close(torch.tensor(decay, dtype=torch.float64), t["out.wd"], 1e-12)
+
+
+def test_optimiser_steps_match_published():
+    info, t = var_case("train_steps/var")
+    network, tokenizer = var_network("var"), var_tokenizer()
+    spared = {key for key, _ in network.named_parameters() if key in renamed(dict.fromkeys(info["no_decay"]))}
+    config = OptimizerConfig(
+        lr=info["tlr"],
+        warmup_steps=info["wp_it"],
+        warmup_from=info["wp0"],
+        schedule="linear",
+        hold=0.05,
+        final_fraction=info["wpe"],
+        weight_decay=info["twd"],
+        weight_decay_end=info["twde"],
+    )
+    parameters = dict(network.named_parameters())
+    groups = [{"params": [p for key, p in parameters.items() if (key in spared) == which]} for which in (False, True)]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    with torch.no_grad():
+        targets, inputs = tokenizer.quantize.teach(tokenizer.latents(pictures()), SIDES)
+    B, depth, share = (
+        len(t["in.label"]),
+        network.config.depth,
+        torch.linspace(0, 0.1 * network.config.depth / 24, network.config.depth),
+    )
+    for it in range(info["iters"]):
+        adam.param_groups[0]["weight_decay"] = weight_decay(config, it, info["max_it"])
+        adam.param_groups[1]["weight_decay"] = 0.0
+        for group in adam.param_groups:
+            group["lr"] = learning_rate(config, it, info["max_it"])
+        close(torch.tensor(adam.param_groups[0]["lr"]), t["out.lr"][it].float(), 1e-8)
+        classes = torch.where(t[f"draw{2 * it}"] < 0.1, network.null_class, t["in.label"].roll(it))
+        drawn = t[f"draw{2 * it + 1}"].view(depth - 1, 2, B) / (1 - share[1:])[:, None, None]
+        kept = torch.cat([torch.ones(1, 2, B), drawn])
+        loss = scale_losses(network, targets, inputs, network.of_classes(classes), SIDES, kept).mean()
+        close(loss.detach(), t["out.loss"][it], 1e-4)
+        adam.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), info["tclip"])
+        assert norm.item() == pytest.approx(t["out.grad_norm"][it].item(), rel=1e-3)
+        adam.step()
+    for key, expected in renamed({k.removeprefix("out.param."): v for k, v in t.items() if k.startswith("out.param.")}).items():
+        close(parameters[key].detach(), expected)
 
 
 @torch.no_grad()

@@ -16,14 +16,25 @@ from stages.engine.ema import AveragedAdamW
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Of step `step` (from 0) in a run of `steps`: linear warm-up, then constant or cosine."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    """Of step `step` (from 0) in a run of `steps`: a linear warm-up, then constant, cosine or linear."""
+    warmup, first, floor = config.warmup_steps, config.warmup_from, config.final_fraction
+    if step < warmup:
+        return config.lr * (first + (1 - first) * step / warmup if first else (step + 1) / warmup)
     if config.schedule == "constant":
         return config.lr
-    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    floor = config.final_fraction
+    if config.schedule == "linear":  # the last step is at the end of it
+        left = 1 - (step - warmup) / max(1, steps - 1 - warmup)
+        return config.lr * (floor + (1 - floor) * min(1.0, max(0.0, left / (1 - config.hold))))
+    done = (step - warmup) / max(1, steps - warmup)
     return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def weight_decay(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Of step `step` in a run of `steps`: from `weight_decay` to `weight_decay_end`, if there is one."""
+    if not config.weight_decay_end:
+        return config.weight_decay
+    risen = 0.5 - 0.5 * math.cos(math.pi * step / max(1, steps - 1))
+    return config.weight_decay + (config.weight_decay_end - config.weight_decay) * risen
 
 
 def precision_of(run: RunConfig) -> str:
@@ -87,10 +98,12 @@ class Learner:
         return self.engine.device
 
     def begin(self, step: int) -> dict[str, float]:
-        """Set the learning rates of `step`, returned by name, and leave the eval mode of a validation."""
+        """Set learning rates and weight decay of `step`, the rates returned by name, and leave the eval mode of a validation."""
         rate = learning_rate(self.optimizer, step, self.steps)
         for group in self.adam.param_groups:
             group["lr"] = rate * group["scale"]
+            if group["weight_decay"]:
+                group["weight_decay"] = weight_decay(self.optimizer, step, self.steps)
         self.engine.train()
         return {"lr": rate, **{f"lr/{name}": rate * scale for name, scale in self.optimizer.scale.items()}}
 
