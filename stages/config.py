@@ -260,6 +260,7 @@ COMMANDS = {
     "generator": "bitdance train",
     "class_patch": "bitdance train",
     "refine": "bitdance train",
+    "next_scale": "bitdance train",
     "distill": "bitdance distill",
 }
 
@@ -298,6 +299,7 @@ Schema = TypeVar("Schema", bound=TrainingConfig)
 SCHEMAS = {
     "class_patch": "stages.recipes.class_patch.config.ClassTrainingConfig",
     "refine": "stages.recipes.refine.config.RefineTrainingConfig",
+    "next_scale": "stages.recipes.next_scale.config.NextScaleTrainingConfig",
 }
 
 

@@ -60,6 +60,7 @@ RECIPES = {
     "generator": "stages.recipes.generator",
     "class_patch": "stages.recipes.class_patch",
     "refine": "stages.recipes.refine",
+    "next_scale": "stages.recipes.next_scale",
 }
 
 

@@ -17,6 +17,7 @@ NEXT = {
     "tokenizer": "bitdance tokenizer eval PICTURES --model {run}, bitdance export {run} OUT",
     "generator": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL",
     "class_patch": "bitdance export {run} MODEL, bitdance generate --class all --model MODEL",
+    "next_scale": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL (or --class all)",
     "refine": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL (or --class all)",
     "distill": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL",
 }

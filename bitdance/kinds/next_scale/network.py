@@ -81,8 +81,8 @@ class NextScaleNetwork(nn.Module):
             self.pos_1LC.normal_(std=std, generator=generator)
         if c.text_width is not None:
             self.text_pool.mat_q.normal_(std=std, generator=generator)
-            nn.init.trunc_normal_(self.cfg_uncond, std=1.2, generator=generator)
-            self.cfg_uncond.div_(math.sqrt(c.text_width))
+            edge = math.erf(2 / 1.2 / math.sqrt(2))  # normal of deviation 1.2, nothing beyond ±2
+            self.cfg_uncond.uniform_(-edge, edge, generator=generator).erfinv_().mul_(1.2 * math.sqrt(2 / c.text_width))
         self.head.weight.mul_(0.02)
         self.head_nm.ada_lin[1].weight.mul_(rest)
         for block in self.blocks:

@@ -9,17 +9,18 @@ from torch import Tensor
 from bitdance.kinds.class_patch.config import ClassPatchConfig
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.noise import ClassNoise
+from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig
 from stages.recipes.class_patch.config import ClassPatchTraining
+from stages.recipes.pictures.plan import PictureSubject
 
 
-class ClassPatchSubject:
+class ClassPatchSubject(PictureSubject):
     """See `pictures.plan.Subject`."""
 
-    def __init__(self, training: ClassPatchTraining) -> None:
-        self.training = training
+    training: ClassPatchTraining
 
-    def shape(self, bits: int, grid: int, classes: Callable[[], int]) -> ClassPatchConfig:
-        return self.training.shape(bits, grid, classes())
+    def shape(self, tokenizer: PictureTokenizerConfig, classes: Callable[[], int]) -> ClassPatchConfig:
+        return self.training.shape(tokenizer.bits, self.grid(tokenizer), classes())
 
     def build(self, shape: ClassPatchConfig) -> ClassPatchModel:
         model = ClassPatchModel(shape)

@@ -42,3 +42,14 @@ class PictureTraining(Checked):
             raise ValueError(
                 f"{self.SECTION}.tokenizer is empty; name a run of recipe 'tokenizer' or a folder with ae_config.json"
             )
+
+
+@dataclass(frozen=True)
+class PromptTraining(PictureTraining):
+    """With `text_encoder`, a folder as transformers keeps it (umT5, T5, or a language model such as our own), the pictures are
+    those of captions, of up to `max_text_tokens` tokens; otherwise of classes. See `PictureTraining`."""
+
+    text_encoder: str = ""
+    max_text_tokens: Annotated[int, Range(1, 10**6)] = 256
+    prompt_prefix: str = ""  # in front of every prompt, as the published joint text model of GRN has "<T2I>"
+    sample_prompts: tuple[str, ...] = ()

@@ -35,7 +35,11 @@ class Subject(Protocol):
     @property
     def training(self) -> PictureTraining: ...
 
-    def shape(self, bits: int, grid: int, classes: Callable[[], int]) -> Any:
+    def tokenizer(self, config: TrainingConfig) -> tuple[PictureTokenizerConfig, str]:
+        """The tokenizer's shape where the tokenizer is not here, and the table that gives it."""
+        ...
+
+    def shape(self, tokenizer: PictureTokenizerConfig, classes: Callable[[], int]) -> Any:
         """The network's config. `classes` says how many there are, or that a plan needs to know."""
         ...
 
@@ -54,6 +58,20 @@ class Subject(Protocol):
     def about(self, shape: Any) -> str:
         """What kind of pictures it makes, in half a sentence."""
         ...
+
+
+class PictureSubject:
+    """What most kinds say alike: on grids of bits, of a tokenizer that [tokenizer.model] describes."""
+
+    def __init__(self, training: Any) -> None:
+        self.training = training
+
+    def tokenizer(self, config: TrainingConfig) -> tuple[PictureTokenizerConfig, str]:
+        return config.tokenizer.model, "tokenizer.model"
+
+    def grid(self, tokenizer: PictureTokenizerConfig) -> int:
+        """Tokens along a side."""
+        return int(self.training.size) // tokenizer.downsampling
 
 
 @dataclass(frozen=True)
@@ -120,18 +138,18 @@ def make_plan(config: TrainingConfig, subject: Subject, machine: Machine, quick:
     """The first number of processes is the one that the config's batch is meant for; the others keep the samples of a step.
     `quick`: what the precision "auto" means on the machine."""
     run, training, assumed = config.run, subject.training, []
-    tokenizer: PictureTokenizerConfig = config.tokenizer.model
+    tokenizer, table = subject.tokenizer(config)
     if folder := folder_here(training.tokenizer):
         tokenizer = read_config(folder / TOKENIZER_CONFIG, config_of)
     else:
-        assumed.append(f"{training.SECTION}.tokenizer = {training.tokenizer!r}, whose shape [tokenizer.model] gives, is not here")
+        assumed.append(f"{training.SECTION}.tokenizer = {training.tokenizer!r}, whose shape [{table}] gives, is not here")
     try:
         index = ShardIndex.open(config.data.train, config.data.keep)
         pictures, pixels = len(index), "bits" not in index.entries[0].members
     except OSError as error:
         pictures, pixels = 0, True
         assumed.append(f"the data are not here ({error}); shards of pictures, which are encoded on the way")
-    shape = subject.shape(tokenizer.bits, training.size // tokenizer.downsampling, partial(_classes, training))
+    shape = subject.shape(tokenizer, partial(_classes, training))
     with torch.device("meta"):
         model, frozen = subject.build(shape), build_tokenizer(tokenizer)
     count = {name: _count(part) for name, part in subject.parts(model).items()} | {"tokenizer (frozen)": _count(frozen)}

@@ -1,7 +1,6 @@
 """What the engine asks of a recipe (see `stages/recipe.py`), for one network over a frozen tokenizer."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +21,7 @@ from stages.recipe import Discriminator
 from stages.recipes.chain import check_bits, next_card
 from stages.recipes.frozen import Frozen
 from stages.recipes.pictures import labels
+from stages.recipes.pictures.captions import CaptionFeatures
 from stages.recipes.pictures.config import PictureTraining
 from stages.recipes.pictures.feed import PictureBatch, PictureFeed
 from stages.recipes.pictures.flops import picture_flops
@@ -42,7 +42,7 @@ class PictureObjective(nn.Module):
     def __init__(self, model: nn.Module, tokenizer: Any, text: TextEncoder | None = None) -> None:
         super().__init__()
         self.model: Any = model
-        self.tokenizer, self.text = Frozen(tokenizer), Frozen(text)
+        self.tokenizer, self.text, self.features = Frozen(tokenizer), Frozen(text), CaptionFeatures()
 
     def rows(self, batch: PictureBatch) -> Tensor:
         """The loss of each row, (R,…)."""
@@ -141,9 +141,8 @@ class PictureRecipe:
         """Some conditions with fixed seeds; its own generators, so that training is not disturbed."""
         conditions = self.sample_conditions()
         seeds = [torch.Generator().manual_seed(i) for i in range(len(conditions))]
-        bits_BChw = self.generate(_objective(module).eval(), conditions, seeds)
-        decode = partial(decode_pictures, self.tokenizer)
-        return grid([to_pil(decode(bits_Chw[None]))[0] for bits_Chw in bits_BChw])
+        found_BChw = self.generate(_objective(module).eval(), conditions, seeds)
+        return grid([to_pil(self.decode(found_Chw[None]))[0] for found_Chw in found_BChw])
 
     def sample_conditions(self) -> list[Any]:
         """What the pictures of a grid are made of: classes, several times each."""
@@ -153,8 +152,12 @@ class PictureRecipe:
         return [number for number in wished for _ in range(PER_CLASS)]
 
     def generate(self, objective: PictureObjective, conditions: Sequence[Any], generators: Sequence[torch.Generator]) -> Tensor:
-        """Bits (B,C,h,w) with the settings that are saved with the model."""
+        """Bits (B,C,h,w), or what else `decode` reads, with the settings that are saved with the model."""
         raise NotImplementedError
+
+    def decode(self, bits_BChw: Tensor) -> Tensor:
+        """What `generate` gave → pictures (B,3,H,W) in [-1,1]."""
+        return decode_pictures(self.tokenizer, bits_BChw)
 
     def defaults(self) -> dict[str, Any]:
         """The settings of sampling that are saved with the model."""

@@ -10,7 +10,7 @@ from bitdance.kinds.refine.settings import PRESETS, SCHEDULES
 from bitdance.kinds.refine.settings import RANGES as SAMPLING
 from bitdance.values import RANGES, Range
 from stages.config import TrainingConfig
-from stages.recipes.pictures.config import PictureTraining
+from stages.recipes.pictures.config import PromptTraining
 from stages.schema import Choice, Table
 
 # What follows from tokenizer, data, size and text encoder.
@@ -43,21 +43,13 @@ DEFAULTS = Table(
 
 
 @dataclass(frozen=True)
-class RefineTraining(PictureTraining):
-    """Cross-entropy of all labels of partly random grids; see `PictureTraining`.
-
-    With `text_encoder`, a folder as transformers keeps it (umT5, or a language model such as our own), the pictures are those of
-    captions, of up to `max_text_tokens` tokens; otherwise of classes.
-    """
+class RefineTraining(PromptTraining):
+    """Cross-entropy of all labels of partly random grids; see `PromptTraining`."""
 
     SECTION = "refine"
 
-    text_encoder: str = ""
-    max_text_tokens: Annotated[int, Range(1, 10**6)] = 256
-    prompt_prefix: str = ""  # in front of every prompt, as the published joint text model has "<T2I>"
     model: Annotated[Mapping[str, Any], MODEL] = field(default_factory=dict)
     defaults: Annotated[Mapping[str, Any], DEFAULTS] = field(default_factory=dict)  # of sampling; written to bitdance.json
-    sample_prompts: tuple[str, ...] = ()
 
     def shape(self, bits: int, grid: int, classes: int | None, text_width: int | None = None) -> RefineConfig:
         """The network's config for a tokenizer of so many bits per token, a grid of `grid` × `grid` tokens, and so many classes

@@ -11,20 +11,21 @@ from bitdance.kinds.refine.config import RefineConfig, TextRefineConfig
 from bitdance.kinds.refine.model import build_network, label_losses
 from bitdance.kinds.refine.noise import RefineNoise
 from bitdance.networks.text_encoder import width_of
+from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig
+from stages.recipes.pictures.plan import PictureSubject
 from stages.recipes.refine.config import RefineTraining
 
 TEXT_TOKENS = 24  # of a caption, for counting
 
 
-class RefineSubject:
+class RefineSubject(PictureSubject):
     """See `pictures.plan.Subject`."""
 
-    def __init__(self, training: RefineTraining) -> None:
-        self.training = training
+    training: RefineTraining
 
-    def shape(self, bits: int, grid: int, classes: Callable[[], int]) -> RefineConfig:
-        encoder = self.training.text_encoder
-        return self.training.shape(bits, grid, *((None, width_of(Path(encoder))) if encoder else (classes(), None)))
+    def shape(self, tokenizer: PictureTokenizerConfig, classes: Callable[[], int]) -> RefineConfig:
+        encoder, grid = self.training.text_encoder, self.grid(tokenizer)
+        return self.training.shape(tokenizer.bits, grid, *((None, width_of(Path(encoder))) if encoder else (classes(), None)))
 
     def build(self, shape: RefineConfig) -> Any:
         network = build_network(shape)

@@ -12,18 +12,17 @@ from bitdance.kinds.refine.labels import bits_of
 from bitdance.kinds.refine.loop import OwnDraws, refine
 from bitdance.kinds.refine.predictors import ClassPredictor, TextPredictor
 from bitdance.kinds.refine.settings import choose
-from bitdance.networks.text_encoder import TextEncoder
-from stages.engine.checkpoint import model_folder
-from stages.recipes.pictures.feed import Conditions, PictureFeed
-from stages.recipes.pictures.recipe import PER_CLASS, PictureObjective, PictureRecipe
+from stages.recipes.pictures.feed import PictureFeed
+from stages.recipes.pictures.prompts import PromptRecipe
+from stages.recipes.pictures.recipe import PictureObjective
 from stages.recipes.refine.config import RefineTraining, RefineTrainingConfig
-from stages.recipes.refine.feed import Captions, LabelNoise
+from stages.recipes.refine.feed import LabelNoise
 from stages.recipes.refine.objective import RefineObjective
 from stages.recipes.refine.plan import loss_of
 
 
-class RefineRecipe(PictureRecipe):
-    """See `PictureRecipe`."""
+class RefineRecipe(PromptRecipe):
+    """See `PromptRecipe`."""
 
     layout = LAYOUT
     training_alone = ("drop", "P_mean", "P_std", "time_shift", "grids", "grid")
@@ -32,43 +31,26 @@ class RefineRecipe(PictureRecipe):
 
     def __init__(self, config: RefineTrainingConfig) -> None:
         training = config.refine
-        super().__init__(config, training, captions=bool(training.text_encoder))
-        text = None
-        if training.text_encoder:
-            text = TextEncoder.from_pretrained(model_folder(training.text_encoder), torch.float32, training.prompt_prefix)
-        shape = self._shape(text)
+        super().__init__(config, training)
+        shape = self._shape()
         network: Any = self.network(shape)
         network.checkpoint_layers = training.checkpoint_activations
         if config.run.compile:
             network.compile()
-        self.module: nn.Module = RefineObjective(network, self.tokenizer, text)
+        self.module: nn.Module = RefineObjective(network, self.tokenizer, self.text)
         grid = (self.grid(), self.grid())
-        conditions: Conditions
-        if text is None:
-            assert self.labels is not None
-            conditions = self.labels
-        else:
-            conditions = Captions(text.reader, training.max_text_tokens, shape.drop)
-        self.feed = PictureFeed(config, training, self.data, conditions, LabelNoise(shape, grid), (shape.bits, *grid))
+        noise = LabelNoise(shape, grid)
+        self.feed = PictureFeed(config, training, self.data, self.conditions(shape.drop), noise, (shape.bits, *grid))
         self.flops = self.token_flops(shape)
 
-    def _shape(self, text: TextEncoder | None) -> RefineConfig:
-        if text is not None:
-            return self.training.shape(self.tokenizer.config.bits, self.grid(), None, text.width)
-        assert self.labels is not None
-        return self.training.shape(self.tokenizer.config.bits, self.grid(), len(self.labels))
+    def _shape(self) -> RefineConfig:
+        bits, width = self.tokenizer.config.bits, None if self.text is None else self.text.width
+        return self.training.shape(bits, self.grid(), None if self.labels is None else len(self.labels), width)
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
         """One part, which trains."""
         assert isinstance(self.module, PictureObjective)
         return {"network": list(self.module.model.parameters())}
-
-    def sample_conditions(self) -> list[Any]:
-        """See `PictureRecipe`; of a model of prompts the ones that the config names."""
-        if not self.training.text_encoder:
-            return super().sample_conditions()
-        prompts = self.training.sample_prompts or ("",)
-        return [prompt for prompt in prompts for _ in range(PER_CLASS)]
 
     def generate(self, objective: PictureObjective, conditions: Sequence[Any], generators: Sequence[torch.Generator]) -> Tensor:
         """See `PictureRecipe`."""
