@@ -219,6 +219,6 @@ def test_captions_beyond_those_that_are_remembered_are_encoded_again(home: Path,
     some, others = batch(recipe, range(0, 4)), batch(recipe, range(4, 8))
     with torch.no_grad():
         expected = [recipe.module.rows(one) for one in (some, others, some)]
-        monkeypatch.setattr("stages.recipes.refine.objective.REMEMBERED", 5)
+        monkeypatch.setattr("stages.recipes.pictures.captions.REMEMBERED", 5)
         for one, rows in zip((some, others, some), expected, strict=True):
             assert torch.equal(recipe.module.rows(one), rows)
