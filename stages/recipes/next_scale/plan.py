@@ -1,7 +1,6 @@
 """What `--dry-run` says of a next-scale model: its network, and the loss that is counted."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 from bitdance.kinds.next_scale.config import NextScaleConfig
 from bitdance.kinds.next_scale.model import scale_losses
 from bitdance.kinds.next_scale.network import NextScaleNetwork
-from bitdance.networks.text_encoder import width_of
 from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig
 from lfq_tokenizer.scale_vae import ScaleConfig
 from stages.config import TrainingConfig
@@ -32,10 +30,9 @@ class NextScaleSubject(PictureSubject):
             raise ValueError(f"next_scale.vae, for a plan without the tokenizer: {error}") from None
 
     def shape(self, tokenizer: PictureTokenizerConfig, classes: Callable[[], int]) -> NextScaleConfig:
-        encoder = self.training.text_encoder
         if not isinstance(tokenizer, ScaleConfig):
             raise ValueError(f"next_scale.tokenizer makes {tokenizer.token}; give a tokenizer of scales")
-        return self.training.shape(tokenizer, *((None, width_of(Path(encoder))) if encoder else (classes(), None)))
+        return self.training.shape(tokenizer, *self.classes_or_width(classes))
 
     def build(self, shape: NextScaleConfig) -> NextScaleNetwork:
         network = NextScaleNetwork(shape)

@@ -50,6 +50,7 @@ class PromptTraining(PictureTraining):
     those of captions, of up to `max_text_tokens` tokens; otherwise of classes. See `PictureTraining`."""
 
     text_encoder: str = ""
+    text_width: Annotated[int, Range(0, 1 << 20)] = 0  # features of a text token, for a plan where the text encoder is not here
     max_text_tokens: Annotated[int, Range(1, 10**6)] = 256
     prompt_prefix: str = ""  # in front of every prompt, as the published joint text model of GRN has "<T2I>"
     sample_prompts: tuple[str, ...] = ()

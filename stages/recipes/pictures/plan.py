@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitdance.folder.sizes import TOKENIZER_CONFIG
 from bitdance.networks.precision import quick_dtype
+from bitdance.networks.text_encoder import width_of
 from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig, build_tokenizer, config_of
 from lfq_tokenizer.json_file import read_config, read_json
 from stages.config import TrainingConfig
@@ -72,6 +73,19 @@ class PictureSubject:
     def grid(self, tokenizer: PictureTokenizerConfig) -> int:
         """Tokens along a side."""
         return int(self.training.size) // tokenizer.downsampling
+
+    def classes_or_width(self, classes: Callable[[], int]) -> tuple[int | None, int | None]:
+        """How many classes there are, or how many features a token of a caption has. ValueError where nothing says the latter."""
+        if not self.training.text_encoder:
+            return classes(), None
+        if folder := folder_here(self.training.text_encoder):
+            return None, width_of(folder)
+        if not self.training.text_width:
+            said, section = self.training.text_encoder, self.training.SECTION
+            raise ValueError(
+                f"{section}.text_encoder = {said!r} is not here; for a plan say its features in {section}.text_width"
+            )
+        return None, self.training.text_width
 
 
 @dataclass(frozen=True)

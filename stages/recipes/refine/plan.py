@@ -1,7 +1,6 @@
 """What `--dry-run` says of a refinement model: its network, and the loss that is counted."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 from bitdance.kinds.refine.config import RefineConfig, TextRefineConfig
 from bitdance.kinds.refine.model import build_network, label_losses
 from bitdance.kinds.refine.noise import RefineNoise
-from bitdance.networks.text_encoder import width_of
 from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig
 from stages.recipes.pictures.plan import PictureSubject
 from stages.recipes.refine.config import RefineTraining
@@ -24,8 +22,7 @@ class RefineSubject(PictureSubject):
     training: RefineTraining
 
     def shape(self, tokenizer: PictureTokenizerConfig, classes: Callable[[], int]) -> RefineConfig:
-        encoder, grid = self.training.text_encoder, self.grid(tokenizer)
-        return self.training.shape(tokenizer.bits, grid, *((None, width_of(Path(encoder))) if encoder else (classes(), None)))
+        return self.training.shape(tokenizer.bits, self.grid(tokenizer), *self.classes_or_width(classes))
 
     def build(self, shape: RefineConfig) -> Any:
         network = build_network(shape)
