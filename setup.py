@@ -64,6 +64,7 @@ setup(
         "stages.recipes",
         "stages.recipes.class_patch",
         "stages.recipes.pictures",
+        "stages.recipes.next_scale",
         "stages.recipes.refine",
         "stages.recipes.generator",
         "stages.recipes.tokenizer",

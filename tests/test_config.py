@@ -14,8 +14,10 @@ from distill.config import DistillConfig
 from distill.config import load_config as load_distill_config
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.entropy import check_groups
+from lfq_tokenizer.scale_vae import ScaleConfig
 from stages.config import TrainingConfig, as_dict, load_config
 from stages.recipes.class_patch.config import ClassTrainingConfig
+from stages.recipes.next_scale.config import NextScaleTrainingConfig
 from stages.recipes.refine.config import RefineTrainingConfig
 from stages.schema import DECLARED
 
@@ -57,6 +59,11 @@ def test_every_config_that_ships_fits_the_code_that_reads_it(path: Path) -> None
         width = 256 if config.refine.text_encoder else None
         shape = config.refine.shape(64, 8, None if width else config.refine.class_count, width)
         assert shape.class_count is None or shape.class_count >= 10
+    elif isinstance(config, NextScaleTrainingConfig):
+        section = config.next_scale
+        vae, width = ScaleConfig.from_published({"scales": dict(section.vae)}), section.text_width or None
+        shape = section.shape(vae, None if width else section.class_count, width)
+        assert shape.known is not None or "256" in path.stem, "the published model that the header names"
     elif config.generator.head or not config.generator.init:  # else the head is that of the model that goes on
         hidden = int(config.generator.backbone.get("hidden_size", 1))
         HeadConfig.from_dict({"ch_target": 1, "ch_cond": hidden, **config.generator.head})
@@ -210,7 +217,7 @@ def test_a_value_of_a_wrong_type_is_an_error_that_says_the_right_one(write, over
         ("run.steps=0", "run.steps = 0; a whole number from 1 to 1000000000 is allowed"),
         ("run.keep=0", "run.keep = 0; a whole number from 1 to 1000000000 is allowed"),
         ("run.ema=1.0", "run.ema = 1.0; a number from 0, below 1 is allowed"),
-        ("optimizer.schedule=linear", "optimizer.schedule = 'linear'; allowed are 'constant', 'cosine'"),
+        ("optimizer.schedule=steep", "optimizer.schedule = 'steep'; allowed are 'constant', 'cosine', 'linear'"),
         ("deepspeed.zero_stage=4", "deepspeed.zero_stage = 4; a whole number from 0 to 3 is allowed"),
         ("tokenizer.model.ch=20", "multiple of 32"),
     ],
