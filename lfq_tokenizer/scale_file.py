@@ -28,10 +28,10 @@ def is_scales(content: Mapping[Any, Any]) -> bool:
     return "quantize.embedding.weight" in state or "encoder.conv_in.conv.weight" in state
 
 
-def read_scales(path: Path, scales: int = 10, patchify: bool = False) -> ScaleTokenizer:
-    """The tokenizer, on the CPU, in the file's dtype, in eval mode; its widths follow from the shapes. `scales` and `patchify`
-    are what a file does not say. FileNotFoundError; ValueError when the file is broken, would have to run code, or does not hold
-    exactly the tensors of one tokenizer."""
+def read_scales(path: Path, scales: int = 10) -> ScaleTokenizer:
+    """The tokenizer, on the CPU, in the file's dtype, in eval mode; its widths follow from the shapes. `scales` is what a file
+    does not say, and so is whether a token is several positions (`ScaleTokenizer.patchified`). FileNotFoundError; ValueError when
+    the file is broken, would have to run code, or does not hold exactly the tensors of one tokenizer."""
     state = _state(read_safetensors(path) if path.suffix == ".safetensors" else read_content(path))
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided:
@@ -41,7 +41,7 @@ def read_scales(path: Path, scales: int = 10, patchify: bool = False) -> ScaleTo
         raise ValueError(f"{path}: {odd[0]} is a {found[odd[0]].dtype}; expected floating point numbers")
     shapes = {key: tuple(value.shape) for key, value in found.items()}
     try:
-        config = config_of(shapes, scales, patchify)
+        config = config_of(shapes, scales)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     with torch.device("meta"):
@@ -63,7 +63,7 @@ def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def config_of(shapes: Mapping[str, tuple[int, ...]], scales: int, patchify: bool) -> ScaleConfig:
+def config_of(shapes: Mapping[str, tuple[int, ...]], scales: int) -> ScaleConfig:
     """The shape that tensors under our names have. ValueError names one that is missing."""
 
     def shape(name: str) -> tuple[int, ...]:
@@ -91,7 +91,6 @@ def config_of(shapes: Mapping[str, tuple[int, ...]], scales: int, patchify: bool
         0 if codes and smooth == scales else smooth if codes else 4,
         0.5 if smooth or not codes else 0.0,
         scales,
-        patchify,
     )
 
 

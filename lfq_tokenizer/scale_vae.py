@@ -8,10 +8,11 @@ codes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,6 +127,13 @@ class ScaleTokenizer(nn.Module):
     def downsampling(self) -> int:
         """Pixels per token along a side, at the last scale."""
         return self.config.downsampling
+
+    def patchified(self) -> "ScaleTokenizer":
+        """The same weights with tokens of 2 × 2 positions."""
+        with torch.device("meta"):
+            other = ScaleTokenizer(replace(self.config, patchify=True))
+        other.load_state_dict(self.state_dict(), strict=True, assign=True)
+        return other.eval()
 
     def latents(self, images_B3HW: Tensor) -> Tensor:
         """Images in [-1,1] → what is quantised (B,Z,h,w)."""

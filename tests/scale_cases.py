@@ -66,7 +66,7 @@ def var_state(name: str) -> dict[str, Tensor]:
 def var_tokenizer() -> ScaleTokenizer:
     """Shared: do not change it."""
     state = scale_file.renamed(var_state("vae"))
-    tokenizer = ScaleTokenizer(scale_file.config_of({k: tuple(v.shape) for k, v in state.items()}, 5, False))
+    tokenizer = ScaleTokenizer(scale_file.config_of({k: tuple(v.shape) for k, v in state.items()}, 5))
     tokenizer.load_state_dict(state, strict=True)
     return tokenizer.eval()
 
@@ -98,7 +98,8 @@ def var_network(name: str, drop_path: float = 0.0) -> NextScaleNetwork:
 def infinity_tokenizer(which: str) -> ScaleTokenizer:
     """ "vae_a" or "vae_b". Shared: do not change it."""
     said = infinity_recorded()["config"][which]
-    return scale_file.read_scales(INFINITY / said["file"], patchify=which == "vae_b").float()
+    tokenizer = scale_file.read_scales(INFINITY / said["file"]).float()
+    return tokenizer.patchified() if which == "vae_b" else tokenizer
 
 
 @cache

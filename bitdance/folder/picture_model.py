@@ -71,6 +71,12 @@ class NetworkConfig(Protocol):
 Config = TypeVar("Config", bound=NetworkConfig)
 
 
+def check_new(folder: Path) -> None:
+    """ValueError where something lies there already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another one")
+
+
 @dataclass
 class PictureModel:
     """What a folder holds: network, picture tokenizer, names of the classes or the text encoder, and the rest of
@@ -183,8 +189,8 @@ class Layout(Generic[Config]):
         """Write the folder: all of it or, when anything fails, nothing. ValueError when it is not empty, unless `overwrite`."""
         if getattr(model.tokenizer, "encoder", None) is None:
             raise ValueError("the model was loaded without its picture encoder; load it with generation_only=False")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-            raise ValueError(f"{folder} exists and is not an empty folder; choose another one")
+        if not overwrite:
+            check_new(folder)
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
         states = {self.weights_file: model.network.state_dict(), TOKENIZER_WEIGHTS: model.tokenizer.state_dict()}
         check_room(folder, sum(tensor.nbytes for state in states.values() for tensor in state.values()))

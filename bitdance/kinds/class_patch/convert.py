@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitdance.folder.picture_model import check_new
 from bitdance.kinds.class_patch.folder import LAYOUT
 from bitdance.kinds.class_patch.published import PARTS as PARTS
 from bitdance.kinds.class_patch.published import read_published
@@ -16,8 +17,7 @@ def convert(file: Path, out: Path, parts: Mapping[str, Path]) -> dict[str, Any]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give the published .pt of a class-conditional model")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another one")
+    check_new(out)
     found = read_published(file, parts)
     LAYOUT.save(found.model, out)
     network, config = found.model.network, found.model.network.config

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitdance.folder.picture_model import check_new
 from bitdance.kinds.next_scale.folder import LAYOUT
 from bitdance.kinds.next_scale.published import PARTS as PARTS
 from bitdance.kinds.next_scale.published import read_published
@@ -18,8 +19,7 @@ def convert(file: Path, out: Path, parts: Mapping[str, Path]) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{file} does not exist; give the published .pth of a next-scale model, or the folder of its shards"
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another one")
+    check_new(out)
     model, found = read_published(file, parts)
     LAYOUT.save(model, out)
     config = model.network.config

@@ -5,7 +5,7 @@ bits of a token or V codes. Sources: public codes of VAR and Infinity for the or
 """
 
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from bitdance.heads.categorical import draw, filtered, softened
 from bitdance.kinds.next_scale.network import Condition, NextScaleNetwork
 from bitdance.kinds.next_scale.settings import NextScaleSettings, smoothing
 from bitdance.loop import OnBlock, run
+from bitdance.networks.text_encoder import TextEncoder
 from lfq_tokenizer.scales import ScaleCodes, ScaleQuantizer, Side
 
 LOST = "the network gives NaN; use a dtype with a wider range (bfloat16 or float32), or check the weights (bitdance verify)"
@@ -35,6 +36,30 @@ def own_draws(generators: Sequence[torch.Generator]) -> Exponential:
         return torch.stack(drawn if len({d.device for d in drawn}) == 1 else [d.cpu() for d in drawn])
 
     return numbers
+
+
+def condition_of(
+    network: NextScaleNetwork,
+    text: TextEncoder | None,
+    conditions: Sequence[Any],
+    guided: bool,
+    negative: Sequence[str] | None = None,
+) -> Condition:
+    """What a batch is made of, class numbers or prompts, and where guided what stands against each: no class, no prompt, or a
+    negative prompt."""
+    device = network.pos_start.device
+    if text is None:
+        rows = [*conditions, *[network.null_class] * len(conditions)] if guided else list(conditions)
+        return network.of_classes(torch.tensor(rows, device=device))
+
+    def features(prompts: Sequence[str]) -> list[Tensor]:
+        return [one[: network.config.text_tokens].to(device) for one in text.encode(prompts)]
+
+    of = features(conditions)
+    if not guided:
+        return network.of_text(of)
+    against = features(negative) if negative is not None else [network.cfg_uncond[: len(one)].detach() for one in of]
+    return network.of_text([*of, *against])
 
 
 class Given:

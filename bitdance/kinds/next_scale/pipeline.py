@@ -15,8 +15,7 @@ from torch.nn import functional as F
 
 from bitdance.coding import FORMS, Images, as_unit, check_form, generators_for
 from bitdance.kinds.next_scale.folder import LAYOUT
-from bitdance.kinds.next_scale.generate import Given, ScaleCanvas, generate_tokens, own_draws
-from bitdance.kinds.next_scale.network import Condition
+from bitdance.kinds.next_scale.generate import Given, ScaleCanvas, condition_of, generate_tokens, own_draws
 from bitdance.kinds.next_scale.schedule import schedule_of
 from bitdance.kinds.next_scale.settings import NAMES, NextScaleSettings, choose
 from bitdance.loop import OnBlock
@@ -44,20 +43,6 @@ class NextScalePipeline(PicturePipeline):
             raise ValueError(f"height {height} × width {width} is not supported: this model makes pictures of {only} pixels only")
         return list(schedule_of(side))
 
-    def condition(self, conditions: Sequence[Any], guided: bool, negative: Sequence[str] | None = None) -> Condition:
-        """What a batch is made of, and where guided what stands against each: no class, no prompt, or a negative prompt."""
-        network = self.model.network
-        if not self.of_prompts:
-            rows = [*conditions, *[network.null_class] * len(conditions)] if guided else list(conditions)
-            return network.of_classes(torch.tensor(rows, device=self.device))
-        assert self.model.text is not None
-        most = network.config.text_tokens
-        features = [one[:most].to(self.device) for one in self.model.text.encode(conditions)]
-        against = [network.cfg_uncond[: len(one)].detach() for one in features]
-        if negative is not None:
-            against = [one[:most].to(self.device) for one in self.model.text.encode(negative)]
-        return network.of_text([*features, *against] if guided else features)
-
     @torch.no_grad()
     def canvas(
         self,
@@ -72,7 +57,7 @@ class NextScalePipeline(PicturePipeline):
     ) -> ScaleCanvas:
         """One picture per condition, from which tokens and pictures are told."""
         self._cancelled.clear()
-        condition = self.condition(conditions, settings.guided, negative)
+        condition = condition_of(self.model.network, self.model.text, conditions, settings.guided, negative)
         network, quantizer, sides = self.model.network, self.model.tokenizer.quantize, self.sides(height, width)
         draws = own_draws(generators)
         return generate_tokens(

@@ -73,8 +73,9 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> tuple[PictureModel,
     name, published = _content(path)
     state = renamed(published)
     config = config_of(published, state, said, "text_norm.weight" in state, path)
-    patchify = config.tokens == "bits" and config.latents % 4 == 0 and _latents(source) * 4 == config.latents
-    tokenizer = load_tokenizer(source) if source.is_dir() else read_scales(source, len(config.sides), patchify)
+    tokenizer = load_tokenizer(source) if source.is_dir() else read_scales(source, len(config.sides))
+    if source.is_file() and config.tokens == "bits" and 4 * tokenizer.config.latents == config.latents:
+        tokenizer = tokenizer.patchified()
     if not isinstance(tokenizer, ScaleTokenizer) or tokenizer.config.token != config.token:
         raise ValueError(f"{source} makes tokens of {tokenizer.config.token}, the model reads {config.token}; give its own")
     network = filled(partial(NextScaleNetwork, config), state, path)
@@ -128,13 +129,6 @@ def _sides(published: Mapping[str, Tensor], length: int) -> Any:
         if all(math.isqrt(count) ** 2 == count for count in counts):
             return tuple(math.isqrt(count) for count in counts)
     return VAR_512 if length == sum(h * w for h, w in squares(VAR_512)) else VAR_256
-
-
-def _latents(source: Path) -> int:
-    """Numbers of a position of the tokenizer of a file or folder."""
-    if source.is_dir():
-        return load_tokenizer(source).config.latents
-    return read_scales(source).config.latents
 
 
 def _content(path: Path) -> tuple[str, dict[str, Tensor]]:

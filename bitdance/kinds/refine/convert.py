@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bitdance.folder.picture_model import check_new
 from bitdance.kinds.refine.config import published_name
 from bitdance.kinds.refine.folder import LAYOUT
 from bitdance.kinds.refine.published import PARTS as PARTS
@@ -17,8 +18,7 @@ def convert(file: Path, out: Path, parts: Mapping[str, Path]) -> dict[str, Any]:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; give the published .pth of a refinement model")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another one")
+    check_new(out)
     model, found = read_published(file, parts)
     LAYOUT.save(model, out)
     config = model.network.config

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdance.kinds.next_scale.folder import LAYOUT
-from bitdance.kinds.next_scale.generate import generate_tokens, own_draws
+from bitdance.kinds.next_scale.generate import condition_of, generate_tokens, own_draws
 from bitdance.kinds.next_scale.settings import choose
 from lfq_tokenizer.scale_vae import ScaleTokenizer
 from stages.recipes.next_scale.config import NextScaleTraining, NextScaleTrainingConfig
@@ -34,33 +34,17 @@ class NextScaleRecipe(PromptRecipe):
                 f"next_scale.tokenizer = {training.tokenizer!r} makes {self.tokenizer.config.token}; give a tokenizer of scales: "
                 "a converted one of VAR or Infinity"
             )
-        classes, width = None if self.labels is None else len(self.labels), None if self.text is None else self.text.width
-        shape = training.shape(self.tokenizer.config, classes, width)
-        network: Any = self.network(shape)
-        network.checkpoint_layers = training.checkpoint_activations
-        if config.run.compile:
-            network.compile()
-        self.module: nn.Module = NextScaleObjective(network, self.tokenizer, self.text, training)
+        shape = training.shape(self.tokenizer.config, *self.classes_or_width)
+        self.module: nn.Module = NextScaleObjective(self.network(shape), self.tokenizer, self.text, training)
         grid = (shape.bits, self.grid(), self.grid())
         self.feed = ScaleFeed(config, training, self.data, self.conditions(0.0), ScaleDraws(shape), grid)
         self.flops = self.token_flops(shape)
-
-    def parts(self) -> dict[str, list[nn.Parameter]]:
-        """One part, which trains."""
-        assert isinstance(self.module, PictureObjective)
-        return {"network": list(self.module.model.parameters())}
 
     def generate(self, objective: PictureObjective, conditions: Sequence[Any], generators: Sequence[torch.Generator]) -> Tensor:
         """The sum of all scales, which the decoder reads (B,Z,h,w)."""
         network, text, settings = objective.model, objective.text.module, choose(self.defaults())
         device = next(network.parameters()).device
-        if text is None:
-            rows = [*conditions, *[network.null_class] * len(conditions)] if settings.guided else list(conditions)
-            condition = network.of_classes(torch.tensor(rows, device=device))
-        else:
-            features = [one.to(device) for one in text.to(device).encode(conditions)]
-            against = [network.cfg_uncond[: len(one)] for one in features]
-            condition = network.of_text([*features, *against] if settings.guided else features)
+        condition = condition_of(network, None if text is None else text.to(device), conditions, settings.guided)
         quantizer, sides = self.tokenizer.to(device).quantize, network.config.sides
         return generate_tokens(network, quantizer, condition, sides, settings, own_draws(generators), len(conditions)).total
 

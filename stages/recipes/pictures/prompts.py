@@ -25,6 +25,11 @@ class PromptRecipe(PictureRecipe):
             folder = model_folder(training.text_encoder)
             self.text = TextEncoder.from_pretrained(folder, torch.float32, training.prompt_prefix)
 
+    @property
+    def classes_or_width(self) -> tuple[int | None, int | None]:
+        """How many classes there are, or how many features a token of a caption has."""
+        return None if self.labels is None else len(self.labels), None if self.text is None else self.text.width
+
     def conditions(self, drop: float) -> Conditions:
         """What the feed says of a sample: its class, or one of its captions, of which a share `drop` is left out."""
         if self.text is not None:

@@ -87,7 +87,18 @@ class PictureRecipe:
         return size // s
 
     def network(self, shape: Any) -> nn.Module:
-        """A fresh network of this shape, or the one of `init`, which must have it and, if any, these classes."""
+        """A fresh network of this shape, or the one of `init`, which must have it and, if any, these classes; ready to train."""
+        network: Any = self._network(shape)
+        network.checkpoint_layers = self.training.checkpoint_activations
+        if self.config.run.compile:
+            network.compile()
+        return network
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """One part, which trains; a kind may tell several apart."""
+        return {"network": list(_objective(self.module).model.parameters())}
+
+    def _network(self, shape: Any) -> nn.Module:
         if not self.training.init:
             return self.layout.build(shape, torch.Generator().manual_seed(self.config.run.seed))
         before = self.layout.load(model_folder(self.training.init), torch.device("cpu"), torch.float32)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitdance.kinds.refine.config import RefineConfig
 from bitdance.kinds.refine.folder import LAYOUT
 from bitdance.kinds.refine.labels import bits_of
 from bitdance.kinds.refine.loop import OwnDraws, refine
@@ -32,25 +31,12 @@ class RefineRecipe(PromptRecipe):
     def __init__(self, config: RefineTrainingConfig) -> None:
         training = config.refine
         super().__init__(config, training)
-        shape = self._shape()
-        network: Any = self.network(shape)
-        network.checkpoint_layers = training.checkpoint_activations
-        if config.run.compile:
-            network.compile()
-        self.module: nn.Module = RefineObjective(network, self.tokenizer, self.text)
+        shape = training.shape(self.tokenizer.config.bits, self.grid(), *self.classes_or_width)
+        self.module: nn.Module = RefineObjective(self.network(shape), self.tokenizer, self.text)
         grid = (self.grid(), self.grid())
         noise = LabelNoise(shape, grid)
         self.feed = PictureFeed(config, training, self.data, self.conditions(shape.drop), noise, (shape.bits, *grid))
         self.flops = self.token_flops(shape)
-
-    def _shape(self) -> RefineConfig:
-        bits, width = self.tokenizer.config.bits, None if self.text is None else self.text.width
-        return self.training.shape(bits, self.grid(), None if self.labels is None else len(self.labels), width)
-
-    def parts(self) -> dict[str, list[nn.Parameter]]:
-        """One part, which trains."""
-        assert isinstance(self.module, PictureObjective)
-        return {"network": list(self.module.model.parameters())}
 
     def generate(self, objective: PictureObjective, conditions: Sequence[Any], generators: Sequence[torch.Generator]) -> Tensor:
         """See `PictureRecipe`."""
