@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lfq_tokenizer import limits
 from lfq_tokenizer.folder import read_folder, write_folder
-from lfq_tokenizer.scales import ScaleBits, ScaleCodes, ScaleQuantizer, Side
+from lfq_tokenizer.scales import ScaleBits, ScaleCodes, ScaleQuantizer, Side, squares
 
 NORM_GROUPS = 32
 QUANTIZERS = ("codes", "bits")
@@ -28,7 +28,7 @@ QUANTIZERS = ("codes", "bits")
 class ScaleConfig:
     """`quantizer` "codes" (VAR: a table of `codes`, smoothed by `shared` convolutions) or "bits" (Infinity). `latents` per
     position, `ch` and `ch_mult` widths, `num_res_blocks` of the encoder's levels (the decoder's have one more); `patchify`: a
-    token of bits is 2 × 2 positions."""
+    token of bits is 2 × 2 positions. `sides`: the scales that it was trained with, (h, w) of each; none where nobody says."""
 
     quantizer: str
     latents: int
@@ -40,6 +40,7 @@ class ScaleConfig:
     ratio: float = 0.5
     scales: int = 10
     patchify: bool = False
+    sides: tuple[Side, ...] = ()
 
     gan_decoder = False  # no noise beside the tokens
 
@@ -61,6 +62,7 @@ class ScaleConfig:
             )
         if self.ch % NORM_GROUPS:
             raise ValueError(f"ch = {self.ch}; group norm needs a multiple of {NORM_GROUPS}")
+        object.__setattr__(self, "sides", tuple(squares(self.sides)))
 
     @property
     def attention(self) -> bool:
@@ -104,7 +106,8 @@ class ScaleConfig:
 
     def to_published(self) -> dict[str, Any]:
         """The JSON object that `from_published` reads."""
-        return {"scales": {**asdict(self), "ch_mult": list(self.ch_mult)}}
+        sides = {"sides": [list(side) for side in self.sides]} if self.sides else {}
+        return {"scales": {**asdict(self), "ch_mult": list(self.ch_mult), **sides}}
 
 
 class ScaleTokenizer(nn.Module):
@@ -139,10 +142,13 @@ class ScaleTokenizer(nn.Module):
         """Images in [-1,1] → what is quantised (B,Z,h,w)."""
         return self.quant_conv(self.encoder(images_B3HW))
 
-    def encode(self, images_B3HW: Tensor, sides: Sequence[Side]) -> list[Tensor]:
-        """Images (B,3,H,W) in [-1,1] → tokens of every scale: indices (B,h_k,w_k), or bits (B,T,h_k,w_k) in {-1,+1}. ValueError
-        where the last scale does not fit the pictures."""
-        shape, s = tuple(images_B3HW.shape), self.downsampling
+    def encode(self, images_B3HW: Tensor, sides: Sequence[Side] = ()) -> list[Tensor]:
+        """Images (B,3,H,W) in [-1,1] → tokens of every scale: indices (B,h_k,w_k), or bits (B,T,h_k,w_k) in {-1,+1}. `sides` of
+        the scales; without them those that the config says. ValueError where there are none, and where the last does not fit
+        the pictures."""
+        shape, s, sides = tuple(images_B3HW.shape), self.downsampling, sides or self.config.sides
+        if not sides:
+            raise ValueError("this tokenizer's config names no scales; say which as `sides`, (h, w) of each")
         if len(shape) != 4 or shape[1] != 3 or (shape[2], shape[3]) != tuple(s * side for side in sides[-1]):
             last = "×".join(str(s * side) for side in sides[-1])
             raise ValueError(f"images have shape {shape}; expected (batch, 3, H, W) with H×W = {last}")

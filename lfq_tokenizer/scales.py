@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lfq_tokenizer import limits
 from lfq_tokenizer.binary import binarize
 from lfq_tokenizer.quantizer import QuantizerLosses
 
@@ -24,8 +25,13 @@ Side: TypeAlias = tuple[int, int]
 
 
 def squares(sides: Sequence[int | Sequence[int]]) -> list[Side]:
-    """Sides of squares, or pairs (h, w), as pairs."""
-    return [(side, side) if isinstance(side, int) else (int(side[0]), int(side[1])) for side in sides]
+    """Sides of squares, or pairs (h, w), as pairs. ValueError for anything else, and for sides beyond reason."""
+    pairs = [(one, one) if isinstance(one, int) else one for one in sides] if isinstance(sides, list | tuple) else [sides]
+    for pair in pairs:
+        whole = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(side) is int for side in pair)
+        if not whole or not all(1 <= side <= limits.WIDTH for side in pair):
+            raise ValueError(f"sides = {sides!r:.60}; numbers or pairs (height, width) from 1 to {limits.WIDTH} are allowed")
+    return [(h, w) for h, w in pairs]
 
 
 def shared_index(K: int, n: int) -> list[int]:
@@ -140,13 +146,21 @@ class ScaleCodes(ScaleQuantizer):
         smooth = self.smooth[k if self.per_scale else shared_index(K, len(self.smooth))[k]]
         return code_BZhw * (1 - self.ratio) + smooth(code_BZhw) * self.ratio
 
-    def forward(self, latents_BZhw: Tensor, sides: Sequence[Side], commitment: float = 0.25) -> tuple[Tensor, Tensor]:
-        """In training: what the decoder reads (straight through), and the loss: the mean over scales of commitment·mse(sum
-        (constant), latents) + mse(sum, latents (constant))."""
+    def forward(self, latents_BZhw: Tensor, sides: Sequence[Side], commitment: float = 0.25) -> tuple[Tensor, QuantizerLosses]:
+        """In training: what the decoder reads (straight through), and as the commitment the mean over scales of
+        commitment·mse(sum (constant), latents) + mse(sum, latents (constant)), by which the table learns too."""
+        latents_BZhw = latents_BZhw.float()
         target = latents_BZhw.detach()
         sums = self.sums(self.encode(target, sides), sides)
         losses = [commitment * F.mse_loss(one.detach(), latents_BZhw) + F.mse_loss(one, target) for one in sums]
-        return latents_BZhw + (sums[-1] - latents_BZhw).detach(), torch.stack(losses).mean()
+        return latents_BZhw + (sums[-1] - latents_BZhw).detach(), QuantizerLosses(None, None, torch.stack(losses).mean())
+
+    @torch.no_grad()
+    def lacking(self, latents_BZhw: Tensor, tokens: Sequence[Tensor], sides: Sequence[Side]) -> Tensor:
+        """What each token stands for, as the encoder gave it (N,Z), N over all scales, pictures and positions."""
+        before = [torch.zeros_like(latents_BZhw), *self.sums(tokens[:-1], sides)]
+        small = [self.shrunk(latents_BZhw - one, sides, k) for k, one in enumerate(before)]
+        return torch.cat([one.permute(0, 2, 3, 1).flatten(0, 2) for one in small])
 
 
 class ScaleBits(ScaleQuantizer):

@@ -19,6 +19,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from bitdance.values import RANGES, Range
 from lfq_tokenizer import TokenizerConfig, limits
 from lfq_tokenizer.json_file import read_bytes
+from lfq_tokenizer.scale_vae import ScaleConfig
 from lfq_tokenizer.text import decoded, printable
 from stages import tables
 from stages.schema import Checked, Choice, Decay, Positive, Rate, Share, Steps, StepsOrNone, Weight, build
@@ -173,7 +174,8 @@ class TokenizerTraining(Checked):
 
     SECTION = "tokenizer"
 
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    # `quantizer = "multi_scale"`: a tokenizer of scales, of codes where `codes` says how many, else of bits
+    model: Annotated[TokenizerConfig | ScaleConfig, tables.TOKENIZER] = field(default_factory=TokenizerConfig)
     init: str = ""  # tokenizer to start from (a run, a checkpoint or a model folder); its encoder must be that of `model`
     freeze_encoder: bool = False  # train the decoder alone: the bits of every picture stay what they are
     groups: Annotated[int, Range(1, limits.WIDTH)] = 4  # of the entropy loss
@@ -186,6 +188,19 @@ class TokenizerTraining(Checked):
     entropy_weight: Weight = 0.1
     commitment_weight: Weight = 0.25
     adversary: AdversaryTraining = field(default_factory=AdversaryTraining)
+    scale_dropout: Decay = 0.0  # of every scale of bits but the last, in a step
+    idle_steps: StepsOrNone = 100  # after which a code that nothing used begins anew; 0: never
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        bits = isinstance(self.model, ScaleConfig) and self.model.quantizer == "bits"
+        if isinstance(self.model, ScaleConfig) and not self.model.sides:
+            raise ValueError("tokenizer.model.sides is empty; name the side of every scale, for example sides = [1, 2, 4, 8]")
+        if self.scale_dropout and not bits:
+            raise ValueError(
+                f"tokenizer.scale_dropout = {self.scale_dropout}: only bits at every scale take it "
+                '(model.quantizer = "multi_scale" without codes); leave it out'
+            )
 
 
 PARTS = ("backbone", "projector", "head")

@@ -11,7 +11,8 @@ from bitdance.heads.diffusion.settings import PRESETS
 from bitdance.values import RANGES, Range
 from lfq_tokenizer import TokenizerConfig, limits
 from lfq_tokenizer.config import MOST_ROUNDS, QUANTIZERS
-from stages.schema import DECLARED, Choice, Table
+from lfq_tokenizer.scale_vae import ScaleConfig
+from stages.schema import DECLARED, Choice, Table, check_key, convert
 
 _WIDTH, _LAYERS = Range(1, limits.WIDTH), Range(1, limits.LAYERS)
 _TOKEN, _SMALL = Range(0, 10**9), Range(0, 1, whole=False)
@@ -67,9 +68,26 @@ DECLARED[TokenizerConfig] = {
     "ch_mult": tuple[Annotated[int, Range(1, 1024)], ...],
     "num_res_blocks": _LAYERS,
     "z_channels": _WIDTH,
-    "quantizer": Choice(QUANTIZERS),
+    "quantizer": Choice((*QUANTIZERS, "multi_scale")),
     "rounds": Range(1, MOST_ROUNDS),
 }
+
+
+class _Tokenizer(Table):
+    """The shape of a picture tokenizer. `quantizer = "multi_scale"`: one of scales, of codes where `codes` says how many."""
+
+    def check(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("quantizer") != "multi_scale":
+            return value if isinstance(value, ScaleConfig) else convert(TokenizerConfig, value, name)
+        for key in value:
+            check_key(key, list(ScaleConfig.__dataclass_fields__), f"{name}.")
+        try:
+            return ScaleConfig.from_published({"scales": {**value, "quantizer": "codes" if value.get("codes") else "bits"}})
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+TOKENIZER = _Tokenizer()
 
 DEFAULTS = Table(
     {

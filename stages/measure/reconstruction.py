@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer.any_tokenizer import PictureTokenizer
+from lfq_tokenizer.scale_vae import ScaleTokenizer
 from stages.measure.frechet import FrechetDistance, FrechetFeatures
 from stages.recipes.tokenizer.perceptual import LPIPS, NETS
 
@@ -122,16 +123,34 @@ class Reconstruction:
 
 
 def measure_tokenizer(
-    tokenizer: LFQTokenizer, images_B3HW: Tensor, seed: int = 0, perceptual: LPIPS | None = None
+    tokenizer: PictureTokenizer, images_B3HW: Tensor, seed: int = 0, perceptual: LPIPS | None = None
 ) -> dict[str, float]:
     """Encode and decode images in [-1,1]; the figures of `Reconstruction.result`. `seed`: noise of a generative decoder."""
     generator = torch.Generator().manual_seed(seed)
     figures = Reconstruction(tokenizer.config.bits, perceptual)
-    with torch.no_grad():
-        for images in images_B3HW.split(BATCH):
-            bits_BChw = tokenizer.encode(images)
-            figures.add(images, tokenizer.decode(bits_BChw, generator), bits_BChw)
+    for images in images_B3HW.split(BATCH):
+        figures.add(images, *round_trip(tokenizer, images, generator))
     return figures.result()
+
+
+@torch.no_grad()
+def round_trip(
+    tokenizer: PictureTokenizer, images_B3HW: Tensor, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Images in [-1,1] → reconstructions, and bits (B,C,h,w) in {-1,+1}: of a tokenizer of scales those of all tokens of all scales
+    (B,C,L,1), codes by their numbers. `generator`: noise of a generative decoder."""
+    if not isinstance(tokenizer, ScaleTokenizer):
+        bits_BChw = tokenizer.encode(images_B3HW)
+        noise = (generator,) if tokenizer.config.gan_decoder else ()
+        return tokenizer.decode(bits_BChw, *noise), bits_BChw
+    tokens = tokenizer.encode(images_B3HW)
+    out_B3HW = tokenizer.decode(tokens)
+    if tokenizer.config.quantizer == "bits":
+        return out_B3HW, torch.cat([one.flatten(2) for one in tokens], dim=2)[..., None]
+    numbers_BL = torch.cat([one.flatten(1) for one in tokens], dim=1)
+    places_C = torch.arange(tokenizer.config.bits, device=numbers_BL.device)
+    digits_BCL = (numbers_BL[:, None] >> places_C[:, None]) & 1
+    return out_B3HW, 2.0 * digits_BCL[..., None] - 1
 
 
 def to_levels(images: Tensor) -> Tensor:
@@ -182,10 +201,10 @@ def _tiles(images_B3HW: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def side_by_side(tokenizer: LFQTokenizer, images_B3HW: Tensor, columns: int = 8) -> Image.Image:
+def side_by_side(tokenizer: PictureTokenizer, images_B3HW: Tensor, columns: int = 8) -> Image.Image:
     """Rows of originals with their reconstructions underneath; pictures that fill no whole row are left out."""
     columns = min(columns, len(images_B3HW))
-    out = tokenizer.decode(tokenizer.encode(images_B3HW), torch.Generator().manual_seed(0))
+    out, _ = round_trip(tokenizer, images_B3HW, torch.Generator().manual_seed(0))
     rows = []
     for start in range(0, len(images_B3HW) - columns + 1, columns):
         for source in (images_B3HW, out):
