@@ -10,7 +10,7 @@ public codes for how sizes change.
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from lfq_tokenizer.quantizer import QuantizerLosses
 Side: TypeAlias = tuple[int, int]
 
 
-def squares(sides: Sequence[int | Sequence[int]]) -> list[Side]:
+def squares(sides: Any) -> list[Side]:
     """Sides of squares, or pairs (h, w), as pairs. ValueError for anything else, and for sides beyond reason."""
     pairs = [(one, one) if isinstance(one, int) else one for one in sides] if isinstance(sides, list | tuple) else [sides]
     for pair in pairs:

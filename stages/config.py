@@ -193,14 +193,10 @@ class TokenizerTraining(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        bits = isinstance(self.model, ScaleConfig) and self.model.quantizer == "bits"
         if isinstance(self.model, ScaleConfig) and not self.model.sides:
             raise ValueError("tokenizer.model.sides is empty; name the side of every scale, for example sides = [1, 2, 4, 8]")
-        if self.scale_dropout and not bits:
-            raise ValueError(
-                f"tokenizer.scale_dropout = {self.scale_dropout}: only bits at every scale take it "
-                '(model.quantizer = "multi_scale" without codes); leave it out'
-            )
+        if self.scale_dropout and self.model.quantizer != "bits":
+            raise ValueError(f"tokenizer.scale_dropout = {self.scale_dropout}: it is for bits at every scale; leave it out")
 
 
 PARTS = ("backbone", "projector", "head")

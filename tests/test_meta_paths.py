@@ -42,7 +42,7 @@ from stages.recipes.generator.documents import GeneratorBatch
 from stages.recipes.generator.objective import GeneratorObjective
 from stages.recipes.generator.validation import heldout_losses
 from stages.recipes.tokenizer.adversary import Adversary
-from stages.recipes.tokenizer.recipe import TokenizerObjective
+from stages.recipes.tokenizer.objective import objective_of
 
 pytestmark = pytest.mark.slow
 
@@ -279,7 +279,7 @@ def test_a_step_of_the_tokenizer_reads_only_whether_a_latent_is_a_number(generat
     training = TokenizerTraining(model=config, groups=2, adversary=AdversaryTraining(weight=0.1, ch=32, layers=1))
     with torch.device("meta"):
         adversary = Adversary(training.adversary)
-        module = TokenizerObjective(LFQTokenizer(config), training, adversary=adversary)
+        module = objective_of(LFQTokenizer(config), training, adversary=adversary)
         images = torch.empty(2, 3, 16, 16)
     learners = [AveragedAdamW(part.parameters(), 0.9, foreach=True) for part in (module, adversary)]
     with MetaDevice() as device:

@@ -69,7 +69,8 @@ def test_the_quantiser_its_loss_and_gradients(name):
     assert torch.equal(joined(targets), t["out.idx"])
     close(joined(inputs), t["out.var_input"], 1e-5)
     close(quantizer.sums(targets, sides)[-1], t["out.f_hat_last"], 1e-5)
-    out, loss = quantizer(f, sides, info["beta"])
+    out, losses = quantizer(f, sides, info["beta"])
+    loss = losses.commitment
     close(loss, t["out.vq_loss"], 1e-6)
     (loss + (out * t["in.r"]).sum()).backward()
     close(f.grad, t["out.grad_f"], 1e-6)
@@ -120,7 +121,8 @@ def test_a_sum_becomes_the_recorded_picture():
 def test_the_loss_of_the_tokenizer_and_its_gradients():
     info, t = var_case("tok/train")
     tokenizer = copy.deepcopy(var_tokenizer()).requires_grad_()
-    out, loss = tokenizer.quantize(tokenizer.latents(pictures()), SIDES)
+    out, losses = tokenizer.quantize(tokenizer.latents(pictures()), SIDES)
+    loss = losses.commitment
     close(out, t["out.f_hat"], 1e-5)
     close(loss, t["out.vq_loss"], 1e-5)
     picture = tokenizer.decoder(tokenizer.post_quant_conv(out))

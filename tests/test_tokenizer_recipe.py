@@ -32,8 +32,9 @@ from stages.data.pack import PackOptions, pack
 from stages.engine import checkpoint
 from stages.engine.loop import train
 from stages.recipes.tokenizer.adversary import Adversary, PatchDiscriminator
+from stages.recipes.tokenizer.objective import objective_of
 from stages.recipes.tokenizer.perceptual import weight_shapes
-from stages.recipes.tokenizer.recipe import TokenizerObjective, TokenizerRecipe
+from stages.recipes.tokenizer.recipe import TokenizerRecipe
 
 pytestmark = pytest.mark.slow
 
@@ -145,7 +146,7 @@ def test_the_objective_is_the_weighted_sum_of_its_terms() -> None:
         adversary=AdversaryTraining(weight=0.4, start=5, **SMALL_CRITIC),
     )  # fmt: skip
     adversary = Adversary(training.adversary)
-    objective = TokenizerObjective(LFQTokenizer(TINY), training, adversary=adversary)
+    objective = objective_of(LFQTokenizer(TINY), training, adversary=adversary)
     images = pictures(2)
     early, scalars, made = objective(images, torch.Generator(), 4)
     q = scalars
@@ -160,7 +161,7 @@ def test_the_objective_is_the_weighted_sum_of_its_terms() -> None:
 
 def test_held_networks_are_not_the_objective_s_own() -> None:
     training = TokenizerTraining(model=TINY, groups=2, adversary=AdversaryTraining(weight=0.1, **SMALL_CRITIC))
-    objective = TokenizerObjective(LFQTokenizer(TINY), training, adversary=Adversary(training.adversary))
+    objective = objective_of(LFQTokenizer(TINY), training, adversary=Adversary(training.adversary))
     assert not [name for name, _ in objective.named_parameters() if not name.startswith("tokenizer.")]
     assert copy.deepcopy(objective).adversary.module is objective.adversary.module
 

@@ -43,8 +43,8 @@ from stages.data.order import EpochOrder
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.engine.checkpoint import model_folder
 from stages.measure.frechet import FrechetFeatures, lite0_features
+from stages.measure.reconstruction import round_trip
 from stages.recipes.pictures.labels import label_of
-from stages.recipes.tokenizer.coding import decode_pictures, encode_pictures
 
 BATCH, GENERATED = 100, 250  # pictures that run through features and tokenizer, and through the model, at once
 DECAY = 1e-3  # of the probe's weights, which look at standardised features
@@ -268,8 +268,9 @@ def _extra(arguments: argparse.Namespace) -> dict[str, Any]:
 def _reconstructed(tokenizer: Any, levels_NHW3: np.ndarray) -> np.ndarray:
     parts = []
     for part in torch.from_numpy(levels_NHW3).split(BATCH):
-        bits_BChw = encode_pictures(tokenizer, part.permute(0, 3, 1, 2).float() / 127.5 - 1)
-        parts.append(to_uint8(decode_pictures(tokenizer, bits_BChw)).cpu().numpy())
+        images_B3HW = part.permute(0, 3, 1, 2).to(next(tokenizer.parameters())) / 127.5 - 1
+        out_B3HW, _ = round_trip(tokenizer, images_B3HW, torch.Generator().manual_seed(0))
+        parts.append(to_uint8(out_B3HW.float()).cpu().numpy())
     return np.concatenate(parts)
 
 

@@ -137,12 +137,11 @@ def measure_tokenizer(
 def round_trip(
     tokenizer: PictureTokenizer, images_B3HW: Tensor, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Images in [-1,1] → reconstructions, and bits (B,C,h,w) in {-1,+1}: of a tokenizer of scales those of all tokens of all scales
-    (B,C,L,1), codes by their numbers. `generator`: noise of a generative decoder."""
+    """Images in [-1,1] → reconstructions, and bits (B,C,h,w) in {-1,+1}: of a tokenizer of scales those of all L tokens of all
+    scales (B,C,L,1), codes by their numbers. `generator`: noise of a generative decoder."""
     if not isinstance(tokenizer, ScaleTokenizer):
         bits_BChw = tokenizer.encode(images_B3HW)
-        noise = (generator,) if tokenizer.config.gan_decoder else ()
-        return tokenizer.decode(bits_BChw, *noise), bits_BChw
+        return tokenizer.decode(bits_BChw, generator), bits_BChw
     tokens = tokenizer.encode(images_B3HW)
     out_B3HW = tokenizer.decode(tokens)
     if tokenizer.config.quantizer == "bits":

@@ -45,6 +45,8 @@ class Shape:
             return cls.of_folder(folder, training)
         absent = [f"generator.init = {training.init!r}"] if training.init else []
         tokenizer = config.tokenizer.model
+        if not isinstance(tokenizer, TokenizerConfig):
+            raise ValueError(f"[tokenizer.model] makes {tokenizer.token}; a generator needs a tokenizer with one grid of bits")
         if folder := folder_here(training.tokenizer):
             tokenizer = read_config(folder / TOKENIZER_CONFIG, TokenizerConfig.from_published)
         else:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitdance.heads.categorical import draw, filtered, softened
+from bitdance.kinds.next_scale.graphs import ScaleGraphs
 from bitdance.kinds.next_scale.network import Condition, NextScaleNetwork
 from bitdance.kinds.next_scale.settings import NextScaleSettings, smoothing
 from bitdance.loop import OnBlock, run
@@ -81,13 +82,16 @@ def generate_tokens(
     on_block: OnBlock | None = None,
     cancelled: Collection[int] = (),
     given: Given | None = None,
+    graphs: ScaleGraphs | None = None,
 ) -> "ScaleCanvas":
     """`count` pictures → their canvas: `.scales` are the tokens, `.total` the sum that a decoder reads. `condition`: of the
-    pictures and, where the settings are guided, of what stands against each."""
-    predictor = _Predictor(network, quantizer, condition, sides, settings, count)
+    pictures and, where the settings are guided, of what stands against each. `graphs`: those of the network, on CUDA."""
+    predictor = _Predictor(network, condition, sides, settings, graphs)
     canvas = ScaleCanvas(network, quantizer, sides, settings, exponential, count, given)
-    predictor.canvas = canvas
-    run(predictor, canvas, count, on_block, cancelled)
+    try:
+        run(predictor, canvas, count, on_block, cancelled)
+    finally:
+        predictor.close()
     if bool(torch.isnan(canvas.total).any()):
         raise ValueError(LOST)
     return canvas
@@ -96,19 +100,19 @@ def generate_tokens(
 class _Predictor:
     """See `bitdance.loop.Predictor`: logits of the next scale. Both branches read what was sampled with the condition."""
 
-    canvas: "ScaleCanvas"
-
     def __init__(
         self,
         network: NextScaleNetwork,
-        quantizer: ScaleQuantizer,
         condition: Condition,
         sides: Sequence[Side],
         settings: NextScaleSettings,
-        count: int,
+        graphs: ScaleGraphs | None,
     ) -> None:
-        self.network, self.quantizer, self.condition, self.sides = network, quantizer, condition, list(sides)
-        self.settings, self.memory = settings, network.new_memory(sides)
+        self.network, self.condition, self.sides, self.settings = network, condition, list(sides), settings
+        self.inner = [len(network.blocks) + j for j in settings.insertion if j < 0] if settings.guided else []
+        self.recorded = None if graphs is None or self.inner else graphs.of(condition, sides)
+        self.done, self.memory = 0, network.new_memory(sides)
+        self.turns = network.turns(sides) if self.recorded is None else self.recorded.turns
 
     def begin(self) -> Tensor:
         return self._run(self.network.start(self.condition), 0)
@@ -121,20 +125,31 @@ class _Predictor:
         return self._run(x_BLD.repeat(branches, 1, 1), m + 1)
 
     def _run(self, x_BLD: Tensor, k: int) -> Tensor:
-        guide = None
-        depth, K = len(self.network.blocks), len(self.sides)
-        if (inner := [depth + j for j in self.settings.insertion if j < 0]) and self.settings.guided:
+        self.done = k + 1
+        if self.recorded is not None:
+            return self.recorded(x_BLD, k)
 
-            def guide(block: int, x_RLD: Tensor) -> Tensor:
-                if block not in inner:
-                    return x_RLD
-                with_condition, without = x_RLD.chunk(2)
-                return self.settings.mixed(with_condition, without, k, K).repeat(2, 1, 1)
+        def guide(block: int, x_RLD: Tensor) -> Tensor:
+            if block not in self.inner:
+                return x_RLD
+            with_condition, without = x_RLD.chunk(2)
+            return self.settings.mixed(with_condition, without, k, len(self.sides)).repeat(2, 1, 1)
 
-        return self.network.run(x_BLD, self.condition, self.sides, k, self.memory, guide=guide)
+        of = guide if self.inner else None
+        return self.network.run(x_BLD, self.condition, self.sides, k, self.memory, guide=of, turns=self.turns)
+
+    def close(self) -> None:
+        """Leave the graphs to other runs."""
+        recorded, self.recorded = self.recorded, None
+        if recorded is not None:
+            recorded.close()
 
     def keep(self, rows: Sequence[int]) -> None:
         c, which = self.condition, list(rows)
+        if self.recorded is not None:  # fewer rows are another shape
+            memory = self.recorded.leave(self.done)
+            self.close()
+            self.memory = memory
         text, mask = (None if part is None else part[which] for part in (c.text_BTD, c.mask_BT))
         self.condition = Condition(c.vector_BD[which], text, mask)
         for layer in self.memory:

@@ -137,16 +137,18 @@ class NextScaleNetwork(nn.Module):
         mask: Tensor | None = None,
         kept: Tensor | None = None,
         guide: Callable[[int, Tensor], Tensor] | None = None,
+        turns: Tensor | None = None,
     ) -> Tensor:
         """Inputs of the scales from `first` on → logits (B,L,outputs), float32.
 
         `memory` holds the scales before and gets these; `mask` bool (L,L) for several scales at once. `kept` (blocks, 2, B), 0 or
-        1 / share: which branches of which pictures a training step keeps. `guide(block, x)` changes what a block gives.
+        1 / share: which branches of which pictures a training step keeps. `guide(block, x)` changes what a block gives. `turns`:
+        those of all scales, for who has them.
         """
-        turns = None
-        if self.config.rotary:
+        turns = self.turns(sides) if turns is None else turns
+        if turns is not None:
             start = sum(h * w for h, w in sides[:first])
-            turns = scale_turns(sides, self.config.head_width).to(x_BLD.device)[start : start + x_BLD.shape[1]]
+            turns = turns[start : start + x_BLD.shape[1]]
         ada = self.shared_ada_lin(condition.vector_BD).unflatten(-1, (6, -1)) if self.config.shared_ada else None
         for i, block in enumerate(self.blocks):
             own = (condition, ada, turns, mask, None if memory is None else memory[i], None if kept is None else kept[i])
@@ -170,6 +172,10 @@ class NextScaleNetwork(nn.Module):
         return self.run(
             torch.cat(parts, dim=1), condition, sides, 0, mask=scale_mask(sides[: len(parts)]).to(parts[0].device), kept=kept
         )
+
+    def turns(self, sides: Sequence[Side]) -> Tensor | None:
+        """Rotary positions of the tokens of all scales (L,E/2,2), on the network's device; None where positions are learned."""
+        return scale_turns(sides, self.config.head_width).to(self.pos_start.device) if self.config.rotary else None
 
     def new_memory(self, sides: Sequence[Side]) -> list[Memory]:
         """Room for the keys and values of one batch of pictures."""
@@ -236,10 +242,14 @@ class CrossAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor, text_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        q = self.mat_q(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def keys_values(self, text_BTD: Tensor) -> Tensor:
+        """(B,2,H,T,E) of the prompt."""
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
-        k, v = F.linear(text_BTD, self.mat_kv.weight, bias).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return F.linear(text_BTD, self.mat_kv.weight, bias).unflatten(-1, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
+
+    def forward(self, x_BLD: Tensor, text_BTD: Tensor, mask_BT: Tensor | None, memory: Memory | None) -> Tensor:
+        q = self.mat_q(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        k, v = _once(memory, "text", lambda: self.keys_values(text_BTD)).unbind(1)
         mask = None if mask_BT is None else mask_BT[:, None, None]
         return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
@@ -280,14 +290,18 @@ class Block(nn.Module):
         memory: Memory | None,
         kept: Tensor | None,
     ) -> Tensor:
-        own = self.ada_lin(condition.vector_BD).unflatten(-1, (6, -1)) if ada_B6D is None else self.ada_gss[0] + ada_B6D
+        own = _once(memory, "modulation", lambda: self.modulation(condition, ada_B6D))
         gate1, gate2, scale1, scale2, shift1, shift2 = own[:, :, None].unbind(1)
         if kept is not None:
             gate1, gate2 = gate1 * kept[0, :, None, None], gate2 * kept[1, :, None, None]
         x_BLD = x_BLD + gate1 * self.attn(normed(x_BLD) * (1 + scale1) + shift1, turns, mask, memory)
         if condition.text_BTD is not None:
-            x_BLD = x_BLD + self.cross(self.ca_norm(x_BLD), condition.text_BTD, condition.mask_BT)
+            x_BLD = x_BLD + self.cross(self.ca_norm(x_BLD), condition.text_BTD, condition.mask_BT, memory)
         return x_BLD + gate2 * self.ffn(normed(x_BLD) * (1 + scale2) + shift2)
+
+    def modulation(self, condition: Condition, ada_B6D: Tensor | None) -> Tensor:
+        """Gates, scales and shifts (B,6,D)."""
+        return self.ada_lin(condition.vector_BD).unflatten(-1, (6, -1)) if ada_B6D is None else self.ada_gss[0] + ada_B6D
 
 
 class HeadNorm(nn.Module):
@@ -300,6 +314,10 @@ class HeadNorm(nn.Module):
     def forward(self, x_BLD: Tensor, vector_BD: Tensor) -> Tensor:
         scale, shift = self.ada_lin(vector_BD)[:, None].chunk(2, dim=-1)
         return normed(x_BLD) * (1 + scale) + shift
+
+
+def _once(memory: Memory | None, name: str, make: Callable[[], Tensor]) -> Tensor:
+    return make() if memory is None else memory.fixed(name, make)
 
 
 def normed(x: Tensor) -> Tensor:

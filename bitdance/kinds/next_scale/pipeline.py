@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitdance.coding import FORMS, Images, as_unit, check_form, generators_for
+from bitdance.folder.picture_model import PictureModel
 from bitdance.kinds.next_scale.folder import LAYOUT
 from bitdance.kinds.next_scale.generate import Given, ScaleCanvas, condition_of, generate_tokens, own_draws
+from bitdance.kinds.next_scale.graphs import ScaleGraphs
 from bitdance.kinds.next_scale.schedule import schedule_of
 from bitdance.kinds.next_scale.settings import NAMES, NextScaleSettings, choose
 from bitdance.loop import OnBlock
@@ -31,6 +33,10 @@ class NextScalePipeline(PicturePipeline):
     any."""
 
     layout = LAYOUT
+
+    def __init__(self, model: PictureModel) -> None:
+        super().__init__(model)
+        self._graphs = ScaleGraphs(model.network)
 
     def sides(self, height: int, width: int) -> list[Side]:
         """The scales of a picture of this size, in pixels. ValueError for one that has no schedule, with the nearest that do."""
@@ -59,9 +65,9 @@ class NextScalePipeline(PicturePipeline):
         self._cancelled.clear()
         condition = condition_of(self.model.network, self.model.text, conditions, settings.guided, negative)
         network, quantizer, sides = self.model.network, self.model.tokenizer.quantize, self.sides(height, width)
-        draws = own_draws(generators)
+        draws, graphs = own_draws(generators), self._graphs if self.device.type == "cuda" else None
         return generate_tokens(
-            network, quantizer, condition, sides, settings, draws, len(conditions), on_block, self._cancelled, given
+            network, quantizer, condition, sides, settings, draws, len(conditions), on_block, self._cancelled, given, graphs
         )
 
     def generate(

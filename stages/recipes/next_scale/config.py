@@ -45,7 +45,8 @@ VAE = Table(others=tuple(ScaleConfig.__dataclass_fields__))
 class NextScaleTraining(PromptTraining):
     """Cross-entropy of every scale's tokens from the scales before; see `PromptTraining`.
 
-    The tokenizer is one of scales, on pictures, which are encoded on the way. `reweighted`: a scale of few tokens counts for more
+    The tokenizer is one of scales, on pictures, which are encoded on the way; without `model.sides` the scales are those that it
+    was trained with. `reweighted`: a scale of few tokens counts for more
     (`scale_weights`). `vae` is the tokenizer's shape (fields of `ScaleConfig`) for a plan where it is not here.
     """
 
@@ -71,7 +72,8 @@ class NextScaleTraining(PromptTraining):
             "num_classes": classes or 0,
             "text_width": text_width,
         }
-        own = {"inner": 4 * self.model.get("width", 0)} | dict(self.model)
+        known = {"sides": tokenizer.sides} if tokenizer.sides else {}
+        own = {"inner": 4 * self.model.get("width", 0), **known, **self.model}
         needed = [f.name for f in dataclasses.fields(NextScaleConfig) if f.default is dataclasses.MISSING]
         if missing := [name for name in needed if name not in {**own, **derived}]:
             raise ValueError(f"next_scale.model lacks {', '.join(missing)}; configs/imagenet/ has the published shapes")
