@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lfq_tokenizer import HierarchicalQuantizer, LookupFreeQuantizer
+from lfq_tokenizer.scales import ScaleBits, squares
 from stages.config import TokenizerTraining
 
 ROUNDS = 4  # of hierarchical binary quantisation
@@ -53,6 +54,21 @@ class _Hierarchical(nn.Module):
         return self.quantizer(z_BChw)[0], z_BChw.new_zeros(())
 
 
+class _MultiScale(nn.Module):
+    """Bits at 1×1, 2×2, 4×4, … tokens, with the weights of published training and no dropout of scales."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.quantizer = ScaleBits(channels)
+
+    def forward(self, z_BChw: Tensor) -> tuple[Tensor, Tensor]:
+        side = z_BChw.shape[2]
+        if z_BChw.shape[3] != side or side & (side - 1):
+            raise ValueError(f"latents of {side}×{z_BChw.shape[3]}; this compares squares of 2, 4, 8, … tokens")
+        sum_BChw, losses = self.quantizer(z_BChw, squares([2**k for k in range(side.bit_length())]))
+        return sum_BChw, 0.004 * losses.entropy + losses.commitment
+
+
 class _Package(nn.Module):
     """A quantiser of the package: returns (codes, indices, loss) or (codes, indices)."""
 
@@ -83,6 +99,12 @@ def _lfq(bits: int, weights: TokenizerTraining) -> Bottleneck:
 def _hbq(bits: int, weights: TokenizerTraining) -> Bottleneck:
     """Four bits per latent, as the published tokenizers."""
     return Bottleneck(bits // ROUNDS, _Hierarchical(bits // ROUNDS, ROUNDS), bits)
+
+
+def _multi_scale(bits: int, weights: TokenizerTraining) -> Bottleneck:
+    """As many bits of a picture as the others have, or fewer: 1 + 4 + … + n² tokens are less than 4/3 of n²."""
+    channels = 3 * bits // 4
+    return Bottleneck(channels, _MultiScale(channels), bits)
 
 
 def _bsq(bits: int, weights: TokenizerTraining) -> Bottleneck:
@@ -161,6 +183,7 @@ def _continuous_width(bits: int, weights: TokenizerTraining) -> Bottleneck:
 BOTTLENECKS: dict[str, Callable[[int, TokenizerTraining], Bottleneck]] = {
     "lfq": _lfq,
     "hbq": _hbq,
+    "multi_scale": _multi_scale,
     "bsq": _bsq,
     "fsq": _fsq,
     "vq": _vq,

@@ -17,6 +17,7 @@ from stages.recipes.tokenizer.perceptual import LPIPS
 TITLES = {
     "lfq": "LFQ in groups (ours)",
     "hbq": "HBQ, four bits per latent (ours)",
+    "multi_scale": "bits at every scale (ours)",
     "bsq": "BSQ",
     "fsq": "FSQ",
     "vq": "VQ",
@@ -24,7 +25,7 @@ TITLES = {
     "continuous": "continuous, equal bits (bfloat16 channels)",
     "continuous-width": "continuous, equal channels (16 × the bits)",
 }
-DISCRETE = ("lfq", "hbq", "bsq", "fsq", "vq", "rvq")
+DISCRETE = ("lfq", "hbq", "multi_scale", "bsq", "fsq", "vq", "rvq")
 KINDS = ("photographs", "icons")
 
 

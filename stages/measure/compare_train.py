@@ -44,7 +44,7 @@ class Setting:
 
 # The first ones first: a table can be made before the last run is done.
 RUNS: tuple[tuple[str, int], ...] = (
-    *((name, bits) for bits in (16, 32) for name in ("lfq", "fsq", "bsq", "rvq", "vq", "hbq")),
+    *((name, bits) for bits in (16, 32) for name in ("lfq", "fsq", "bsq", "rvq", "vq", "hbq", "multi_scale")),
     ("hbq", 64),
     ("lfq", 64),
     ("continuous", 64),
