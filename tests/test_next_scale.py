@@ -28,8 +28,13 @@ from bitdance.folder.picture_model import PictureModel
 from bitdance.generator import kind_of
 from bitdance.kinds.next_scale.config import NextScaleConfig
 from bitdance.kinds.next_scale.folder import LAYOUT
+from bitdance.kinds.next_scale.generate import condition_of, generate_tokens, own_draws
+from bitdance.kinds.next_scale.graphs import ScaleGraphs
 from bitdance.kinds.next_scale.network import NextScaleNetwork
 from bitdance.kinds.next_scale.pipeline import NextScalePipeline
+from bitdance.kinds.next_scale.plain import generate_plain
+from bitdance.kinds.next_scale.settings import choose
+from bitdance.networks.kernels import without_onednn
 from bitdance.networks.text_encoder import TextEncoder
 from bitdance.picture import read_metadata
 from lfq_tokenizer.json_file import write_json
@@ -323,6 +328,93 @@ def test_info_sizes_verify_export_doctor_and_bench(which, request, tmp_path, cap
     assert main(["bench", "--model", str(folder), "--batch", "2", "--repeats", "1", "--json"]) == 0
     run = json.loads(capsys.readouterr().out)["runs"][0]
     assert run["flops"] > 0 and set(run["seconds"]) == {"tokens", "decode", "png"}
+    assert main(["bench", "--model", str(folder), "--batch", "1", "--repeats", "1", "--yardstick", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["runs"][0]["yardstick"]
+    assert found["times_faster"] == pytest.approx(found["seconds"] / found["ours"])
+
+
+@pytest.mark.parametrize("which", ["var_pipe", "text_pipe"])
+@pytest.mark.parametrize("guidance", [3.0, None])
+def test_the_plain_procedure_makes_the_same_tokens(which, guidance, request):
+    pipe = request.getfixturevalue(which)
+    network, quantizer = pipe.model.network, pipe.model.tokenizer.quantize
+    off = 0 if pipe.names is not None else 1
+    settings = choose(pipe.model.defaults, "plain", guidance=off if guidance is None else guidance).changed(top_k=0, top_p=0.0)
+    height, width = pipe.model.sizes[0]
+    conditions, sides = [1, 2] if pipe.names is not None else ["a red apple", "a dog"], pipe.sides(height, width)
+
+    def draws():
+        return own_draws([torch.Generator().manual_seed(seed) for seed in (5, 6)])
+
+    condition = condition_of(network, pipe.model.text, conditions, settings.guided)
+    ours = generate_tokens(network, quantizer, condition, sides, settings, draws(), 2).scales
+    with without_onednn(network):
+        plain = generate_plain(network, quantizer, condition, sides, settings, draws(), 2)
+    same = [(a == b).float().mean() for a, b in zip(ours, plain, strict=True)]
+    assert len(same) == len(sides) and float(torch.stack(same).mean()) > 0.999
+
+
+class _Replayed:
+    """Stands for CUDA's recorder: a replay computes the same again, from what then lies at the same addresses, without the loop's
+    Python."""
+
+    def __init__(self):
+        self.recorded = self.replayed = 0
+
+    def __call__(self, compute):
+        self.recorded += 1
+        filled = compute()
+
+        def replay():
+            self.replayed += 1
+            filled.copy_(compute())
+
+        return replay, filled
+
+
+@pytest.mark.parametrize("which", ["var_pipe", "text_pipe"])
+def test_recorded_scales_give_what_the_network_gives(which, request):
+    pipe = request.getfixturevalue(which)
+    recorder = _Replayed()
+    pipe_graphs = ScaleGraphs(pipe.model.network, recorder)
+    network, quantizer, sides = pipe.model.network, pipe.model.tokenizer.quantize, pipe.sides(*pipe.model.sizes[0])
+    settings = choose(pipe.model.defaults, None)
+
+    def run(what, seed, graphs, **more):
+        condition = condition_of(network, pipe.model.text, what, settings.guided)
+        draws = own_draws([torch.Generator().manual_seed(seed + i) for i in range(len(what))])
+        return generate_tokens(network, quantizer, condition, sides, settings, draws, len(what), graphs=graphs, **more).total
+
+    def same(found, expected):  # prompts are padded, so their sums are rounded otherwise
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+    asked = [[1, 2], [2, 0], [0, 1]] if pipe.names is not None else [["a dog", "a cat"], ["a cow", "a cat"], ["a cat", "a dog"]]
+    for number, what in enumerate(asked):
+        same(run(what, number, pipe_graphs), run(what, number, None))
+        assert recorder.recorded == (0 if number == 0 else len(sides))  # the first run warms up, the second records
+    assert recorder.replayed == 2 * len(sides)
+
+    cancelled: set[int] = set()
+
+    def stop(done, of, tokens):
+        if done == 2:
+            cancelled.add(0)
+
+    left = run(asked[0], 7, pipe_graphs, on_block=stop, cancelled=cancelled)
+    same(left[1], run(asked[0], 7, None)[1])
+    same(run(asked[0], 9, pipe_graphs), run(asked[0], 9, None))  # the graphs were left as they were
+
+    inside = []
+
+    def another(done, of, tokens):
+        if done == 1:
+            before = recorder.replayed
+            inside.append(run(asked[1], 4, pipe_graphs))
+            assert recorder.replayed == before  # they belong to the run that is not yet done
+
+    outer = run(asked[2], 3, pipe_graphs, on_block=another)
+    same(outer, run(asked[2], 3, None))
+    same(inside[0], run(asked[1], 4, None))
 
 
 def test_a_folder_that_does_not_fit_is_refused_by_file(var_folder, tmp_path):

@@ -25,13 +25,16 @@ PHASES = ("tokens", "decode", "png")
 FOR_TEXT = ("height", "width", "quantize", "quantize_head", "no_compile", "yardstick", "floor")
 # (model, preset, options) → settings with steps and guidance; (model, numbers of pictures) → what each is made of
 Settings = Callable[[PictureModel, str, argparse.Namespace], Any]
+# (pipeline, what pictures are made of, height, width, settings, generators): the same tokens by the published procedure
+Plainly = Callable[[Any, Sequence[Any], int, int, Any, Sequence[torch.Generator]], Any]
 
 
 def measure_speed(
-    options: argparse.Namespace, pipeline: type[PicturePipeline], settings_of: Settings
+    options: argparse.Namespace, pipeline: type[PicturePipeline], settings_of: Settings, plainly: Plainly | None = None
 ) -> tuple[dict[str, Any], str]:
-    """Medians over rounds by dtype, preset and batch, as JSON values and for people. ValueError for options of text models."""
-    refuse(options, *FOR_TEXT)
+    """Medians over rounds by dtype, preset and batch, as JSON values and for people. `plainly`: what `--yardstick` times in turn
+    with ours. ValueError for options of text models."""
+    refuse(options, *(name for name in FOR_TEXT if plainly is None or name != "yardstick"))
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(usable_device(options.device))
@@ -45,6 +48,8 @@ def measure_speed(
         for name, settings in presets.items():
             for batch in options.batch:
                 run = _run(pipe, settings, batch, options.repeats)
+                if options.yardstick and plainly is not None:
+                    run["yardstick"] = _yardstick(pipe, settings, batch, options.repeats, plainly)
                 computing = run["seconds"]["tokens"] + run["seconds"]["decode"]
                 run |= {"flops": batch * flops[name], "share_of_peak": batch * flops[name] / computing / peak.flops_per_s}
                 found["runs"].append({"dtype": dtype, "preset": name, **run})
@@ -72,6 +77,27 @@ def _run(pipe: PicturePipeline, settings: Any, batch: int, repeats: int) -> dict
     seconds = {phase: statistics.median(spent[phase] for spent in rounds) for phase in PHASES}
     setting = {"batch": batch, "steps": settings.steps, "guidance": settings.guidance}
     return setting | {"images_per_s": batch / sum(seconds.values()), "seconds": seconds}
+
+
+def _yardstick(pipe: Any, settings: Any, batch: int, repeats: int, plainly: Plainly) -> dict[str, float]:
+    """Seconds of processor time that the tokens take, by the plain procedure and by ours, in turn; medians of the rounds after
+    the first."""
+    height, width = pipe.model.sizes[0]
+    spent: dict[str, list[float]] = {"plain": [], "ours": []}
+    for _ in range(repeats + 1):
+        for name, seconds in spent.items():
+            generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
+            wait(pipe.device)
+            start = time.process_time() if pipe.device.type == "cpu" else time.perf_counter()
+            if name == "plain":
+                with without_onednn(pipe.model.network):
+                    plainly(pipe, conditions(pipe.model, batch), height, width, settings, generators)
+            else:
+                pipe.generate(conditions(pipe.model, batch), height, width, settings, generators)
+            wait(pipe.device)
+            seconds.append((time.process_time() if pipe.device.type == "cpu" else time.perf_counter()) - start)
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in spent.items()}
+    return {"seconds": medians["plain"], "ours": medians["ours"], "times_faster": medians["plain"] / medians["ours"]}
 
 
 def _round(pipe: Any, settings: Any, batch: int) -> dict[str, float]:
@@ -102,5 +128,10 @@ def _text(found: dict[str, Any]) -> str:
         seconds = [f"{run['seconds'][phase]:.3g}" for phase in PHASES]
         figures = [f"{run['images_per_s']:.4g}", *seconds, f"{run['flops'] / 1e9:.3g}", f"{100 * run['share_of_peak']:.1f} %"]
         rows.append([name, str(run["batch"]), *figures])
+    faster = [
+        f"{run['dtype']}, batch {run['batch']}: tokens {run['yardstick']['times_faster']:.2f} times as fast as plainly"
+        for run in found["runs"]
+        if "yardstick" in run
+    ]
     machine = f"{found['device']}, {found['threads']} threads, torch {found['torch']}; seconds of the clock on the wall"
-    return f"{found['model']}\n{machine}\n\n{table(columns, rows)}"
+    return "\n".join([f"{found['model']}\n{machine}\n\n{table(columns, rows)}", *faster])

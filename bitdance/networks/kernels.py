@@ -34,6 +34,10 @@ class OneDnnLinear(nn.Linear):
     _packed: tuple[Tensor, tuple[int, int], Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
+        return self.biased(input, self.bias)
+
+    def biased(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """With this bias."""
         weight = self.weight
         if (
             torch.is_grad_enabled()
@@ -42,13 +46,13 @@ class OneDnnLinear(nn.Linear):
             or input.dtype != weight.dtype
             or not served_by_onednn(input.dtype)
         ):
-            return super().forward(input)
+            return nn.functional.linear(input, weight, bias)
         if self.packing:
             packed, state = self._packed, (weight._version, weight.data_ptr())  # which loading and training change
             if packed is None or packed[0] is not weight or packed[1] != state:
                 packed = self._packed = weight, state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
             weight = packed[2]
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, self.bias, "none", [], "")
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
         return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "OneDnnLinear":  # `.to` passes here
@@ -58,6 +62,11 @@ class OneDnnLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles pack anew
         return {**self.__dict__, "_packed": None}
+
+
+def linear(layer: nn.Linear, input: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer with a bias that is put together from several parameters."""
+    return layer.biased(input, bias) if isinstance(layer, OneDnnLinear) else nn.functional.linear(input, layer.weight, bias)
 
 
 def use_onednn(*modules: nn.Module) -> int:

@@ -145,11 +145,10 @@ class _Predictor:
             recorded.close()
 
     def keep(self, rows: Sequence[int]) -> None:
-        c, which = self.condition, list(rows)
         if self.recorded is not None:  # fewer rows are another shape
-            memory = self.recorded.leave(self.done)
+            self.condition, self.memory = self.recorded.leave(self.done)
             self.close()
-            self.memory = memory
+        c, which = self.condition, list(rows)
         text, mask = (None if part is None else part[which] for part in (c.text_BTD, c.mask_BT))
         self.condition = Condition(c.vector_BD[which], text, mask)
         for layer in self.memory:

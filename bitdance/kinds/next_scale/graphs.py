@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bitdance.kinds.next_scale.network import Condition, NextScaleNetwork
 from bitdance.networks.memory import Memory
 from lfq_tokenizer.scales import Side
 
+TEXT_TOKENS = 64  # prompts are padded to a multiple of it
 SHAPES_KEPT = 4  # each holds keys and values of its own
 
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
@@ -35,7 +37,7 @@ class ScaleGraphs:
     def of(self, condition: Condition, sides: Sequence[Side]) -> "ScaleRun | None":
         """What runs the scales of this condition, until `close`; None: this time without graphs, as another run has them or it is
         the first of its shape."""
-        weight = self.network.head.weight
+        condition, weight = padded(condition), self.network.head.weight
         of = weight.data_ptr(), weight.device, weight.dtype, weight._version
         if of != self._of:
             self._shapes.clear()
@@ -96,9 +98,9 @@ class ScaleRun:
             layer.back_to(sum(h * w for h, w in self.sides[:k]))
         return self.network.run(x_RLD, self.condition, self.sides, k, self.memory, turns=self.turns)
 
-    def leave(self, after: int) -> list[Memory]:
-        """What the network remembers after so many scales, to go on without graphs."""
-        return [layer.copied(sum(h * w for h, w in self.sides[:after])) for layer in self.memory]
+    def leave(self, after: int) -> tuple[Condition, list[Memory]]:
+        """The condition, and what the network remembers after so many scales, to go on without graphs."""
+        return self.condition, [layer.copied(sum(h * w for h, w in self.sides[:after])) for layer in self.memory]
 
 
 class _Recorder:
@@ -114,6 +116,17 @@ class _Recorder:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             filled = compute()
         return graph.replay, filled
+
+
+def padded(condition: Condition) -> Condition:
+    """With prompts of the next whole multiple of 64 tokens, so that prompts of many lengths have one shape."""
+    text_BTD, mask_BT = condition.text_BTD, condition.mask_BT
+    if text_BTD is None:
+        return condition
+    B, T, _ = text_BTD.shape
+    mask_BT = text_BTD.new_ones(B, T, dtype=torch.bool) if mask_BT is None else mask_BT
+    more = -T % TEXT_TOKENS
+    return Condition(condition.vector_BD, F.pad(text_BTD, (0, 0, 0, more)), F.pad(mask_BT, (0, more)))
 
 
 def _parts(condition: Condition) -> tuple[Tensor | None, ...]:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdance.kinds.next_scale.config import NextScaleConfig
 from bitdance.kinds.next_scale.positions import scale_turns
+from bitdance.networks.kernels import linear
 from bitdance.networks.memory import Memory
 from bitdance.networks.rotary import rotate
 from lfq_tokenizer.scales import Side
@@ -159,6 +160,8 @@ class NextScaleNetwork(nn.Module):
             x_BLD = x_BLD if guide is None else guide(i, x_BLD)
         x_BLD = self.head_nm(x_BLD, condition.vector_BD)
         with torch.autocast(x_BLD.device.type, enabled=False):
+            if self.head.weight.dtype == torch.float32:
+                return self.head(x_BLD.float())
             return F.linear(x_BLD.float(), self.head.weight.float(), self.head.bias.float())
 
     def forward(
@@ -221,7 +224,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor, turns: Tensor | None, mask: Tensor | None, memory: Memory | None) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x_BLD, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = linear(self.mat_qkv, x_BLD, bias).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = F.normalize(q, dim=-1) * self.scale_mul.clamp(max=MOST).exp().to(q.dtype)
         k = F.normalize(k, dim=-1)
         if turns is not None:
@@ -245,7 +248,7 @@ class CrossAttention(nn.Module):
     def keys_values(self, text_BTD: Tensor) -> Tensor:
         """(B,2,H,T,E) of the prompt."""
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
-        return F.linear(text_BTD, self.mat_kv.weight, bias).unflatten(-1, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
+        return linear(self.mat_kv, text_BTD, bias).unflatten(-1, (2, self.heads, -1)).permute(0, 2, 3, 1, 4)
 
     def forward(self, x_BLD: Tensor, text_BTD: Tensor, mask_BT: Tensor | None, memory: Memory | None) -> Tensor:
         q = self.mat_q(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
