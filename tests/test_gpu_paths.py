@@ -121,3 +121,23 @@ def test_refinement_on_a_gpu_is_that_of_the_processor_up_to_rounding(make) -> No
         s = pipe.model.tokenizer.downsampling
         tokens.append(pipe.generate(conditions, 4 * s, 4 * s, RefineSettings(6, 2.0, 1.0), seeded(3)).cpu())
     assert (tokens[0] == tokens[1]).float().mean() > 0.98
+
+
+def test_recorded_scales_are_those_of_the_network() -> None:
+    from scale_cases import var_network, var_tokenizer
+
+    from bitdance.kinds.next_scale.generate import condition_of, generate_tokens, own_draws
+    from bitdance.kinds.next_scale.graphs import ScaleGraphs
+    from bitdance.kinds.next_scale.settings import NextScaleSettings
+
+    network, quantizer = var_network("var").cuda().eval(), var_tokenizer().quantize.cuda()
+    graphs, settings = ScaleGraphs(network), NextScaleSettings()
+    for number, classes in enumerate(([1, 2], [2, 0], [0, 1])):  # the first run warms up, the second records, the third replays
+        made = [
+            generate_tokens(
+                network, quantizer, condition_of(network, None, classes, True), list(network.config.sides), settings,
+                own_draws(seeded(2)), 2, graphs=used,
+            ).total
+            for used in (graphs, None)
+        ]  # fmt: skip
+        torch.testing.assert_close(*made, rtol=0, atol=1e-4, msg=f"run {number}")

@@ -444,3 +444,27 @@ def test_the_recorded_network_is_what_the_pipeline_holds(var_pipe):
         assert torch.equal(var_pipe.model.network.state_dict()[key], tensor), key
     for key, tensor in var_tokenizer().state_dict().items():
         assert torch.equal(var_pipe.model.tokenizer.state_dict()[key], tensor), key
+
+
+def test_published_tokenizers_are_converted_and_measured_on_pictures(published, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(random.integers(0, 255, (90, 100, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    assert main(["tokenizer", "convert", str(published / "vae.pth"), str(tmp_path / "vae")]) == 0
+    assert "one of 64 codes" in capsys.readouterr().out
+    back = ScaleTokenizer.from_pretrained(tmp_path / "vae").state_dict()
+    assert all(torch.equal(back[key], tensor) for key, tensor in var_tokenizer().state_dict().items())
+    pictures = [str(tmp_path / f"{number}.png") for number in range(3)]
+    command = ["tokenizer", "eval", str(tmp_path), "--model", str(tmp_path / "vae"), "--json"]
+    assert main(command) == 2
+    assert "does not say its scales" in capsys.readouterr().err
+    assert main([*command, "--sides", "1", "2", "3", "4", "5"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["pictures"] == len(pictures) and figures["bits_per_picture"] == 6 * (1 + 4 + 9 + 16 + 25)
+    assert main([*command, "--sides", "1", "2", "--size", "80"]) == 2
+    assert "32×32 pixels" in capsys.readouterr().err
+    vae = INFINITY / infinity_recorded()["config"]["vae_a"]["file"]
+    assert main(["tokenizer", "convert", str(vae), str(tmp_path / "bits"), "--patchify"]) == 0
+    assert ScaleTokenizer.from_pretrained(tmp_path / "bits").config.patchify
+    assert main(["tokenizer", "convert", str(published / "vae.pth"), str(tmp_path / "no"), "--patchify"]) == 2
+    assert "--patchify is for bits at every scale" in capsys.readouterr().err

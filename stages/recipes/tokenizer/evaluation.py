@@ -11,13 +11,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from bitdance.picture import grid, to_pil
-from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer.any_tokenizer import PictureTokenizer
+from lfq_tokenizer.scale_vae import ScaleTokenizer
 from stages.data.folder import fit
 from stages.data.sample import Skipped
 from stages.data.shards import Sample
 from stages.data.skipping import name_skipped
 from stages.measure.frechet import FrechetFeatures
-from stages.measure.reconstruction import Reconstruction
+from stages.measure.reconstruction import Reconstruction, round_trip
 from stages.recipes.tokenizer.any_size import by_size, padded_images
 from stages.recipes.tokenizer.coding import BATCH_SIZE, decode_pictures, encode_pictures, picture_grid, unfit_picture
 from stages.recipes.tokenizer.input import TokenizerInput
@@ -29,13 +30,14 @@ SHOWN, COLUMNS, LARGEST_SHOWN = 24, 8, 512  # pictures, and pixels of a side, of
 class Evaluation:
     """`run()` goes over the input once; `notes` and `skipped` (by reason) belong beside its figures.
 
-    size: take the middle square of every picture, resized to this side, as published figures do; 0 measures pictures as they are.
+    size: take the middle square of every picture, resized to this side, as published figures do; 0 measures pictures as they are
+    (a tokenizer of scales: squares of the size of its last scale).
     What pads a picture to whole tokens is not measured. perceptual, features: what `Reconstruction` takes.
     """
 
     def __init__(
         self,
-        tokenizer: LFQTokenizer,
+        tokenizer: PictureTokenizer,
         source: TokenizerInput,
         perceptual: LPIPS | None = None,
         features: FrechetFeatures | None = None,
@@ -44,6 +46,11 @@ class Evaluation:
         batch_size: int = BATCH_SIZE,
     ) -> None:
         s = tokenizer.downsampling
+        if isinstance(tokenizer, ScaleTokenizer):
+            size = size or s * tokenizer.config.sides[-1][0]
+            if (size // s, size // s) != tokenizer.config.sides[-1]:
+                last = "×".join(str(s * side) for side in tokenizer.config.sides[-1])
+                raise ValueError(f"--size {size}: the last scale of this tokenizer has {last} pixels; leave it out")
         if size and (size < 2 * s or size % s):
             raise ValueError(f"--size {size}: give a multiple of {s} from {2 * s} on, or leave it out")
         self.tokenizer, self.source, self.size, self.seed, self.batch_size = tokenizer, source, size, seed, batch_size
@@ -101,8 +108,12 @@ class Evaluation:
         pictures = [sample.picture for sample in samples if sample.picture is not None]
         images_B3HW = padded_images(pictures, self.tokenizer.downsampling).to(self.device)
         start = self._clock()
-        bits_BChw = encode_pictures(self.tokenizer, images_B3HW)
-        out_B3HW = decode_pictures(self.tokenizer, bits_BChw, self.seed)
+        if isinstance(self.tokenizer, ScaleTokenizer):
+            out_B3HW, bits_BChw = round_trip(self.tokenizer, images_B3HW.to(next(self.tokenizer.parameters())))
+            out_B3HW = out_B3HW.float()
+        else:
+            bits_BChw = encode_pictures(self.tokenizer, images_B3HW)
+            out_B3HW = decode_pictures(self.tokenizer, bits_BChw, self.seed)
         self._seconds += self._clock() - start
         sizes: dict[tuple[int, int], list[int]] = {}
         for i, picture in enumerate(pictures):
