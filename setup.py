@@ -59,6 +59,7 @@ setup(
         "stages",
         "stages.data",
         "stages.engine",
+        "stages.evaluate",
         "stages.measure",
         "stages.plan",
         "stages.recipes",
@@ -104,6 +105,8 @@ setup(
             "tokenizer = stages.cli:tokenizer",
             "export = stages.cli:export",
             "measure = stages.cli:measure",
+            "evaluate = stages.cli:evaluate",
+            "card = stages.cli:card",
         ],
     },
 )

@@ -2,6 +2,7 @@
 
 bitdance data pack|inspect …      bitdance train CONFIG          bitdance tokenizer encode|decode|eval|convert|lpips …
 bitdance export CHECKPOINT OUT    bitdance measure prompts …
+bitdance evaluate run|score|compare …                          bitdance card MODEL FIGURES.json
 """
 
 import argparse
@@ -17,6 +18,12 @@ MEASURES = {
     "solvers": "what fewer sampler steps cost",
     "edits": "does a changed picture show what was asked, and keep the rest",
     "classes": "how well a class-conditional model makes its classes, beside real pictures",
+}
+
+EVALUATIONS = {
+    "run": "the pictures of a benchmark, in the layout that its scripts read",
+    "score": "Fréchet distances, inception score, precision, recall, CLIP score, PSNR, SSIM, LPIPS",
+    "compare": "figures of several files side by side",
 }
 
 
@@ -106,6 +113,25 @@ def _export(argv: list[str]) -> int:
         export_checkpoint(arguments.checkpoint, arguments.out, *rest, arguments.format, arguments.weights)
     print_page([str(arguments.out)])
     return 0
+
+
+def evaluate(argv: Sequence[str] | None = None) -> int:
+    """`bitdance evaluate run|score|compare`: the field's benchmarks and scores."""
+    return guarded("bitdance evaluate", _evaluate, argv)
+
+
+def _evaluate(argv: list[str]) -> int:
+    parser = Parser(prog="bitdance evaluate", description="Pictures of benchmarks, their scores, and scores side by side.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, what in EVALUATIONS.items():
+        commands.add_parser(name, help=what, add_help=False)
+    command = parser.parse_known_args(argv[:1])[0].command
+    return int(import_module(f"stages.evaluate.{command}").main(argv[1:]))
+
+
+def card(argv: Sequence[str] | None = None) -> int:
+    """`bitdance card MODEL FIGURES.json`: figures → the model card."""
+    return guarded("bitdance card", lambda rest: int(import_module("stages.evaluate.card").main(rest)), argv)
 
 
 def measure(argv: Sequence[str] | None = None) -> int:

@@ -41,7 +41,7 @@ ROOMS_OF_STAGES = [
     ("data",),
     ("tables", "config", "feed", "recipe"),
     ("engine",),
-    ("recipes", "plan", "measure", "raw_weights", "export"),
+    ("recipes", "plan", "measure", "evaluate", "raw_weights", "export"),
     ("cli", "__main__"),
 ]
 HEAVY = ("deepspeed", "webdataset", "flash_attn", "liger_kernel", "gradio")

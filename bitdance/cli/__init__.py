@@ -37,6 +37,8 @@ FROM_ENTRY_POINTS = {
     "distill": "16 → 64 tokens per step",
     "export": "training checkpoint → published layout",
     "measure": "the figures that the README quotes",
+    "evaluate": "benchmarks and scores of the field: run, score, compare",
+    "card": "scores into the model card",
 }
 
 

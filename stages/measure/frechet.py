@@ -12,6 +12,7 @@ pictures: such a figure ranks tokenizers on the same pictures and says nothing e
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ def inception_features(weights: Path | str) -> FrechetFeatures:
     `weights` is the user's copy of `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity's releases. FileNotFoundError
     when it is missing, ValueError when it holds something else, ModuleNotFoundError when torch-fidelity cannot be imported.
     """
+    return FrechetFeatures("rfid", inception_network(weights, ("2048",)), 2048)
+
+
+def inception_network(weights: Path | str, features: Sequence[str]) -> nn.Module:
+    """torch-fidelity's Inception; `features` in its words ("2048", "logits_unbiased"). Errors as of `inception_features`."""
     path = Path(weights)
     if not path.is_file():
         raise FileNotFoundError(
@@ -82,11 +88,14 @@ def inception_features(weights: Path | str) -> FrechetFeatures:
     try:
         with torch.random.fork_rng(devices=[]):  # fresh modules draw random weights
             network = NoTrainInceptionV3(
-                name="inception-v3-compat", features_list=["2048"], feature_extractor_weights_path=str(path), antialias=False
+                name="inception-v3-compat",
+                features_list=list(features),
+                feature_extractor_weights_path=str(path),
+                antialias=False,
             )
     except RuntimeError as error:
         raise ValueError(f"{path} holds other weights than torch-fidelity's Inception: {str(error)[:400]}") from error
-    return FrechetFeatures("rfid", network, 2048)
+    return network
 
 
 def lite0_features(weights: Path | str | None = None) -> FrechetFeatures:
