@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bitdance.heads.diffusion.block_sampler import BlockSampler
 from bitdance.heads.diffusion.sampler import draws
 from bitdance.heads.diffusion.settings import Sampling
 from bitdance.sequence.patches import PatchPlan
@@ -22,6 +21,12 @@ from lfq_tokenizer.binary import binarize_unchecked, check_lost
 
 OnBlock = Callable[[int, int, Any], None]
 Noise = Callable[[int], Tensor]
+
+
+class Sampler(Protocol):
+    """The head's part of a block; see `BlockSampler`."""
+
+    def __call__(self, cond_RPD: Tensor, noise_SBPC: Tensor, sampling: Sampling, steps: int) -> Tensor: ...
 
 
 class Predictor(Protocol):
@@ -83,7 +88,7 @@ def run(
 @torch.no_grad()
 def predict(
     predictor: Predictor,
-    sample: BlockSampler,
+    sample: Sampler,
     plan: PatchPlan,
     blocks: Sequence[tuple[Sampling, int]],
     bits: int,
@@ -114,7 +119,7 @@ class PatchCanvas:
 
     def __init__(
         self,
-        sample: BlockSampler,
+        sample: Sampler,
         plan: PatchPlan,
         blocks: Sequence[tuple[Sampling, int]],
         bits: int,

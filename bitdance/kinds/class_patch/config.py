@@ -6,11 +6,13 @@ from typing import Any
 
 from bitdance.folder.json_config import config_from
 from bitdance.heads.diffusion.network import HeadConfig
+from bitdance.heads.discrete import KINDS
 from bitdance.sequence.patches import PatchPlan, patch_side
 from bitdance.values import Range, shown
 from lfq_tokenizer import limits
 
 MODES = ("patch", "standard")
+HEADS = ("diffusion", *KINDS)
 HEAD_WIDTH = 64  # of an attention head, in the network of published models and in all their diffusion heads
 _WIDTHS = ("dim", "n_head", "diff_dim", "latent_dim", "cls_token_num", "num_classes", "parallel_num", "diff_batch_mul", "grid")
 _DEPTHS = ("n_layer", "diff_layers", "diff_adanln_layers")
@@ -24,6 +26,7 @@ class ClassPatchConfig:
     `latent_dim` bits per token, `grid` tokens along a side of the (square) picture, `num_classes` classes, each of which
     is `cls_token_num` tokens. `parallel_num` tokens P are predicted per block: with `parallel_mode` "patch" a square patch,
     with "standard" P consecutive tokens of the raster order.
+    `head_kind` "bits" or "values": a logit for each bit or value instead of diffusion (`heads/discrete.py`), for comparison.
     Training: `class_dropout_prob` share of pictures that get the null class, `perturb_rate` largest flip probability of
     a bit, `diff_batch_mul` noise draws per block; `P_mean`, `P_std`, `time_schedule`, `time_shift` as in `HeadConfig`.
     Source: BitDance paper (arXiv 2602.14041), ImageNet models; published class-conditional code for names and values.
@@ -48,6 +51,7 @@ class ClassPatchConfig:
     P_std: float = 0.8
     time_schedule: str = "logit_normal"
     time_shift: float = 1.0
+    head_kind: str = "diffusion"
 
     def __post_init__(self) -> None:
         for names, allowed in (
@@ -64,6 +68,12 @@ class ClassPatchConfig:
             )
         if not isinstance(self.parallel_mode, str) or self.parallel_mode not in MODES:
             raise ValueError(f"parallel_mode = {shown(self.parallel_mode)}; allowed are {', '.join(MODES)}")
+        if not isinstance(self.head_kind, str) or self.head_kind not in HEADS:
+            raise ValueError(f"head_kind = {shown(self.head_kind)}; allowed are {', '.join(HEADS)}")
+        if self.head_kind != "diffusion" and self.diff_batch_mul != 1:
+            raise ValueError(
+                f"diff_batch_mul = {self.diff_batch_mul} with head_kind = {self.head_kind!r}, which draws no noise; set it to 1"
+            )
         if self.num_tokens % self.parallel_num:
             tokens = f"grid = {self.grid}: {self.num_tokens} tokens"
             raise ValueError(f"{tokens} are no multiple of parallel_num = {self.parallel_num}")
@@ -105,7 +115,14 @@ class ClassPatchConfig:
     @property
     def decides(self) -> dict[str, Any]:
         """What decides pictures and does not show in the shapes of the weights."""
-        return {name: getattr(self, name) for name in ("n_head", "parallel_num", "parallel_mode", "time_shift")}
+        names = (
+            "n_head",
+            "parallel_num",
+            "parallel_mode",
+            "time_shift",
+            *(("head_kind",) if self.head_kind != "diffusion" else ()),
+        )
+        return {name: getattr(self, name) for name in names}
 
     @property
     def num_blocks(self) -> int:

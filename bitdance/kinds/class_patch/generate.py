@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from bitdance.heads.diffusion.block_sampler import BlockSampler
+from bitdance.heads.discrete import DiscreteHead, DiscreteSampler
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import ClassSettings
-from bitdance.loop import Noise, OnBlock, predict
+from bitdance.loop import Noise, OnBlock, Sampler, predict
 
 
 def generate_bits(
@@ -21,7 +22,7 @@ def generate_bits(
     generators: Sequence[torch.Generator],
     on_block: OnBlock | None = None,
     noise: Noise | None = None,
-    block_sampler: BlockSampler | None = None,
+    block_sampler: Sampler | None = None,
     cancelled: Collection[int] = (),
 ) -> Tensor:
     """One picture per class → bits (B,C,h,w) in {-1,+1}, float32, on the model's device; see `bitdance.loop.predict`.
@@ -30,9 +31,15 @@ def generate_bits(
     """
     if len(generators) != len(classes) or not classes:
         raise ValueError(f"{len(classes)} classes and {len(generators)} generators; give one generator per class")
-    sample = block_sampler or BlockSampler(model.head, compile=False)
+    sample = block_sampler or sampler_of(model)
     predictor, c = _Predictor(model, classes, settings.guided), model.config
     return predict(predictor, sample, c.plan, settings.blocks(c.num_blocks), c.latent_dim, generators, on_block, noise, cancelled)
+
+
+def sampler_of(model: ClassPatchModel) -> Sampler:
+    """What makes bits of the conditions of a block; keep one per model."""
+    # OURS: no CUDA graphs yet. One is recorded for one guidance, and here every block has its own.
+    return DiscreteSampler(model.head) if isinstance(model.head, DiscreteHead) else BlockSampler(model.head, compile=False)
 
 
 class _Predictor:

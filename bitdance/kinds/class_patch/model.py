@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitdance.heads.diffusion.network import BinaryDiffusionHead
+from bitdance.heads.discrete import DiscreteHead
 from bitdance.kinds.class_patch.config import ClassPatchConfig
 from bitdance.kinds.class_patch.network import NORM_EPS, Layer, SwiGLU, initialise
 from bitdance.kinds.class_patch.noise import ClassNoise
@@ -32,7 +33,9 @@ class ClassPatchModel(nn.Module):
         self.layers = nn.ModuleList(Layer(c.dim, c.n_head) for _ in range(c.n_layer))
         self.norm = nn.RMSNorm(c.dim, eps=NORM_EPS)
         self.pos_for_diff = nn.Embedding(c.num_tokens, c.dim)
-        self.head = BinaryDiffusionHead(c.head)
+        self.head: BinaryDiffusionHead | DiscreteHead
+        diffusion = c.head_kind == "diffusion"
+        self.head = BinaryDiffusionHead(c.head) if diffusion else DiscreteHead(c.head_kind, c.latent_dim, c.dim)
         self.checkpoint_layers = False  # in training, keep a layer's input alone and compute the rest again in the backward pass
         self._turns_LG2: Tensor | None = None
         self.initialise(generator)
@@ -54,6 +57,11 @@ class ClassPatchModel(nn.Module):
         if self.config.parallel_num > 1:
             self.query_token.normal_(std=0.02, generator=generator)
         self.head.initialise(generator)
+
+    def checkpoint_head(self, wanted: bool) -> None:
+        """In training, whether the diffusion head computes its blocks again in the backward pass instead of keeping them."""
+        if isinstance(self.head, BinaryDiffusionHead):
+            self.head.net.grad_checkpointing = wanted
 
     def new_memory(self) -> list[Memory]:
         """Room for the keys and values of one batch of pictures; the last block is predicted and never read."""
@@ -84,8 +92,8 @@ class ClassPatchModel(nn.Module):
     def losses(self, bits_BChw: Tensor, class_B: Tensor, noise: ClassNoise) -> dict[str, Tensor]:
         """The training loss by the names of its terms; the sum of their means is what is trained.
 
-        "bits": mean over bits of (v - v_hat)², (K,P), K = B·M·diff_batch_mul rows. Bits (B,C,h,w) in {-1,+1}; only what the
-        model reads is flipped, the target is clean.
+        "bits": mean over bits of (v - v_hat)², (K,P), K = B·M·diff_batch_mul rows; of other heads the cross-entropy. Bits
+        (B,C,h,w) in {-1,+1}; only what the model reads is flipped, the target is clean.
         """
         bits_BNC = self.config.plan.order(bits_BChw)
         seen_BNC = bits_BNC if noise.flipped_BNC is None else torch.where(noise.flipped_BNC, -bits_BNC, bits_BNC)
@@ -93,6 +101,8 @@ class ClassPatchModel(nn.Module):
             class_B = class_B.masked_fill(noise.dropped_B, self.null_class)
         cond_KPD = self.conditions(seen_BNC, class_B).reshape(-1, self.config.parallel_num, self.config.dim)
         target_KPC = bits_BNC.reshape(-1, self.config.parallel_num, self.config.latent_dim)
+        if isinstance(self.head, DiscreteHead):
+            return {"bits": self.head.loss_at(target_KPC, cond_KPD)}
         return {"bits": self.head.loss_at(target_KPC, cond_KPD, noise.time_K, noise.noise_KPC)}
 
     def block_mask(self, L: int) -> Tensor:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from bitdance.coding import check_form, generators_for
 from bitdance.folder.picture_model import PictureModel
-from bitdance.heads.diffusion.block_sampler import BlockSampler
 from bitdance.kinds.class_patch.folder import LAYOUT
-from bitdance.kinds.class_patch.generate import OnBlock, generate_bits
+from bitdance.kinds.class_patch.generate import OnBlock, generate_bits, sampler_of
 from bitdance.kinds.class_patch.settings import ClassSettings, choose
 from bitdance.picture_pipeline import OUTPUT_TYPES, OutputType, PictureOutput, PicturePipeline
 from bitdance.values import check_number
@@ -30,8 +29,7 @@ class ClassPipeline(PicturePipeline):
 
     def __init__(self, model: PictureModel) -> None:
         super().__init__(model)
-        # OURS: no CUDA graphs yet. One is recorded for one guidance, and here every block has its own.
-        self._block_sampler = BlockSampler(model.network.head, compile=False)
+        self._block_sampler = sampler_of(model.network)
 
     def generate(
         self,

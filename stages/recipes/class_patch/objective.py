@@ -1,4 +1,4 @@
-"""What a step of a class-conditional model computes: batch → loss of the head's velocity.
+"""What a step of a class-conditional model computes: batch → loss of the head's velocity, or cross-entropy of its bits.
 
 Source: BitDance paper (arXiv 2602.14041), ImageNet models.
 """
@@ -22,4 +22,5 @@ class ClassPatchObjective(PictureObjective):
 
     def forward(self, batch: PictureBatch, generator: torch.Generator, step: int) -> Losses:
         loss_KP = self.rows(batch)
-        return loss_KP.mean(), by_noise_level("velocity", loss_KP, batch.noise.time_K), None
+        diffusion = self.model.config.head_kind == "diffusion"
+        return loss_KP.mean(), by_noise_level("velocity", loss_KP, batch.noise.time_K) if diffusion else {}, None

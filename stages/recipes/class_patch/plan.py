@@ -24,7 +24,8 @@ class ClassPatchSubject(PictureSubject):
 
     def build(self, shape: ClassPatchConfig) -> ClassPatchModel:
         model = ClassPatchModel(shape)
-        model.checkpoint_layers = model.head.net.grad_checkpointing = self.training.checkpoint_activations
+        model.checkpoint_layers = self.training.checkpoint_activations
+        model.checkpoint_head(self.training.checkpoint_activations)
         return model
 
     def parts(self, network: ClassPatchModel) -> dict[str, Any]:

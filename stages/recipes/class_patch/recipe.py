@@ -37,7 +37,7 @@ class ClassPatchRecipe(PictureRecipe):
         assert self.labels is not None
         shape = config.class_patch.shape(self.tokenizer.config.bits, self.grid(), len(self.labels))
         network: Any = self.network(shape)
-        network.head.net.grad_checkpointing = self.training.checkpoint_activations
+        network.checkpoint_head(self.training.checkpoint_activations)
         self.module: nn.Module = ClassPatchObjective(network, self.tokenizer)
         bits = (shape.latent_dim, shape.grid, shape.grid)
         self.feed = PictureFeed(config, self.training, self.data, self.labels, BlockNoise(shape), bits)
