@@ -6,6 +6,8 @@ All figures are told from 1280 features of EfficientNet-Lite0 (`stages/measure/f
 
 - *distance*: the EfficientNet-Lite0 Fréchet distance to the test pictures. It is not FID. Beside that of the generated pictures
   stand the *floor*, that of as many training pictures, and that of the tokenizer's *reconstructions* of test pictures;
+- *precision* and *recall* in the same space, k = 3: which share of generated pictures lies among the test pictures, and the
+  reverse (`stages/evaluate/scores.py`);
 - *class right*: the share of pictures that a linear probe assigns to the class asked for. The probe is a logistic regression,
   learned from features of training pictures; its accuracy on test pictures stands beside.
 
@@ -42,6 +44,7 @@ from lfq_tokenizer.text import printable
 from stages.data.order import EpochOrder
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.engine.checkpoint import model_folder
+from stages.evaluate.scores import NEIGHBOUR, precision_recall
 from stages.measure.frechet import FrechetFeatures, lite0_features
 from stages.measure.reconstruction import round_trip
 from stages.recipes.pictures.labels import label_of
@@ -151,6 +154,8 @@ class Row:
     steps: float | None = None
     preset: str | None = None
     pictures_per_s: float | None = None
+    precision: float | None = None
+    recall: float | None = None
 
 
 class Generated:
@@ -208,6 +213,8 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
     def row(name: str, pictures: Pictures, found_NF: Tensor, far: bool = True, **more: Any) -> Row:
         right = probe.right(found_NF, pictures.class_N).float()
         by_class = {names.name(c): float(right[pictures.class_N == c].mean()) for c in range(len(names))}
+        if far and min(len(found_NF), len(judged_NF)) > NEIGHBOUR:
+            more["precision"], more["recall"] = precision_recall(judged_NF, found_NF)
         return Row(name, len(right), distance(found_NF, judged_NF) if far else None, float(right.mean()), by_class, **more)
 
     count = min(arguments.pictures, len(known.class_N), len(judged.class_N))
@@ -276,11 +283,12 @@ def _reconstructed(tokenizer: Any, levels_NHW3: np.ndarray) -> np.ndarray:
 
 def table(found: dict[str, Any]) -> str:
     """The rows for people, as Markdown."""
-    lines = ["| pictures | count | distance | class right | pictures/s |", "|---|---:|---:|---:|---:|"]
+    lines = ["| pictures | count | distance | class right | precision | recall | pictures/s |", "|---|" + "---:|" * 6]
     for row in found["rows"]:
         far = "–" if row["distance"] is None else f"{row['distance']:.2f}"
         speed = "–" if row["pictures_per_s"] is None else f"{row['pictures_per_s']:.1f}"
-        lines.append(f"| {row['name']} | {row['count']:,} | {far} | {row['right']:.1%} | {speed} |")
+        near = " | ".join("–" if row[name] is None else f"{row[name]:.2f}" for name in ("precision", "recall"))
+        lines.append(f"| {row['name']} | {row['count']:,} | {far} | {row['right']:.1%} | {near} | {speed} |")
     return "\n".join(lines)
 
 

@@ -152,10 +152,11 @@ def make_plan(config: TrainingConfig, subject: Subject, machine: Machine, quick:
     """The first number of processes is the one that the config's batch is meant for; the others keep the samples of a step.
     `quick`: what the precision "auto" means on the machine."""
     run, training, assumed = config.run, subject.training, []
-    tokenizer, table = subject.tokenizer(config)
+    tokenizer: PictureTokenizerConfig
     if folder := folder_here(training.tokenizer):
         tokenizer = read_config(folder / TOKENIZER_CONFIG, config_of)
     else:
+        tokenizer, table = subject.tokenizer(config)
         assumed.append(f"{training.SECTION}.tokenizer = {training.tokenizer!r}, whose shape [{table}] gives, is not here")
     try:
         index = ShardIndex.open(config.data.train, config.data.keep)

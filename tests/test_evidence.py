@@ -1,0 +1,137 @@
+"""A study of ways: equal operations, what is done stays, tables, power laws; the studies that ship name configs that exist."""
+
+import io
+import json
+import math
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_engine import environment  # noqa: F401 (a fixture)
+from test_measure_classes import Means
+
+from lfq_tokenizer import LFQTokenizer, TokenizerConfig
+from lfq_tokenizer.scale_vae import ScaleConfig, ScaleTokenizer
+from stages import cli
+from stages.config import load_config
+from stages.data.folder import FolderOptions, FolderSource
+from stages.data.pack import PackOptions, pack
+from stages.measure import classes, evidence
+from stages.measure.evidence import main, power_law, read_study
+from stages.measure.frechet import FrechetFeatures
+
+ROOT = Path(__file__).parent.parent
+STUDY = """
+title = "two ways"
+out = "{home}/out"
+operations = 2e9
+pictures = 8
+probe = 12
+batch_size = 4
+seeds = [1, 2]
+train = ["{home}/shards"]
+test = ["{home}/shards"]
+set = ["data.train=['{home}/shards']", "data.heldout=['{home}/shards']", "run.workers=0", "run.precision='float32'"]
+
+[[ways]]
+name = "patches"
+group = "patches"
+config = "{root}/configs/cifar/class_1x.toml"
+set = ["class_patch.tokenizer='{home}/bits'", "class_patch.size=16", "class_patch.class_count=3",
+  "class_patch.model.dim=32", "class_patch.model.n_head=1", "class_patch.model.n_layer=1", "class_patch.model.diff_dim=32"]
+guidance = [1.0, 2.0]
+sample = {{ num_inference_steps = 1 }}
+
+[[ways]]
+name = "scales"
+config = "{root}/configs/cifar/infinity.toml"
+set = ["next_scale.tokenizer='{home}/scales'", "next_scale.size=16", "next_scale.class_count=3",
+  "next_scale.model.width=32", "next_scale.model.heads=1", "next_scale.model.depth=1"]
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    random = np.random.default_rng(0)
+    for number in range(24):
+        folder = tmp_path / "photos" / f"class {number % 3}"
+        folder.mkdir(parents=True, exist_ok=True)
+        levels = random.integers(0, 60, (16, 16, 3), dtype=np.uint8) + np.uint8(60 * (number % 3))
+        Image.fromarray(levels).save(folder / f"{number}.png")
+    pack(FolderSource(tmp_path / "photos", FolderOptions(size=16, classes=True)), tmp_path / "shards", PackOptions())
+    torch.manual_seed(0)
+    LFQTokenizer(TokenizerConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=8)).save_pretrained(tmp_path / "bits")
+    sides = ((1, 1), (2, 2), (4, 4))
+    ScaleTokenizer(ScaleConfig("bits", 8, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, sides=sides)).save_pretrained(
+        tmp_path / "scales"
+    )
+    monkeypatch.setattr(classes, "lite0_features", lambda: FrechetFeatures("means", Means(), 6))
+
+    def here(*arguments: str, show: bool = False) -> str:
+        """The same command in this process."""
+        out = io.StringIO()
+        with redirect_stdout(out):
+            assert {"train": cli.train, "measure": cli.measure}[arguments[0]](list(arguments[1:])) == 0
+        return out.getvalue()
+
+    monkeypatch.setattr(evidence, "_bitdance", here)
+    path = tmp_path / "study.toml"
+    path.write_text(STUDY.format(home=tmp_path, root=ROOT))
+    return path
+
+
+@pytest.mark.slow
+def test_ways_train_with_equal_operations_and_what_is_done_stays(study: Path, monkeypatch: Any, capsys: Any) -> None:
+    for part in ("0/2", "1/2"):
+        assert main(["run", str(study), "--part", part]) == 0
+    results = [json.loads(path.read_text()) for path in sorted((study.parent / "out").glob("*.json"))]
+    assert [(r["name"], r["seed"]) for r in results] == [("patches", 1), ("patches", 2), ("scales", 1), ("scales", 2)]
+    for result in results:
+        each = result["operations"] / result["pictures"]
+        assert abs(result["operations"] - 2e9) <= each * 4 / 2 or result["steps"] == evidence.SMALLEST_STEPS
+        assert result["parameters"] > 1000 and any("heldout/" in name for name in result["heldout"])
+    assert results[0]["steps"] != results[2]["steps"]  # they cost differently
+    assert results[0]["rows"] != results[1]["rows"]
+    monkeypatch.setattr(evidence, "_bitdance", lambda *arguments, show=False: pytest.fail("all of it is done"))
+    assert main(["run", str(study)]) == 0
+    capsys.readouterr()
+    assert main(["report", str(study), "--out", str(study.parent / "docs")]) == 0
+    printed = capsys.readouterr().out
+    assert "| patches, guidance" in printed and " ± " in printed and "scales, guidance 1" in printed
+    assert {p.name for p in (study.parent / "docs").iterdir()} == {"study.md", "study.json", "study.png"}
+
+
+def test_a_power_law_is_found_with_its_error() -> None:
+    x = [1e5, 3e5, 1e6, 3e6, 1e7]
+    a, b, error = power_law(x, [2.0 * value**-0.1 for value in x])
+    assert (a, b) == pytest.approx((2.0, -0.1)) and error < 1e-9
+    noisy = [2.0 * value**-0.1 * factor for value, factor in zip(x, (1.01, 0.99, 1.01, 0.99, 1.01), strict=True)]
+    slope = np.polyfit(np.log(x), np.log(noisy), 1)[0]
+    residual = np.log(noisy) - np.polyval(np.polyfit(np.log(x), np.log(noisy), 1), np.log(x))
+    spread = np.log(x) - np.mean(np.log(x))
+    assert power_law(x, noisy)[1:] == pytest.approx((slope, math.sqrt(residual @ residual / 3 / (spread @ spread))))
+    with pytest.raises(ValueError, match="at least 3"):
+        power_law([1, 2], [1, 2])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "evidence").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_studies_that_ship_can_be_read(path: Path) -> None:
+    for smoke in (False, True):
+        study = read_study(path, smoke)
+        assert (study.out.endswith("-smoke")) == smoke and len(study.ways) > 5
+        for way in study.ways:
+            load_config(ROOT / way.config, [*study.set, *way.set])
+
+
+def test_a_study_that_makes_no_sense_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text('out = "x"\noperations = 1e9\n[[ways]]\nname = "a"\n[[ways]]\nname = "A"\n')
+    with pytest.raises(ValueError, match="names of their own"):
+        read_study(path, False)
+    path.write_text('out = "x"\noperation = 1e9\n')
+    with pytest.raises(ValueError, match="did you mean operations"):
+        read_study(path, False)
