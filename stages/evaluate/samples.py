@@ -42,7 +42,7 @@ class Pictures:
             found = cls.of(str(path / "pictures"))
             return cls(**{**vars(found), "place": place, "model": str(said["fingerprint"]), "settings": dict(said["settings"])})
         if path.is_dir() and not any(path.glob("*.tar")):
-            files = tuple(sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.name[:4] != "grid"))
+            files = tuple(sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.name != "grid.png"))
             if not files:
                 raise ValueError(f"{place} holds no pictures ({', '.join(ENDINGS)})")
             return cls(place, len(files), files, prompts=_prompts(path))

@@ -206,7 +206,7 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
     train, test = (ShardDataset(ShardIndex.open(places)) for places in (arguments.train, arguments.test))
     say("real pictures")
     known = real_pictures(train, names.number, min(arguments.probe, len(train)), arguments.seed)
-    judged = real_pictures(test, names.number, 0, arguments.seed)
+    judged = real_pictures(test, names.number, arguments.references, arguments.seed)
     known_NF, judged_NF = features(known.levels_NHW3), features(judged.levels_NHW3)
     probe = Probe(known_NF, known.class_N, len(names))
 
@@ -335,6 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", nargs="+", default=[None], help="one or several (default: the model's own settings)")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=JSON", help="a further setting of the model's kind")
     parser.add_argument("--pictures", type=int, default=5000, help="of each set (default: 5000)")
+    parser.add_argument("--references", type=int, default=0, help="test pictures that all are compared with (default: all)")
     parser.add_argument("--probe", type=int, default=10_000, help="training pictures that the probe learns from (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--dtype", default="float32", help="of the model: float32 (default), bfloat16, or auto")

@@ -28,7 +28,7 @@ from bitdance.values import Range
 from lfq_tokenizer.files import whole_path, write_text
 from lfq_tokenizer.json_file import read_json, write_json
 from stages.config import read_values
-from stages.schema import Steps, Table, build
+from stages.schema import Steps, StepsOrNone, Table, build
 
 ANY = Annotated[Mapping[str, Any], Table(others=None)]
 SMALLEST_STEPS = 2
@@ -57,6 +57,7 @@ class Study:
     operations: Annotated[float, Range(0, 1e24, whole=False)] = 0.0
     pictures: Steps = 1000
     probe: Steps = 10_000
+    references: StepsOrNone = 0  # test pictures that all are compared with; 0: all
     batch_size: Steps = 64
     seeds: tuple[int, ...] = (1,)
     train: tuple[str, ...] = ()
@@ -133,7 +134,17 @@ def _result(study: Study, way: Way, seed: int) -> dict[str, Any]:
 
 def _measuring(study: Study, way: Way, folder: Path) -> list[str]:
     settings = [part for name, value in way.sample.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-    counts = ["--pictures", str(study.pictures), "--probe", str(study.probe), "--cache", str(Path(study.out) / "cache"), "--json"]
+    counts = [
+        "--pictures",
+        str(study.pictures),
+        "--probe",
+        str(study.probe),
+        "--references",
+        str(study.references),
+        "--cache",
+        str(Path(study.out) / "cache"),
+        "--json",
+    ]
     guidance = ["--guidance", *map(str, way.guidance)]
     return ["--model", str(folder), "--train", *study.train, "--test", *study.test, *guidance, *settings, *counts]
 
