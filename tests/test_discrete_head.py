@@ -1,4 +1,4 @@
-"""Heads that diffusion is compared with: probabilities, losses, guidance, training and sampling in a class model."""
+"""What a class model is compared with: heads of logits (probabilities, losses, guidance, sampling), causal attention."""
 
 import math
 from dataclasses import replace
@@ -90,3 +90,24 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="set it to 1"):
         replace(golden_config(1), head_kind="bits", diff_batch_mul=4)
     assert ClassPatchConfig.from_dict(golden_config(1).to_dict()).head_kind == "diffusion"
+
+
+@pytest.mark.parametrize("attention", ["block", "causal"])
+def test_a_block_is_predicted_as_in_training_whatever_it_may_see(attention: str) -> None:
+    shape = replace(golden_config(4), attention=attention)
+    model = ClassPatchModel(shape, torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.attention.wqkv.weight.mul_(20)  # so that it matters who sees whom
+    bits = torch.randint(2, (2, shape.num_tokens, shape.latent_dim), generator=torch.Generator().manual_seed(1)).float() * 2 - 1
+    classes, P, memory = torch.tensor([0, 1]), shape.parallel_num, model.new_memory()
+    with torch.no_grad():
+        whole = model.conditions(bits, classes)
+        steps = [model.prefix(classes, memory) + model.place(0)]
+        for m in range(shape.num_blocks - 1):
+            steps.append(model.extend(bits[:, m * P : (m + 1) * P], m, memory) + model.place(m + 1))
+        torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=0, atol=1e-4)
+        changed = bits.clone()
+        changed[:, P - 1] *= -1  # the last token of the first block
+        moved = (model.conditions(changed, classes) - whole)[:, P : 2 * P].abs().amax(dim=(0, 2)) > 1e-6
+    assert moved.tolist() == ([True] * P if attention == "block" else [False] * (P - 1) + [True])

@@ -36,13 +36,14 @@ SMALLEST_STEPS = 2
 
 @dataclass(frozen=True)
 class Way:
-    """`config` with the changes `set`; `sample`: settings of the pipeline beside `guidance`, each of which is measured; `group`:
-    ways of several sizes, whose power law is fitted."""
+    """`config` with the changes `set`; `sample`: settings of the pipeline beside `guidance` and `steps`, each of which is
+    measured; `group`: ways of several sizes, whose power law is fitted."""
 
     name: str = ""
     config: str = ""
     set: tuple[str, ...] = ()
     guidance: tuple[float, ...] = (1.0,)
+    steps: tuple[int, ...] = ()
     sample: ANY = field(default_factory=dict)
     group: str = ""
 
@@ -145,7 +146,7 @@ def _measuring(study: Study, way: Way, folder: Path) -> list[str]:
         str(Path(study.out) / "cache"),
         "--json",
     ]
-    guidance = ["--guidance", *map(str, way.guidance)]
+    guidance = ["--guidance", *map(str, way.guidance), *(["--steps", *map(str, way.steps)] if way.steps else [])]
     return ["--model", str(folder), "--train", *study.train, "--test", *study.test, *guidance, *settings, *counts]
 
 
@@ -210,6 +211,18 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, flo
     return float(np.exp(log_a)), float(b), error
 
 
+def steps_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Of ways that were sampled with several numbers of steps: every number, as Markdown."""
+    lines = ["| way, seed | steps | distance | class right | pictures/s |", "|---|---:|---:|---:|---:|"]
+    for result in results:
+        rows = [row for row in result["rows"] if row["guidance"] is not None]
+        for row in rows if len({row["steps"] for row in rows}) > 1 else []:
+            speed = "–" if row["pictures_per_s"] is None else f"{row['pictures_per_s']:.1f}"
+            said = f"{result['name']}, guidance {row['guidance']:g}, seed {result['seed']}"
+            lines.append(f"| {said} | {row['steps']:g} | {row['distance']:.1f} | {row['right']:.1%} | {speed} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
 def laws(results: Sequence[Mapping[str, Any]]) -> str:
     """For each group of at least three sizes: held-out loss against parameters, as Markdown."""
     lines = ["| group | held-out loss ~ parameters | sizes |", "|---|---|---:|"]
@@ -265,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text, results = report(study)
     if not results:
         raise ValueError(f"{study.out} holds no results; start with: python -m stages.measure.evidence run {arguments.study}")
-    text = "\n\n".join(part for part in (text, laws(results)) if part)
+    text = "\n\n".join(part for part in (text, steps_table(results), laws(results)) if part)
     print_page(text.splitlines())
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from lfq_tokenizer import limits
 
 MODES = ("patch", "standard")
 HEADS = ("diffusion", *KINDS)
+ATTENTIONS = ("block", "causal")
 HEAD_WIDTH = 64  # of an attention head, in the network of published models and in all their diffusion heads
 _WIDTHS = ("dim", "n_head", "diff_dim", "latent_dim", "cls_token_num", "num_classes", "parallel_num", "diff_batch_mul", "grid")
 _DEPTHS = ("n_layer", "diff_layers", "diff_adanln_layers")
@@ -26,7 +27,8 @@ class ClassPatchConfig:
     `latent_dim` bits per token, `grid` tokens along a side of the (square) picture, `num_classes` classes, each of which
     is `cls_token_num` tokens. `parallel_num` tokens P are predicted per block: with `parallel_mode` "patch" a square patch,
     with "standard" P consecutive tokens of the raster order.
-    `head_kind` "bits" or "values": a logit for each bit or value instead of diffusion (`heads/discrete.py`), for comparison.
+    `head_kind` "bits" or "values": a logit for each bit or value instead of diffusion (`heads/discrete.py`), for comparison;
+    `attention` "causal": a token of a block does not see the later ones, for comparison too.
     Training: `class_dropout_prob` share of pictures that get the null class, `perturb_rate` largest flip probability of
     a bit, `diff_batch_mul` noise draws per block; `P_mean`, `P_std`, `time_schedule`, `time_shift` as in `HeadConfig`.
     Source: BitDance paper (arXiv 2602.14041), ImageNet models; published class-conditional code for names and values.
@@ -52,6 +54,7 @@ class ClassPatchConfig:
     time_schedule: str = "logit_normal"
     time_shift: float = 1.0
     head_kind: str = "diffusion"
+    attention: str = "block"
 
     def __post_init__(self) -> None:
         for names, allowed in (
@@ -68,6 +71,8 @@ class ClassPatchConfig:
             )
         if not isinstance(self.parallel_mode, str) or self.parallel_mode not in MODES:
             raise ValueError(f"parallel_mode = {shown(self.parallel_mode)}; allowed are {', '.join(MODES)}")
+        if not isinstance(self.attention, str) or self.attention not in ATTENTIONS:
+            raise ValueError(f"attention = {shown(self.attention)}; allowed are {', '.join(ATTENTIONS)}")
         if not isinstance(self.head_kind, str) or self.head_kind not in HEADS:
             raise ValueError(f"head_kind = {shown(self.head_kind)}; allowed are {', '.join(HEADS)}")
         if self.head_kind != "diffusion" and self.diff_batch_mul != 1:
@@ -115,14 +120,9 @@ class ClassPatchConfig:
     @property
     def decides(self) -> dict[str, Any]:
         """What decides pictures and does not show in the shapes of the weights."""
-        names = (
-            "n_head",
-            "parallel_num",
-            "parallel_mode",
-            "time_shift",
-            *(("head_kind",) if self.head_kind != "diffusion" else ()),
-        )
-        return {name: getattr(self, name) for name in names}
+        plain = {"head_kind": "diffusion", "attention": "block"}  # of published models, which do not say them
+        own = [name for name, value in plain.items() if getattr(self, name) != value]
+        return {name: getattr(self, name) for name in ("n_head", "parallel_num", "parallel_mode", "time_shift", *own)}
 
     @property
     def num_blocks(self) -> int:

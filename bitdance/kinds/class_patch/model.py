@@ -106,8 +106,11 @@ class ClassPatchModel(nn.Module):
         return {"bits": self.head.loss_at(target_KPC, cond_KPD, noise.time_K, noise.noise_KPC)}
 
     def block_mask(self, L: int) -> Tensor:
-        """Bool (1,1,L,L): all class tokens but the last are causal, then every position sees its own block too."""
+        """Bool (1,1,L,L): all class tokens but the last are causal, then every position sees its own block too, where attention
+        is not causal everywhere."""
         causal, place_L = self.config.cls_token_num - 1, torch.arange(L, device=self.pos_for_diff.weight.device)
+        if self.config.attention == "causal":
+            return dense_mask(torch.zeros_like(place_L)[None], torch.full_like(place_L, -1)[None])
         block_L = torch.where(place_L < causal, -1, (place_L - causal).div(self.config.parallel_num, rounding_mode="floor"))
         return dense_mask(torch.zeros_like(place_L)[None], block_L[None])
 
@@ -122,6 +125,8 @@ class ClassPatchModel(nn.Module):
         L = x_BLD.shape[1]
         turns_LG2 = self._turns(x_BLD.device)[start : start + L]
         mask = self.block_mask(L) if start == 0 else None
+        if start and self.config.attention == "causal":
+            mask = torch.ones(L, start + L, dtype=torch.bool, device=x_BLD.device).tril(start)
         x_BLD = self.emb_norm(x_BLD)
         for i, layer in enumerate(self.layers):
             if self.checkpoint_layers and self.training and torch.is_grad_enabled():

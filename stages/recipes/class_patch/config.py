@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from bitdance.heads.diffusion.flow import SCHEDULES
-from bitdance.kinds.class_patch.config import HEADS, MODES, ClassPatchConfig
+from bitdance.kinds.class_patch.config import ATTENTIONS, HEADS, MODES, ClassPatchConfig
 from bitdance.kinds.class_patch.settings import SCHEDULES as CFG_SCHEDULES
 from bitdance.values import RANGES, Range
 from lfq_tokenizer import limits
@@ -23,6 +23,7 @@ MODEL = Table(
         "parallel_num": Range(1, 65_536),
         "parallel_mode": Choice(MODES),
         "head_kind": Choice(HEADS),
+        "attention": Choice(ATTENTIONS),
         **dict.fromkeys(("class_dropout_prob", "perturb_rate"), Range(0, 1, whole=False)),
         "P_mean": Range(-100, 100, whole=False),
         "P_std": Range(0, 100, whole=False, open_low=True),
