@@ -141,6 +141,18 @@ class ScaleCodes(ScaleQuantizer):
     def enlarged(self, code_BZhw: Tensor, k: int, K: int, size: Side) -> Tensor:
         if k < K - 1:
             code_BZhw = F.interpolate(code_BZhw, size, mode="bicubic")
+        return self._smoothed(code_BZhw, k, K)
+
+    def growing(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        """Tokens of every scale → the sum in the size of each scale (B,Z,h_k,w_k), enlarged from scale to scale: small pictures
+        for small scales. Neither training nor sampling read it; published as the variant of unequal shapes."""
+        found = list[Tensor]()
+        for k, one in enumerate(tokens):
+            own = self._smoothed(self.code(one), k, len(tokens))
+            found.append(own if not found else F.interpolate(found[-1], own.shape[2:], mode="bicubic") + own)
+        return found
+
+    def _smoothed(self, code_BZhw: Tensor, k: int, K: int) -> Tensor:
         if not len(self.smooth):
             return code_BZhw
         smooth = self.smooth[k if self.per_scale else shared_index(K, len(self.smooth))[k]]

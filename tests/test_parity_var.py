@@ -26,8 +26,8 @@ LOGITS = ("var/logits", "var_saln/logits")
 LOSSES = ("loss/var", "loss/var_droppath", "loss/var_saln_ls")
 SAMPLES = tuple(name for name in NAMES if name.startswith("sample/"))
 EDITS = tuple(name for name in NAMES if name.startswith("edit/"))
-# what neither training nor sampling reads: statistics of use, pictures of growing size
-LATER = {"tok/usage", "tok/decode_multires"}
+# what neither training nor sampling reads: statistics of use
+LATER = {"tok/usage"}
 MASKS = ("mask/edit_256", "mask/edit_512")
 COUNTS = {
     "VAR-d16": 310_283_520,
@@ -374,3 +374,14 @@ def test_published_sizes_to_the_digit(name):
     with torch.device("meta"):
         network = NextScaleNetwork(PUBLISHED[name])
     assert sum(parameter.numel() for parameter in network.parameters()) == COUNTS[name]
+
+
+def test_small_scales_are_small_pictures():
+    _, t = var_case("tok/decode_multires")
+    tokenizer, counts = var_tokenizer(), [h * w for h, w in SIDES]
+    tokens = [one.view(1, h, w) for one, (h, w) in zip(t["in.idx"].split(counts, dim=1), SIDES, strict=True)]
+    with torch.no_grad():
+        sums = tokenizer.quantize.growing(tokens)
+        close(sums[-1], t["out.f_hat_last"], 1e-5)
+        for k, one in enumerate(sums):
+            close(tokenizer.decode_sum(one)[:, :, ::4, ::4], t[f"out.image{k}_sub4"])
