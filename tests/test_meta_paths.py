@@ -290,4 +290,4 @@ def test_a_step_of_the_tokenizer_reads_only_whether_a_latent_is_a_number(generat
             learner.step()
     assert "adversarial" in scalars and made.shape == images.shape
     assert device.reads == {BINARIZE: 1}
-    assert device.copies == ({"stages/recipes/tokenizer/recipe.py:forward": 1} if generative else {})
+    assert device.copies == ({"stages/recipes/tokenizer/objective.py:reconstructed": 1} if generative else {})
