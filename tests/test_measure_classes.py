@@ -106,3 +106,12 @@ def test_what_cannot_be_measured_is_refused(home: Path, capsys: Any) -> None:
     assert "at least 2 pictures" in capsys.readouterr().err
     assert measure(["classes", "--model", str(home / "nothing"), *rest]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def test_fewer_pictures_than_features_have_a_distance_too() -> None:
+    few = torch.randn(20, 200, generator=torch.Generator().manual_seed(0))
+    many = torch.randn(50, 200, generator=torch.Generator().manual_seed(1))
+    same = torch.ones(20, 200)  # of pictures that do not differ at all
+    assert 0 < classes.distance(few, many) < 1000 and classes.distance(same, many) == pytest.approx(
+        float((1 - many.double().mean(0)).square().sum() + many.double().var(0).sum()), rel=1e-6
+    )

@@ -44,7 +44,7 @@ from lfq_tokenizer.text import printable
 from stages.data.order import EpochOrder
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.engine.checkpoint import model_folder
-from stages.evaluate.scores import NEIGHBOUR, precision_recall
+from stages.evaluate.scores import NEIGHBOUR, Gaussian, frechet, precision_recall
 from stages.measure.frechet import FrechetFeatures, lite0_features
 from stages.measure.reconstruction import round_trip
 from stages.recipes.pictures.labels import label_of
@@ -129,15 +129,8 @@ class Probe:
 
 
 def distance(one_NF: Tensor, other_MF: Tensor) -> float:
-    """Fréchet distance of two sets of features, by torchmetrics."""
-    from torchmetrics.image.fid import FrechetInceptionDistance
-
-    identity = torch.nn.Identity()
-    identity.num_features = one_NF.shape[1]
-    metric = FrechetInceptionDistance(feature=identity, sync_on_compute=False)
-    metric.update(one_NF, real=True)
-    metric.update(other_MF, real=False)
-    return max(0.0, float(metric.compute()))
+    """Fréchet distance of two sets of features."""
+    return frechet(Gaussian.of(one_NF), Gaussian.of(other_MF))
 
 
 @dataclass(frozen=True)
