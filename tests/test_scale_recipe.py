@@ -107,6 +107,14 @@ def test_an_idle_code_begins_anew_as_a_place_that_was_needed_and_the_others_stay
     assert int(own.idle_V.max()) <= 1
 
 
+def test_codes_of_a_frozen_encoder_stay_what_they_are() -> None:
+    own = objective(CODES, idle_steps=1, freeze_encoder=True)
+    before = own.tokenizer.quantize.embedding.weight.detach().clone()
+    for _ in range(4):
+        own(pictures(), torch.Generator().manual_seed(0), 0)
+    assert torch.equal(own.tokenizer.quantize.embedding.weight, before)
+
+
 def codes_with(codes: Any, table: torch.Tensor, run: Any) -> Any:
     now = codes.embedding.weight.detach().clone()
     with torch.no_grad():

@@ -97,6 +97,8 @@ class ScaleObjective(TokenizerObjective):
 
     def __init__(self, tokenizer: ScaleTokenizer, training: TokenizerTraining, *rest: Any, **named: Any) -> None:
         super().__init__(tokenizer, training, *rest, **named)
+        codes = tokenizer.config.quantizer == "codes"
+        self._revives = codes and training.idle_steps > 0 and not training.freeze_encoder
         self.register_buffer("idle_V", torch.full((tokenizer.config.codes,), training.idle_steps))
 
     def reconstructed(self, images_B3HW: Tensor, generator: torch.Generator) -> tuple[Tensor, QuantizerLosses]:
@@ -107,7 +109,8 @@ class ScaleObjective(TokenizerObjective):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.training_config.freeze_encoder):
             latents_BZhw = tokenizer.latents(images_B3HW)
             with without_autocast(latents_BZhw.device):
-                if isinstance(tokenizer.quantize, ScaleCodes) and self.training and self.training_config.idle_steps:
+                if self._revives and self.training:
+                    assert isinstance(tokenizer.quantize, ScaleCodes)
                     self._revive(tokenizer.quantize, latents_BZhw.detach().float(), generator)
                 sum_BZhw, q = tokenizer.quantize(latents_BZhw, sides)
         return tokenizer.decoder(tokenizer.post_quant_conv(sum_BZhw)), q
