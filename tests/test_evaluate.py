@@ -276,6 +276,11 @@ def test_npz_and_folder_hold_the_same_pictures(tmp_path: Path) -> None:
     np.savez(tmp_path / "b.npz", arr_0=levels.astype(np.float32))
     with pytest.raises(ValueError, match=r"arr_0 is float32"):
         Pictures.of(str(tmp_path / "b.npz"))
+    np.savez(tmp_path / "c.npz", mu=np.zeros(3))
+    (tmp_path / "d.npz").write_bytes(b"no archive")
+    for name in ("c", "d"):
+        with pytest.raises(ValueError, match="no npz with pictures"):
+            Pictures.of(str(tmp_path / f"{name}.npz"))
 
 
 def test_the_statistics_of_an_npz_are_used_for_inception_alone(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -1,7 +1,8 @@
 """Networks that look at pictures: the user's Inception weights, EfficientNet-Lite0, the user's CLIP."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from stages.evaluate.samples import Pictures
 from stages.measure.frechet import inception_network, lite0_features
 
+CLIP_BATCH = 16
 SPATIAL = 7  # channels of the 17×17 map that sFID looks at
 
 
@@ -71,24 +73,21 @@ def looker_of(network: nn.Module) -> Looker:
     return Looker("Inception (torch-fidelity's port), 2048", look)
 
 
-def clip_scores(folder: Path, pictures: list[Image.Image], prompts: list[str]) -> list[float]:
-    """max(0, 100·cosine) of each picture and its prompt, by the CLIP of a folder as transformers keeps it."""
+def clip_scores(folder: Path, pictures: Iterable[Image.Image], prompts: Iterable[str]) -> list[float]:
+    """max(0, 100·cosine) of each picture and its prompt, by the CLIP of a folder as transformers keeps it; a few pictures are
+    taken at a time."""
     from transformers import AutoProcessor, CLIPModel
 
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no CLIP; give a folder as transformers keeps it")
-    model = CLIPModel.from_pretrained(folder, local_files_only=True).eval()
-    processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
+    processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     found: list[float] = []
+    pairs = iter(tqdm(zip(pictures, prompts, strict=True), disable=None, desc="CLIP", unit="picture"))
     with torch.no_grad():
-        for start in tqdm(range(0, len(pictures), 16), disable=None, desc="CLIP", unit="batch"):
-            given = processor(
-                text=prompts[start : start + 16],
-                images=pictures[start : start + 16],
-                return_tensors="pt",
-                padding=True,
-                truncation=True,
-            )
+        while part := list(islice(pairs, CLIP_BATCH)):
+            images, texts = (list(side) for side in zip(*part, strict=True))
+            given = processor(text=texts, images=images, return_tensors="pt", padding=True, truncation=True)
             out = model(**given)
             cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
             found += (100 * cosine).clamp_min(0).tolist()

@@ -47,8 +47,11 @@ class Pictures:
                 raise ValueError(f"{place} holds no pictures ({', '.join(ENDINGS)})")
             return cls(place, len(files), files, prompts=_prompts(path))
         if path.suffix == ".npz":
-            with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
-                return cls(place, _header(member, place)[0], npz=path)
+            try:
+                with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as member:
+                    return cls(place, _header(member, place)[0], npz=path)
+            except (KeyError, zipfile.BadZipFile) as error:
+                raise ValueError(f"{place} is no npz with pictures as arr_0 ({error}); write it again") from None
         if path.exists() or "*" in place:
             data = ShardDataset(ShardIndex.open((place,)))
             return cls(place, len(data), shards=data)

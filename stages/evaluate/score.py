@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(list(argv))
     if not (arguments.clip or arguments.pairs or arguments.inception or arguments.lite0):
         raise ValueError("nothing to look with; give --inception FILE, --lite0, --clip FOLDER, or --pairs ORIGINALS")
-    if (arguments.inception or arguments.lite0) and not arguments.reference and not arguments.inception:
+    if arguments.lite0 and not arguments.inception and not arguments.reference:
         raise ValueError("--lite0 compares; give --reference")
     pictures = Pictures.of(arguments.samples)
     found = _Scores(arguments, pictures, "bitdance evaluate score " + shlex.join(argv)).figures()
@@ -74,11 +74,10 @@ class _Scores:
 
     def figures(self) -> list[Figure]:
         arguments, found = self.arguments, list[Figure]()
-        for looker in [
-            *([inception(arguments.inception)] if arguments.inception else []),
-            *([lite0()] if arguments.lite0 else []),
-        ]:
-            found += self._looked(looker)
+        if arguments.inception:
+            found += self._looked(inception(arguments.inception))
+        if arguments.lite0:
+            found += self._looked(lite0())
         if arguments.clip:
             found.append(self._clip(arguments.clip))
         if arguments.pairs:
@@ -125,7 +124,7 @@ class _Scores:
                 f"{self.pictures.place}: the prompts of {len(self.pictures) - len(pairs)} of {len(self.pictures)} pictures are "
                 "not known; a CLIP score needs a folder that `bitdance generate` or `evaluate run` wrote"
             )
-        opened = [Image.open(file).convert("RGB") for file, _ in pairs]
+        opened = (Image.open(file).convert("RGB") for file, _ in pairs)
         scores = clip_scores(folder, opened, [prompt for _, prompt in pairs])
         return self._figure(
             "CLIP score", float(np.mean(scores)), "max(0, 100·cosine)", folder.name, "prompts", spread=float(np.std(scores))
