@@ -84,18 +84,19 @@ def _yardstick(pipe: Any, settings: Any, batch: int, repeats: int, plainly: Plai
     the first."""
     height, width = pipe.model.sizes[0]
     spent: dict[str, list[float]] = {"plain": [], "ours": []}
+    clock = time.process_time if pipe.device.type == "cpu" else time.perf_counter
     for _ in range(repeats + 1):
         for name, seconds in spent.items():
             generators = [torch.Generator().manual_seed(seed) for seed in range(batch)]
             wait(pipe.device)
-            start = time.process_time() if pipe.device.type == "cpu" else time.perf_counter()
+            start = clock()
             if name == "plain":
                 with without_onednn(pipe.model.network):
                     plainly(pipe, conditions(pipe.model, batch), height, width, settings, generators)
             else:
                 pipe.generate(conditions(pipe.model, batch), height, width, settings, generators)
             wait(pipe.device)
-            seconds.append((time.process_time() if pipe.device.type == "cpu" else time.perf_counter()) - start)
+            seconds.append(clock() - start)
     medians = {name: statistics.median(seconds[1:]) for name, seconds in spent.items()}
     return {"seconds": medians["plain"], "ours": medians["ours"], "times_faster": medians["plain"] / medians["ours"]}
 

@@ -128,9 +128,8 @@ class NextScalePipeline(PicturePipeline):
         guidance_scale        published as cfg; 0 (VAR) or 1 (Infinity) leaves guidance out
         seed, generator       one per picture, as in `BitDancePipeline`
         output_type           "pil", "np" (B,H,W,3), "pt" (B,3,H,W), or "tokens" (no decoding)
-        callback_on_step_end  called as (pipe, scale, t, {"tokens": …}) after each scale with the tokens of the scales so far;
-        t is
-                              the finished share in (0, 1]. `pipe.cancel(i)` in it ends picture i. An exception ends the run.
+        callback_on_step_end  called as (pipe, scale, t, {"tokens": …}) after each scale with the tokens so far; t is the
+                              finished share in (0, 1]. `pipe.cancel(i)` in it ends picture i. An exception ends the run.
         preset                "own", "plain", or a published model's: "VAR", "VAR-demo", "Infinity-2B", "Infinity-8B"
         tau, top_k, top_p, more_smooth, cfg_schedule, guidance_by_scale, tau_by_scale, insertion
                               see `settings.NextScaleSettings`
