@@ -153,6 +153,27 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def equal_after_a_stop(recipe_of: Callable[[Any], Any], whole: Any, parts: Any, batch: int) -> Path:
+    """Train `whole` in one go, and `parts`, the same in another folder, stopped by SIGTERM at that batch and gone on with; their
+    last checkpoints are equal. That of `whole`."""
+    assert train(recipe_of(whole), whole) == 0
+    recipe, calls = recipe_of(parts), []
+    original = recipe.feed.batch
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    recipe.feed.batch = counted
+    assert train(recipe, parts) == 143
+    assert train(recipe_of(parts), parts) == 0
+    last, other = (checkpoint.step_folder(Path(config.run.out), config.run.steps) for config in (whole, parts))
+    assert_same(last, other)
+    return last
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")

@@ -1,7 +1,5 @@
 """Training tokenizers of scales: what a step computes, codes that stay in use, what is saved and measured."""
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_engine import assert_same, environment, everything, metrics  # noqa: F401 (a fixture)
+from test_engine import environment, equal_after_a_stop, metrics  # noqa: F401 (a fixture)
 
 from lfq_tokenizer.any_tokenizer import load_tokenizer
 from lfq_tokenizer.scale_vae import ScaleConfig, ScaleTokenizer
 from stages.config import DataConfig, OptimizerConfig, RunConfig, TokenizerTraining, TrainingConfig, load_config
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
-from stages.engine import checkpoint
-from stages.engine.loop import train
 from stages.measure.reconstruction import round_trip
 from stages.recipes.tokenizer.objective import ScaleObjective
 from stages.recipes.tokenizer.recipe import TokenizerRecipe
@@ -143,21 +139,7 @@ def test_four_steps_equal_two_a_stop_and_two_and_are_saved(
     tmp_path: Path, shards: str, shape: ScaleConfig, more: dict[str, Any]
 ) -> None:
     undisturbed, settings = (config(tmp_path / name, shards, shape, **more) for name in ("whole", "parts"))
-    assert train(TokenizerRecipe(undisturbed), undisturbed) == 0
-    recipe = TokenizerRecipe(settings)
-    batch, calls = recipe.feed.batch, []
-
-    def counted(*arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch(*arguments)
-
-    recipe.feed.batch = counted  # type: ignore[method-assign]
-    assert train(recipe, settings) == 143
-    assert train(TokenizerRecipe(settings), settings) == 0
-    whole, parts = (checkpoint.step_folder(tmp_path / name, 4) for name in ("whole", "parts"))
-    assert_same(whole, parts)
+    whole = equal_after_a_stop(TokenizerRecipe, undisturbed, settings, batch=2)
     saved = load_tokenizer(whole / "model")
     assert saved.config == shape and isinstance(saved, ScaleTokenizer)
     (figures,) = [row for row in metrics(tmp_path / "whole") if "heldout/psnr" in row]

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import math
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import assert_same, environment, everything, metrics  # noqa: F401 (a fixture)
+from test_engine import assert_same, environment, equal_after_a_stop, everything, metrics  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
@@ -178,21 +177,7 @@ def test_six_steps_with_an_adversary_equal_three_a_stop_and_three(
         dataclasses.replace(config(tmp_path / name, shards, critic), deepspeed=DeepSpeedConfig(zero_stage))
         for name in ("whole", "parts")
     )
-    assert train(TokenizerRecipe(undisturbed), undisturbed) == 0
-    recipe = TokenizerRecipe(settings)
-    batch, calls = recipe.feed.batch, []
-
-    def counted(*arguments: Any) -> Tensor:
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return batch(*arguments)
-
-    recipe.feed.batch = counted  # type: ignore[method-assign]
-    assert train(recipe, settings) == 143
-    assert train(TokenizerRecipe(settings), settings) == 0
-    whole, parts = (checkpoint.step_folder(tmp_path / name, 6) for name in ("whole", "parts"))
-    assert_same(whole, parts)
+    whole = equal_after_a_stop(TokenizerRecipe, undisturbed, settings, batch=3)
     state = everything(whole)
     for name in ("exp_avg", "average_real", "discriminator.layers"):
         assert any("discriminator" in key and name in key for key in state), name
