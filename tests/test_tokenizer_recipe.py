@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine import assert_same, environment, equal_after_a_stop, everything, metrics  # noqa: F401 (a fixture)
+from test_engine import environment, equal_after_a_stop, everything, metrics  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
