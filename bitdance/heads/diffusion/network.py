@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bitdance.heads.diffusion.flow import SCHEDULES, draw_time, interpolate, velocity_from_x
+from bitdance.networks.attend import attend
 from bitdance.values import Range, shown
 from lfq_tokenizer import limits
 from lfq_tokenizer.text import listed
@@ -138,7 +139,7 @@ class Attention(nn.Module):
 
     def forward(self, x_KPW: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in self.wqkv(x_KPW).chunk(3, dim=-1))
-        return self.wo(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.wo(attend(q, k, v))
 
 
 class Block(nn.Module):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitdance.networks.attend import attend
 from bitdance.networks.memory import Memory
 from bitdance.networks.rotary import rotate
 
@@ -28,7 +29,7 @@ class Attention(nn.Module):
         q, k = rotate(q, turns_LG2), rotate(k, turns_LG2)
         if memory is not None:
             k, v = memory.add(k, v)
-        return self.wo(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return self.wo(attend(q, k, v, mask))
 
 
 class SwiGLU(nn.Module):

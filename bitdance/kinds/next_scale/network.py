@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdance.kinds.next_scale.config import NextScaleConfig
 from bitdance.kinds.next_scale.positions import scale_turns
+from bitdance.networks.attend import attend
 from bitdance.networks.kernels import linear
 from bitdance.networks.memory import Memory
 from bitdance.networks.rotary import rotate
@@ -208,7 +209,7 @@ class Pool(nn.Module):
         k, v = F.linear(text_BTC, self.mat_kv.weight, bias).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q = self.mat_q[:, :, None].to(k.dtype).expand(len(k), -1, -1, -1)
         mask = None if mask_BT is None else mask_BT[:, None, None]
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1))
+        return self.proj(attend(q, k, v, mask).flatten(1))
 
 
 class SelfAttention(nn.Module):
@@ -231,7 +232,7 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, turns), rotate(k, turns)
         if memory is not None:
             k, v = memory.add(k, v)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, mask, scale=1.0))
 
 
 class CrossAttention(nn.Module):
@@ -254,7 +255,7 @@ class CrossAttention(nn.Module):
         q = self.mat_q(x_BLD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = _once(memory, "text", lambda: self.keys_values(text_BTD)).unbind(1)
         mask = None if mask_BT is None else mask_BT[:, None, None]
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v, mask))
 
 
 class FeedForward(nn.Module):

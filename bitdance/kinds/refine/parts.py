@@ -36,11 +36,6 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
-def attend(q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of all L tokens to those of the S that the mask allows (None: to all) → (B,L,H·E)."""
-    return F.scaled_dot_product_attention(q_BHLE, k_BHSE, v_BHSE, attn_mask=mask).transpose(1, 2).flatten(2)
-
-
 def heads_of(x_BLD: Tensor, heads: int) -> Tensor:
     """(B,L,D) → (B,H,L,E)."""
     return x_BLD.unflatten(-1, (heads, -1)).transpose(1, 2)

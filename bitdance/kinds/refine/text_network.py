@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bitdance.kinds.refine.config import TextRefineConfig
 from bitdance.kinds.refine.labels import label_major
-from bitdance.kinds.refine.parts import RMSNorm, TimeEmbedding, attend, heads_of
+from bitdance.kinds.refine.parts import RMSNorm, TimeEmbedding, heads_of
+from bitdance.networks.attend import attend
 from bitdance.networks.rotary import frequencies, rotate, turns_of
 
 TIME_FRAME, PICTURE_FRAME = 512, 600  # frame positions; a text token's is its number
