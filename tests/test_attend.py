@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bitdance.networks.attend import SHORT, attend
+from bitdance.heads.attend import SHORT, attend
 
 
 def _parts(S: int, dtype: torch.dtype) -> list[torch.Tensor]:

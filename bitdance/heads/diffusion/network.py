@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bitdance.heads.attend import attend
 from bitdance.heads.diffusion.flow import SCHEDULES, draw_time, interpolate, velocity_from_x
-from bitdance.networks.attend import attend
 from bitdance.values import Range, shown
 from lfq_tokenizer import limits
 from lfq_tokenizer.text import listed

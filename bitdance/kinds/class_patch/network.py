@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitdance.networks.attend import attend
+from bitdance.heads.attend import attend
 from bitdance.networks.memory import Memory
 from bitdance.networks.rotary import rotate
 

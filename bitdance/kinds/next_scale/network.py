@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bitdance.heads.attend import attend
 from bitdance.kinds.next_scale.config import NextScaleConfig
 from bitdance.kinds.next_scale.positions import scale_turns
-from bitdance.networks.attend import attend
 from bitdance.networks.kernels import linear
 from bitdance.networks.memory import Memory
 from bitdance.networks.rotary import rotate

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bitdance.heads.attend import attend
 from bitdance.kinds.refine.config import ClassRefineConfig
 from bitdance.kinds.refine.labels import value_major
 from bitdance.kinds.refine.parts import RMSNorm, TimeEmbedding, heads_of
-from bitdance.networks.attend import attend
 from bitdance.networks.rotary import frequencies, rotate, turns_of
 
 

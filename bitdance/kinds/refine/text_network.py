@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from bitdance.heads.attend import attend
 from bitdance.kinds.refine.config import TextRefineConfig
 from bitdance.kinds.refine.labels import label_major
 from bitdance.kinds.refine.parts import RMSNorm, TimeEmbedding, heads_of
-from bitdance.networks.attend import attend
 from bitdance.networks.rotary import frequencies, rotate, turns_of
 
 TIME_FRAME, PICTURE_FRAME = 512, 600  # frame positions; a text token's is its number
