@@ -96,6 +96,7 @@ def predict(
     on_block: OnBlock | None = None,
     noise: Noise | None = None,
     cancelled: Collection[int] = (),
+    numbers: bool = False,
 ) -> Tensor:
     """One picture per generator → bits (B,C,h,w) in {-1,+1}, float32, on the device of the conditions.
 
@@ -106,9 +107,9 @@ def predict(
     Picture i draws from `generators[i]` alone, per block the initial noise and one draw per stochastic step, of (1,P,C), or
     (2,P,C) where both branches are sampled; so it does not depend on its neighbours. `noise(rows)` replaces these draws by
     given ones of (rows,P,C), conditional rows first. `on_block(done, M, bits_BChw)` and `cancelled`: see `run`; unfinished
-    positions are 0.
+    positions are 0. `numbers`: what is sampled stays as it is instead of becoming bits.
     """
-    canvas = PatchCanvas(sample, plan, blocks, bits, generators, noise)
+    canvas = PatchCanvas(sample, plan, blocks, bits, generators, noise, numbers)
     found: Tensor = run(predictor, canvas, len(generators), on_block, cancelled)
     canvas.check()
     return found
@@ -125,7 +126,9 @@ class PatchCanvas:
         bits: int,
         generators: Sequence[torch.Generator],
         noise: Noise | None,
+        numbers: bool = False,
     ) -> None:
+        self._decide = _unchanged if numbers else binarize_unchecked
         self._sample, self._plan, self._settings, self._generators, self._noise = sample, plan, blocks, generators, noise
         self.blocks, self.bits, self.P = len(blocks), bits, plan.h * plan.w // len(blocks)
         self._tokens_BNC: Tensor | None = None
@@ -140,7 +143,7 @@ class PatchCanvas:
         apart = 1 if sampling.guided else branches  # branches that are sampled on their own
         own = self._noise or _own_noise([self._generators[i] for i in pictures], apart, self.P, self.bits)
         drawn = [own(apart * len(pictures)) for _ in range(draws(sampling.sampler, steps))]
-        bits_KPC, nans = binarize_unchecked(self._sample(ahead_R, _to(torch.stack(drawn), ahead_R.device), sampling, steps))
+        bits_KPC, nans = self._decide(self._sample(ahead_R, _to(torch.stack(drawn), ahead_R.device), sampling, steps))
         self._lost = self._lost + nans  # read at the end: until then nothing waits for the device
         there = slice(None) if len(pictures) == B else list(pictures)  # a list of rows would be sent to the device
         self._tokens_BNC[there, m * self.P : (m + 1) * self.P] = bits_KPC[: len(pictures)].float()
@@ -155,6 +158,10 @@ class PatchCanvas:
         """ValueError where NaN was met."""
         assert isinstance(self._lost, Tensor) and self._tokens_BNC is not None
         check_lost(self._lost, self._tokens_BNC.numel())
+
+
+def _unchanged(numbers_KPC: Tensor) -> tuple[Tensor, Tensor]:
+    return numbers_KPC, torch.isnan(numbers_KPC).sum()
 
 
 def _own_noise(generators: Sequence[torch.Generator], apart: int, P: int, C: int) -> Noise:

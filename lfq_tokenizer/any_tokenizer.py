@@ -35,6 +35,12 @@ def load_tokenizer(folder: Path | str) -> PictureTokenizer:
     return read_folder(build_tokenizer, config_of, folder)
 
 
+def check_makes_bits(config: PictureTokenizerConfig, name: str) -> None:
+    """ValueError where tokens are numbers; `name` is who says so."""
+    if not config.bits:
+        raise ValueError(f'{name} makes tokens of {config.token}; this needs bits: a tokenizer with quantizer = "lfq" or "hbq"')
+
+
 def decoding_bytes(config: PictureTokenizerConfig, height: int, width: int, itemsize: int, strips: bool) -> int:
     """Bytes that decoding one picture takes beside the weights; only LFQ decoders know strips."""
     if isinstance(config, ScaleConfig):

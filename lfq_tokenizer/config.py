@@ -8,7 +8,7 @@ from lfq_tokenizer import limits
 from lfq_tokenizer.text import listed
 
 NORM_GROUPS = 32
-QUANTIZERS = ("lfq", "hbq")
+QUANTIZERS = ("lfq", "hbq", "none")
 MOST_ROUNDS = 16
 _DDCONFIG_KEYS = {"ch", "out_ch", "in_channels", "num_res_blocks", "z_channels", "ch_mult", "double_z", "resolution"}
 
@@ -25,6 +25,7 @@ class TokenizerConfig:
     """`ch` base width, `ch_mult` width factor per level, `z_channels` latents per token, `gan_decoder` noise beside them.
 
     `quantizer` "lfq": a latent is one bit, its sign. "hbq": a latent, squashed by tanh, is `rounds` bits (`hierarchical.py`).
+    "none": latents, squashed by tanh, stay numbers; for comparison with bits.
     """
 
     ch: int = 256
@@ -50,8 +51,8 @@ class TokenizerConfig:
             raise ValueError(f"gan_decoder = {_short(self.gan_decoder)}; true or false is allowed")
         if not isinstance(self.quantizer, str) or self.quantizer not in QUANTIZERS:
             raise ValueError(f"quantizer = {_short(self.quantizer)}; allowed are {', '.join(QUANTIZERS)}")
-        if self.quantizer == "lfq" and self.rounds != 1:
-            raise ValueError(f'rounds = {self.rounds} with quantizer = "lfq", which has one; quantizer = "hbq" has more')
+        if self.quantizer != "hbq" and self.rounds != 1:
+            raise ValueError(f'rounds = {self.rounds} with quantizer = "{self.quantizer}", which has one; "hbq" has more')
         for factor in self.ch_mult:
             if (self.ch * factor) % NORM_GROUPS:
                 raise ValueError(
@@ -66,13 +67,18 @@ class TokenizerConfig:
 
     @property
     def bits(self) -> int:
-        """Bits per token."""
+        """Bits per token; 0 where a token is numbers."""
+        return 0 if self.quantizer == "none" else self.width
+
+    @property
+    def width(self) -> int:
+        """Bits or numbers per token: the channels of what `encode` returns."""
         return self.z_channels * self.rounds
 
     @property
     def token(self) -> str:
         """What a token is; a model must have been trained on the same."""
-        return f"{self.bits} bits"
+        return f"{self.width} bits" if self.bits else f"{self.width} numbers"
 
     @property
     def layers(self) -> int:

@@ -29,6 +29,13 @@ class QuantizerLosses:
         return {name: term for name, term in vars(self).items() if term is not None}
 
 
+class NoQuantizer(nn.Module):
+    """`quantizer(z_BChw) -> (numbers_BChw, QuantizerLosses)`: tanh(z) and no terms; what bits are compared with."""
+
+    def forward(self, z_BChw: Tensor) -> tuple[Tensor, QuantizerLosses]:
+        return z_BChw.tanh(), QuantizerLosses(None, None, z_BChw.new_zeros(()))
+
+
 class LookupFreeQuantizer(nn.Module):
     """`quantizer(z_BChw) -> (bits_BChw, QuantizerLosses)`; no parameters.
 

@@ -39,7 +39,7 @@ class LFQTokenizer(nn.Module):
         return self.config.downsampling
 
     def encode(self, images_B3HW: Tensor) -> Tensor:
-        """images (B,3,H,W) in [-1,1] → bits (B,C,h,w) in {-1,+1}, h = H / downsampling.
+        """images (B,3,H,W) in [-1,1] → bits (B,C,h,w) in {-1,+1}, or numbers in [-1,1]; h = H / downsampling.
 
         Bits carry no gradient. ValueError when the shape is not that of RGB pictures whose sides the downsampling divides, and
         when a latent is NaN.
@@ -52,18 +52,21 @@ class LFQTokenizer(nn.Module):
         return self._quantized(self.encoder(images_B3HW))
 
     def _quantized(self, z_BChw: Tensor) -> Tensor:
-        return binarize(z_BChw) if self.config.quantizer == "lfq" else hierarchical_bits(z_BChw.tanh(), self.config.rounds)
+        if self.config.quantizer == "lfq":
+            return binarize(z_BChw)
+        z_BChw = z_BChw.tanh()
+        return hierarchical_bits(z_BChw, self.config.rounds) if self.config.quantizer == "hbq" else z_BChw
 
     def decode(self, bits_BChw: Tensor, generator: torch.Generator | None = None, strips: bool | None = None) -> Tensor:
-        """bits (B,C,h,w) in {-1,+1} → images (B,3,H,W), about [-1,1] (not clamped).
+        """What `encode` returns (B,C,h,w) → images (B,3,H,W), about [-1,1] (not clamped).
 
         A generative decoder draws its noise, one number per latent, from `generator` (on the generator's device).
         `strips` says whether rows go one strip after another; None: where a picture has more than `strip_pixels` pixels. They
         do only where no gradient is wanted (`torch.no_grad()`); otherwise a warning says so.
         """
         shape = tuple(bits_BChw.shape)
-        if len(shape) != 4 or shape[1] != self.config.bits:
-            raise ValueError(f"bits have shape {shape}; expected (batch, {self.config.bits}, h, w)")
+        if len(shape) != 4 or shape[1] != self.config.width:
+            raise ValueError(f"bits have shape {shape}; expected (batch, {self.config.width}, h, w)")
         if shape[2] * shape[3] < 2:
             raise ValueError(f"a grid of {shape[2]}×{shape[3]} tokens has no spread over the grid; decode at least 2 tokens")
         if self.config.quantizer == "hbq":

@@ -129,7 +129,8 @@ def measure_tokenizer(
     generator = torch.Generator().manual_seed(seed)
     figures = Reconstruction(tokenizer.config.bits, perceptual)
     for images in images_B3HW.split(BATCH):
-        figures.add(images, *round_trip(tokenizer, images, generator))
+        out, bits = round_trip(tokenizer, images, generator)
+        figures.add(images, out, bits if tokenizer.config.bits else None)
     return figures.result()
 
 

@@ -17,6 +17,7 @@ from bitdance.networks.backbone import Backbone
 from bitdance.networks.projector import Projector
 from bitdance.sequence.prompt import BASE_TOKENS, add_image_tokens, build_text_tokenizer
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
+from lfq_tokenizer.any_tokenizer import check_makes_bits
 from lfq_tokenizer.json_file import read_config, read_json
 from stages.config import PARTS, GeneratorTraining, TrainingConfig
 from stages.engine.checkpoint import model_folder
@@ -62,6 +63,7 @@ class Shape:
         if "hidden_size" not in backbone:
             said = f"{', '.join(absent)} is not here and " if absent else ""
             raise ValueError(f"{said}[generator.backbone] has no hidden_size; give the fields of a Qwen3 config there")
+        check_makes_bits(tokenizer, f"generator.tokenizer = {training.tokenizer!r}")
         bits, hidden = tokenizer.bits, int(backbone["hidden_size"])
         head = HeadConfig.from_dict({"ch_target": bits, "ch_cond": hidden, **training.head})
         sides = training.resolution_tokens or LARGEST_SIDE // tokenizer.downsampling

@@ -28,7 +28,8 @@ class ClassPatchConfig:
     is `cls_token_num` tokens. `parallel_num` tokens P are predicted per block: with `parallel_mode` "patch" a square patch,
     with "standard" P consecutive tokens of the raster order.
     `head_kind` "bits" or "values": a logit for each bit or value instead of diffusion (`heads/discrete.py`), for comparison;
-    `attention` "causal": a token of a block does not see the later ones, for comparison too.
+    `attention` "causal": a token of a block does not see the later ones, for comparison too. `numbers`: a token is `latent_dim`
+    numbers instead of bits, which are sampled as they are, without taking their signs.
     Training: `class_dropout_prob` share of pictures that get the null class, `perturb_rate` largest flip probability of
     a bit, `diff_batch_mul` noise draws per block; `P_mean`, `P_std`, `time_schedule`, `time_shift` as in `HeadConfig`.
     Source: BitDance paper (arXiv 2602.14041), ImageNet models; published class-conditional code for names and values.
@@ -55,6 +56,7 @@ class ClassPatchConfig:
     time_shift: float = 1.0
     head_kind: str = "diffusion"
     attention: str = "block"
+    numbers: bool = False
 
     def __post_init__(self) -> None:
         for names, allowed in (
@@ -79,6 +81,10 @@ class ClassPatchConfig:
             raise ValueError(
                 f"diff_batch_mul = {self.diff_batch_mul} with head_kind = {self.head_kind!r}, which draws no noise; set it to 1"
             )
+        if not isinstance(self.numbers, bool):
+            raise ValueError(f"numbers = {shown(self.numbers)}; true or false is allowed")
+        if self.numbers and self.head_kind != "diffusion":
+            raise ValueError(f"head_kind = {self.head_kind!r} for tokens of numbers; only diffusion makes numbers")
         if self.num_tokens % self.parallel_num:
             tokens = f"grid = {self.grid}: {self.num_tokens} tokens"
             raise ValueError(f"{tokens} are no multiple of parallel_num = {self.parallel_num}")
@@ -97,7 +103,7 @@ class ClassPatchConfig:
     @property
     def token(self) -> str:
         """What a token is."""
-        return f"{self.latent_dim} bits"
+        return f"{self.latent_dim} numbers" if self.numbers else f"{self.latent_dim} bits"
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -120,7 +126,7 @@ class ClassPatchConfig:
     @property
     def decides(self) -> dict[str, Any]:
         """What decides pictures and does not show in the shapes of the weights."""
-        plain = {"head_kind": "diffusion", "attention": "block"}  # of published models, which do not say them
+        plain = {"head_kind": "diffusion", "attention": "block", "numbers": False}  # of published models, which do not say them
         own = [name for name, value in plain.items() if getattr(self, name) != value]
         return {name: getattr(self, name) for name in ("n_head", "parallel_num", "parallel_mode", "time_shift", *own)}
 

@@ -25,7 +25,9 @@ def generate_bits(
     block_sampler: Sampler | None = None,
     cancelled: Collection[int] = (),
 ) -> Tensor:
-    """One picture per class → bits (B,C,h,w) in {-1,+1}, float32, on the model's device; see `bitdance.loop.predict`.
+    """One picture per class → bits (B,C,h,w) in {-1,+1}, or numbers where those are its tokens; float32, on its device.
+
+    See `bitdance.loop.predict`.
 
     A block without guidance in a guided run (the first of the linear schedule) is sampled for the null class too.
     """
@@ -33,7 +35,8 @@ def generate_bits(
         raise ValueError(f"{len(classes)} classes and {len(generators)} generators; give one generator per class")
     sample = block_sampler or sampler_of(model)
     predictor, c = _Predictor(model, classes, settings.guided), model.config
-    return predict(predictor, sample, c.plan, settings.blocks(c.num_blocks), c.latent_dim, generators, on_block, noise, cancelled)
+    blocks = settings.blocks(c.num_blocks)
+    return predict(predictor, sample, c.plan, blocks, c.latent_dim, generators, on_block, noise, cancelled, c.numbers)
 
 
 def sampler_of(model: ClassPatchModel) -> Sampler:

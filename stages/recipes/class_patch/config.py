@@ -9,7 +9,8 @@ from bitdance.heads.diffusion.flow import SCHEDULES
 from bitdance.kinds.class_patch.config import ATTENTIONS, HEADS, MODES, ClassPatchConfig
 from bitdance.kinds.class_patch.settings import SCHEDULES as CFG_SCHEDULES
 from bitdance.values import RANGES, Range
-from lfq_tokenizer import limits
+from lfq_tokenizer import TokenizerConfig, limits
+from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig
 from stages.config import TrainingConfig
 from stages.recipes.pictures.config import PictureTraining
 from stages.schema import Choice, Table
@@ -45,10 +46,12 @@ class ClassPatchTraining(PictureTraining):
     model: Annotated[Mapping[str, Any], MODEL] = field(default_factory=dict)
     defaults: Annotated[Mapping[str, Any], DEFAULTS] = field(default_factory=dict)  # of sampling; written to bitdance.json
 
-    def shape(self, bits: int, grid: int, classes: int) -> ClassPatchConfig:
-        """The network's config for a tokenizer of so many bits per token, a grid of `grid` × `grid` tokens and so many classes.
-        ValueError names what is missing or does not fit."""
-        derived: dict[str, Any] = {"latent_dim": bits, "grid": grid, "num_classes": classes}
+    def shape(self, tokenizer: PictureTokenizerConfig, grid: int, classes: int) -> ClassPatchConfig:
+        """The network's config for a tokenizer, a grid of `grid` × `grid` tokens and so many classes. ValueError names what is
+        missing or does not fit."""
+        numbers = isinstance(tokenizer, TokenizerConfig) and not tokenizer.bits
+        width = tokenizer.width if isinstance(tokenizer, TokenizerConfig) else tokenizer.bits
+        derived: dict[str, Any] = {"latent_dim": width, "grid": grid, "num_classes": classes, "numbers": numbers}
         required = [f.name for f in dataclasses.fields(ClassPatchConfig) if f.default is dataclasses.MISSING]
         if missing := [name for name in required if name not in self.model]:
             raise ValueError(f"class_patch.model lacks {', '.join(missing)}; configs/imagenet/ has the published shapes")

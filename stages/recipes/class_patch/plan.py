@@ -20,7 +20,7 @@ class ClassPatchSubject(PictureSubject):
     training: ClassPatchTraining
 
     def shape(self, tokenizer: PictureTokenizerConfig, classes: Callable[[], int]) -> ClassPatchConfig:
-        return self.training.shape(tokenizer.bits, self.grid(tokenizer), classes())
+        return self.training.shape(tokenizer, self.grid(tokenizer), classes())
 
     def build(self, shape: ClassPatchConfig) -> ClassPatchModel:
         model = ClassPatchModel(shape)
@@ -37,7 +37,7 @@ class ClassPatchSubject(PictureSubject):
     def about(self, shape: ClassPatchConfig) -> str:
         step = shape.parallel_num
         return (
-            f"{shape.num_classes:,} classes, pictures of {shape.num_tokens:,} tokens of {shape.latent_dim} bits, "
+            f"{shape.num_classes:,} classes, pictures of {shape.num_tokens:,} tokens of {shape.token}, "
             f"{step} token{'s' * (step > 1)} per step"
         )
 

@@ -35,7 +35,7 @@ class ClassPatchRecipe(PictureRecipe):
     def __init__(self, config: ClassTrainingConfig) -> None:
         super().__init__(config, config.class_patch)
         assert self.labels is not None
-        shape = config.class_patch.shape(self.tokenizer.config.bits, self.grid(), len(self.labels))
+        shape = config.class_patch.shape(self.tokenizer.config, self.grid(), len(self.labels))
         network: Any = self.network(shape)
         network.checkpoint_head(self.training.checkpoint_activations)
         self.module: nn.Module = ClassPatchObjective(network, self.tokenizer)

@@ -14,6 +14,7 @@ from bitdance.networks.backbone import Backbone
 from bitdance.networks.projector import Projector
 from bitdance.sequence.prompt import add_image_tokens, build_text_tokenizer
 from lfq_tokenizer import LFQTokenizer
+from lfq_tokenizer.any_tokenizer import check_makes_bits
 from lfq_tokenizer.files import check_links
 from lfq_tokenizer.json_file import read_config, read_json
 from stages.config import GeneratorTraining
@@ -51,6 +52,7 @@ def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]],
     if not t.pretrained and not t.backbone:
         raise ValueError("give generator.pretrained (a folder with an LLM) or [generator.backbone] (a Qwen3 config)")
     config = _backbone_config(t)
+    check_makes_bits(tokenizer.config, f"generator.tokenizer = {t.tokenizer!r}")
     head = HeadConfig.from_dict({"ch_target": tokenizer.config.bits, "ch_cond": int(config["hidden_size"]), **t.head})
     sides = t.resolution_tokens or LARGEST_SIDE // tokenizer.downsampling
     if t.pretrained:

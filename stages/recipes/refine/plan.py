@@ -9,7 +9,7 @@ from torch import Tensor
 from bitdance.kinds.refine.config import RefineConfig, TextRefineConfig
 from bitdance.kinds.refine.model import build_network, label_losses
 from bitdance.kinds.refine.noise import RefineNoise
-from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig
+from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig, check_makes_bits
 from stages.recipes.pictures.plan import PictureSubject
 from stages.recipes.refine.config import RefineTraining
 
@@ -22,6 +22,7 @@ class RefineSubject(PictureSubject):
     training: RefineTraining
 
     def shape(self, tokenizer: PictureTokenizerConfig, classes: Callable[[], int]) -> RefineConfig:
+        check_makes_bits(tokenizer, f"refine.tokenizer = {self.training.tokenizer!r}")
         return self.training.shape(tokenizer.bits, self.grid(tokenizer), *self.classes_or_width(classes))
 
     def build(self, shape: RefineConfig) -> Any:

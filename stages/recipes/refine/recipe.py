@@ -11,6 +11,7 @@ from bitdance.kinds.refine.labels import bits_of
 from bitdance.kinds.refine.loop import OwnDraws, refine
 from bitdance.kinds.refine.predictors import ClassPredictor, TextPredictor
 from bitdance.kinds.refine.settings import choose
+from lfq_tokenizer.any_tokenizer import check_makes_bits
 from stages.recipes.pictures.feed import PictureFeed
 from stages.recipes.pictures.prompts import PromptRecipe
 from stages.recipes.pictures.recipe import PictureObjective
@@ -31,6 +32,7 @@ class RefineRecipe(PromptRecipe):
     def __init__(self, config: RefineTrainingConfig) -> None:
         training = config.refine
         super().__init__(config, training)
+        check_makes_bits(self.tokenizer.config, f"refine.tokenizer = {training.tokenizer!r}")
         shape = training.shape(self.tokenizer.config.bits, self.grid(), *self.classes_or_width)
         self.module: nn.Module = RefineObjective(self.network(shape), self.tokenizer, self.text)
         grid = (self.grid(), self.grid())

@@ -43,6 +43,7 @@ def load_tokenizer(place: str | Path, device: torch.device | str = "cpu", dtype:
     tokenizer = load_any(place, device, dtype)
     if isinstance(tokenizer, ScaleTokenizer):
         raise ValueError(f"{place} holds a tokenizer of scales; this needs one that makes a single grid of bits")
+    any_tokenizer.check_makes_bits(tokenizer.config, str(place))
     return tokenizer
 
 

@@ -120,7 +120,7 @@ class Evaluation:
             sizes.setdefault(picture.size, []).append(i)
         for (width, height), places in sizes.items():
             crop = (places, slice(None), slice(height), slice(width))
-            self.measure.add(images_B3HW[crop], out_B3HW[crop], bits_BChw[places])
+            self.measure.add(images_B3HW[crop], out_B3HW[crop], bits_BChw[places] if self.measure.bits else None)
         pairs: list[tuple[Image.Image, Image.Image] | None] = []
         for sample, picture, out in zip(samples, pictures, out_B3HW, strict=True):
             after = to_pil(out[None, :, : picture.height, : picture.width])[0] if sample.key in self._shown else None

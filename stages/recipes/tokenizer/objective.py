@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lfq_tokenizer import HierarchicalQuantizer, LFQTokenizer, LookupFreeQuantizer, TokenizerConfig
 from lfq_tokenizer.entropy import without_autocast
-from lfq_tokenizer.quantizer import QuantizerLosses
+from lfq_tokenizer.quantizer import NoQuantizer, QuantizerLosses
 from lfq_tokenizer.scale_vae import ScaleTokenizer
 from lfq_tokenizer.scales import ScaleCodes
 from stages.config import TokenizerTraining
@@ -151,4 +151,6 @@ def quantizer_of(config: TokenizerConfig, training: TokenizerTraining) -> nn.Mod
     """Latents (B,C,h,w) → what the decoder reads, and `QuantizerLosses`."""
     if config.quantizer == "hbq":
         return HierarchicalQuantizer(config.z_channels, config.rounds)
+    if config.quantizer == "none":
+        return NoQuantizer()
     return LookupFreeQuantizer(config.z_channels, training.groups, training.temperature, training.pool_groups)
