@@ -61,6 +61,7 @@ setup(
         "stages.engine",
         "stages.evaluate",
         "stages.measure",
+        "stages.measure.evidence",
         "stages.plan",
         "stages.recipes",
         "stages.recipes.class_patch",

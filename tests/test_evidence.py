@@ -20,8 +20,11 @@ from stages import cli
 from stages.config import load_config
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
-from stages.measure import classes, evidence
-from stages.measure.evidence import main, power_law, read_study
+from stages.measure import classes
+from stages.measure.evidence import run
+from stages.measure.evidence.__main__ import main
+from stages.measure.evidence.laws import laws, points, power_law
+from stages.measure.evidence.study import read_study
 from stages.measure.frechet import FrechetFeatures
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +81,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             assert {"train": cli.train, "measure": cli.measure}[arguments[0]](list(arguments[1:])) == 0
         return out.getvalue()
 
-    monkeypatch.setattr(evidence, "_bitdance", here)
+    monkeypatch.setattr(run, "_bitdance", here)
     path = tmp_path / "study.toml"
     path.write_text(STUDY.format(home=tmp_path, root=ROOT))
     return path
@@ -92,17 +95,50 @@ def test_ways_train_with_equal_operations_and_what_is_done_stays(study: Path, mo
     assert [(r["name"], r["seed"]) for r in results] == [("patches", 1), ("patches", 2), ("scales", 1), ("scales", 2)]
     for result in results:
         each = result["operations"] / result["pictures"]
-        assert abs(result["operations"] - 2e9) <= each * 4 / 2 or result["steps"] == evidence.SMALLEST_STEPS
+        assert abs(result["operations"] - 2e9) <= each * 4 / 2 or result["steps"] == run.SMALLEST_STEPS
         assert result["parameters"] > 1000 and any("heldout/" in name for name in result["heldout"])
     assert results[0]["steps"] != results[2]["steps"]  # they cost differently
     assert results[0]["rows"] != results[1]["rows"]
-    monkeypatch.setattr(evidence, "_bitdance", lambda *arguments, show=False: pytest.fail("all of it is done"))
+    monkeypatch.setattr(run, "_bitdance", lambda *arguments, show=False: pytest.fail("all of it is done"))
     assert main(["run", str(study)]) == 0
     capsys.readouterr()
     assert main(["report", str(study), "--out", str(study.parent / "docs")]) == 0
     printed = capsys.readouterr().out
     assert "| patches, guidance" in printed and " ± " in printed and "scales, guidance 1" in printed
+    assert {p.name for p in (study.parent / "docs").iterdir()} == {"study.md", "study.json", "study.png", "study-pictures.png"}
+    with Image.open(study.parent / "docs" / "study-pictures.png") as pictures:
+        assert pictures.width > 3 * 16 and pictures.height > 2 * 16  # three classes, two ways
+
+
+@pytest.mark.slow
+def test_losses_alone_on_the_way(study: Path, capsys: Any) -> None:
+    text = study.read_text().replace("operations = 2e9", "samples = 16\nvalidations = 4")
+    study.write_text(text.replace("pictures = 8", "pictures = 0"))
+    assert main(["run", str(study)]) == 0
+    result = json.loads((study.parent / "out" / "scales-1.json").read_text())
+    assert [point["pictures"] for point in result["curve"]] == [4, 8, 12, 16] and result["rows"] == []
+    assert result["curve"][-1]["loss"] == next(v for k, v in result["heldout"].items() if k.count("/") == 1)
+    capsys.readouterr()
+    assert main(["report", str(study), "--out", str(study.parent / "docs")]) == 0
+    assert "| scales, 2 | " in capsys.readouterr().out
     assert {p.name for p in (study.parent / "docs").iterdir()} == {"study.md", "study.json", "study.png"}
+
+
+def test_laws_of_a_group() -> None:
+    """loss = parameters^-0.1 · pictures^-0.2, in three sizes: what is fitted of each axis is known."""
+
+    def result(size: float) -> dict[str, Any]:
+        curve = [{"pictures": n, "loss": size**-0.1 * n**-0.2} for n in (100, 200, 400, 800)]
+        heldout = {"heldout/pictures": 9.0, "heldout/tokens": curve[-1]["loss"]}
+        return {"group": "g", "parameters": size, "pictures": 800, "operations": 800 * size, "heldout": heldout, "curve": curve}
+
+    results = [result(size) for size in (1e5, 3e5, 1e6)]
+    found = points(results)
+    assert power_law(*zip(*found["parameters"], strict=True))[1] == pytest.approx(-0.1)
+    assert power_law(*zip(*found["pictures"], strict=True))[1] == pytest.approx(-0.2)
+    losses = [loss for _, loss in found["operations"]]
+    assert losses == sorted(losses, reverse=True) and len(losses) >= 4
+    assert laws(results).count("| g |") == 3 and laws(results[:2]) == ""
 
 
 def test_a_power_law_is_found_with_its_error() -> None:
