@@ -22,8 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _distill(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
 
-    from distill.config import load_config
+    from distill.config import load_config, recipe_of
 
+    if recipe_of(arguments.config, arguments.set) == "distill_class":
+        return _distill_class(arguments)
     config = load_config(arguments.config, arguments.set)
     if arguments.dry_run:
         from distill.plan import show
@@ -48,6 +50,20 @@ def _distill(argv: list[str]) -> int:
     from stages.engine.loop import train
 
     return train(build_recipe(config), config, arguments.resume)
+
+
+def _distill_class(arguments: argparse.Namespace) -> int:
+    from distill.class_config import load_config
+    from distill.class_plan import show
+    from distill.class_recipe import FewStepsRecipe
+    from stages.engine.loop import train
+
+    config = load_config(arguments.config, arguments.set)
+    if arguments.write_samples or arguments.write_targets:
+        raise ValueError("--write-samples and --write-targets are for recipe 'distill'; this one needs neither")
+    if arguments.dry_run:
+        return show(config, arguments)
+    return train(FewStepsRecipe(config), config, arguments.resume)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -273,6 +273,7 @@ COMMANDS = {
     "refine": "bitdance train",
     "next_scale": "bitdance train",
     "distill": "bitdance distill",
+    "distill_class": "bitdance distill",
 }
 
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from bitdance.heads.diffusion.flow import interpolate, velocity_from_x
-from bitdance.heads.diffusion.sampler import SAMPLERS, STOCHASTIC, draws, euler, euler_maruyama, guided_velocity, time_grid
+from bitdance.heads.diffusion.sampler import (
+    SAMPLERS,
+    STOCHASTIC,
+    draws,
+    euler,
+    euler_maruyama,
+    evaluations,
+    guided_velocity,
+    time_grid,
+)
 
 
 def noise_like(shape, seed=0):
@@ -103,7 +112,7 @@ def spread_of_gaussian_data(name, steps, variance):
 
 
 @pytest.mark.parametrize("variance", [0.3, 3.0])
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", sorted(ORDER))
 def test_a_solver_has_its_order(name, variance):
     """Twice the steps: half the error in first order, a quarter in second, once steps are small."""
     errors = [spread_of_gaussian_data(name, steps, variance) for steps in (160, 320, 640)]
@@ -151,8 +160,8 @@ def test_the_second_order_sde_keeps_the_noise_level_in_any_number_of_steps(steps
 def test_a_solver_evaluates_as_often_as_it_says(name):
     evaluated, drawn, draw = [], [], noise_like((2, 3, 4))
     SAMPLERS[name](following(lambda x, t: evaluated.append(t) or torch.tanh(x)), draw(), 6, lambda: drawn.append(1) or draw())
-    assert len(evaluated) == (13 if name == "heun" else 7)
-    assert 1 + len(drawn) == draws(name, 6) == (7 if name in STOCHASTIC else 1)
+    assert len(evaluated) == evaluations(name, 6) == {"heun": 13, "consistency": 6}.get(name, 7)
+    assert 1 + len(drawn) == draws(name, 6) == {"consistency": 6}.get(name, 7 if name in STOCHASTIC else 1)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))

@@ -74,7 +74,10 @@ PRESETS = {
     "published": Sampling(),
     "balanced": Sampling(8, sampler="dpmpp_2m_sde"),
     "fast": Sampling(5, sampler="dpmpp_2m_sde"),
+    "quick": Sampling(2, sampler="consistency"),  # these two for models that were distilled to few evaluations
+    "instant": Sampling(1, sampler="consistency"),
 }
+FEW_STEPS = [name for name, sampling in PRESETS.items() if sampling.sampler == "consistency"]
 
 
 def choose(defaults: Mapping[str, Any], preset: str | None = None, **overrides: Any) -> Sampling:
@@ -93,4 +96,22 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, **overrides: 
         own = PRESETS[name].changed(guidance=defaults.get("guidance_scale"), steps=steps)
     except ValueError as error:
         raise ValueError(f'"defaults" of bitdance.json: {error}') from None
-    return own.changed(**overrides)
+    chosen = own.changed(**overrides)
+    check_few_steps(chosen, defaults)
+    return chosen
+
+
+def check_few_steps(sampling: Sampling, defaults: Mapping[str, Any]) -> None:
+    """ValueError where a head that was distilled to few evaluations meets another solver, or another head this one. The model's
+    defaults, its sampler or its preset, say which it is."""
+    taught = defaults.get("sampler") == "consistency" or defaults.get("preset") in FEW_STEPS
+    if sampling.sampler == "consistency" and not taught:
+        raise ValueError(
+            f"sampler = 'consistency' (presets {', '.join(FEW_STEPS)}) needs a model that was distilled to few evaluations; this "
+            'one was not: take "fast", or distil it (docs/distill)'
+        )
+    if taught and sampling.sampler != "consistency":
+        raise ValueError(
+            f"sampler = {sampling.sampler!r} with a model that was distilled to few evaluations; it takes 'consistency' "
+            f"alone: presets {', '.join(FEW_STEPS)}, or 1 to 4 steps"
+        )

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bitdance.heads.diffusion.settings import Sampling
+from bitdance.heads.diffusion.settings import FEW_STEPS, Sampling, check_few_steps
+from bitdance.heads.diffusion.settings import PRESETS as FEW
 from bitdance.kinds.class_patch.config import PUBLISHED
 from bitdance.values import shown
 
@@ -63,6 +64,7 @@ class ClassSettings:
 
 
 PRESETS = {name: ClassSettings(Sampling(STEPS, guidance)) for name, (_, guidance) in PUBLISHED.items()}
+PRESETS |= {name: ClassSettings(FEW[name].changed(guidance=1.0)) for name in FEW_STEPS}
 
 
 def choose(defaults: Mapping[str, Any], preset: str | None = None, cfg_schedule: str | None = None, **said: Any) -> ClassSettings:
@@ -79,4 +81,6 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, cfg_schedule:
             own = ClassSettings(sampling, defaults.get("cfg_schedule", "linear"))
         except ValueError as error:
             raise ValueError(f'"defaults" of bitdance.json: {error}') from None
-    return ClassSettings(own.sampling.changed(**said), own.cfg_schedule if cfg_schedule is None else cfg_schedule)
+    chosen = ClassSettings(own.sampling.changed(**said), own.cfg_schedule if cfg_schedule is None else cfg_schedule)
+    check_few_steps(chosen.sampling, defaults)
+    return chosen

@@ -78,6 +78,7 @@ class PictureRecipe:
                 )
         self.heldout = ShardDataset(ShardIndex.open(config.data.heldout)) if config.data.heldout else None
         self.before: dict[str, Any] = {}
+        self.card: dict[str, Any] = {}  # what a recipe says beside the rest
 
     def grid(self) -> int:
         """Tokens along a side of the training pictures."""
@@ -182,6 +183,7 @@ class PictureRecipe:
             "recipe": self.config.recipe,
             **next_card(self.before, self.config.recipe, self.config, step, images),
             "training": {"size": self.training.size, "mirror": self.config.data.mirror},
+            **self.card,
         }
         names = None if self.labels is None else self.labels.names
         extras = {"defaults": self.defaults(), "card": card}

@@ -1,0 +1,119 @@
+"""Few evaluations for a class-conditional model: what the engine trains, with the teacher's head beside it.
+
+Only the head learns; the network that makes its conditions is the teacher's and stays as it is.
+"""
+
+import copy
+import dataclasses
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bitdance.heads.diffusion.network import BinaryDiffusionHead
+from bitdance.kinds.class_patch.model import ClassPatchModel
+from bitdance.kinds.class_patch.settings import ClassSettings, choose
+from distill.class_config import DistillClassConfig, FewSteps
+from distill.few_steps import Predict, consistency_loss, guided, path_loss, solve
+from stages.recipe import Losses
+from stages.recipes.class_patch.recipe import ClassPatchRecipe
+from stages.recipes.frozen import Frozen
+from stages.recipes.pictures.feed import PictureBatch
+from stages.recipes.pictures.recipe import PictureObjective
+
+
+class FewStepsObjective(PictureObjective):
+    """Batch → the objective of `distill.few_steps`. `teacher`: the head as it was; `settings`: the guidance that is folded in."""
+
+    loss_name = "end"
+
+    def __init__(
+        self, model: ClassPatchModel, tokenizer: nn.Module, teacher: BinaryDiffusionHead, few: FewSteps, settings: ClassSettings
+    ) -> None:
+        super().__init__(model, tokenizer)
+        model.requires_grad_(False).head.requires_grad_(True)
+        self.teacher, self.few = Frozen(teacher.eval().requires_grad_(False)), few
+        M = model.config.num_blocks
+        guidance = torch.tensor([max(1.0, sampling.guidance) for sampling, _ in settings.blocks(M)])
+        self.register_buffer("guidance_M", guidance, persistent=False)
+        self.guidance_M: Tensor
+
+    def rows(self, batch: PictureBatch) -> Tensor:
+        """Mean squares of each token (R,P)."""
+        return self._rows(batch)[0]
+
+    def forward(self, batch: PictureBatch, generator: torch.Generator, step: int) -> Losses:
+        loss_RP, right = self._rows(batch)
+        return loss_RP.mean(), {"right_at_start": right}, None
+
+    def _rows(self, batch: PictureBatch) -> tuple[Tensor, Tensor]:
+        """And the share of bits that one evaluation from noise has right; NaN where the objective does not solve the path."""
+        bits_BChw, noise = batch.encoded(self.tokenizer.module), batch.noise
+        shape, few = self.model.config, self.few
+        bits_BNC = shape.plan.order(bits_BChw)
+        seen_BNC = bits_BNC if noise.flipped_BNC is None else torch.where(noise.flipped_BNC, -bits_BNC, bits_BNC)
+        with torch.no_grad():
+            nothing = torch.full_like(batch.condition, self.model.null_class)
+            cond_KPD, uncond_KPD = (
+                self.model.conditions(seen_BNC, of).reshape(-1, shape.parallel_num, shape.dim).repeat(shape.diff_batch_mul, 1, 1)
+                for of in (batch.condition, nothing)
+            )
+            guidance_K11 = self.guidance_M.repeat(len(bits_BNC) * shape.diff_batch_mul)[:, None, None]
+            if self.teacher.module.net.cond_embed.weight.device != cond_KPD.device:
+                self.teacher.module.to(cond_KPD.device)
+            teacher = guided(self.teacher.module, cond_KPD, uncond_KPD, guidance_K11)
+        student = self._student(cond_KPD)
+        place_K = noise.time_K.clamp_max(1 - 1e-6)
+        if few.objective == "consistency":
+            bits_KPC = bits_BNC.reshape(-1, shape.parallel_num, shape.latent_dim).repeat(shape.diff_batch_mul, 1, 1)
+            grid = (few.steps, shape.time_shift)
+            return consistency_loss(student, teacher, bits_KPC, noise.noise_KPC, place_K, *grid)[0], place_K.new_tensor(math.nan)
+        path = solve(teacher, noise.noise_KPC, few.steps, shape.time_shift)
+        loss_RP, x_hat = path_loss(student, path, place_K)
+        right = ((x_hat[: len(place_K)] > 0) == (path.end_KPC > 0)).float().mean()
+        return loss_RP, right.detach()
+
+    def _student(self, cond_KPD: Tensor) -> Predict:
+        head = self.model.head
+        embedded_KPW = head.prepare(cond_KPD)
+
+        def predict(x_RPC: Tensor, t_R: Tensor) -> Tensor:
+            repeats = len(x_RPC) // len(embedded_KPW)
+            x_hat: Tensor = head.net(x_RPC, head.net.time_embed(t_R), embedded_KPW.repeat(repeats, 1, 1))
+            return x_hat
+
+        return predict
+
+
+class FewStepsRecipe(ClassPatchRecipe):
+    """A class model's recipe (see there) with this objective. ValueError where `class_patch.init` names no teacher, or one whose
+    head is not diffusion."""
+
+    def __init__(self, config: DistillClassConfig) -> None:
+        super().__init__(config)
+        objective, few = self.module, config.few_steps
+        assert isinstance(objective, PictureObjective)
+        if objective.model.config.head_kind != "diffusion":
+            kind = objective.model.config.head_kind
+            raise ValueError(
+                f"class_patch.init = {config.class_patch.init!r} has head_kind = {kind!r}; only diffusion has a path"
+            )
+        own = choose(self.before.get("defaults", {}))
+        if own.sampling.sampler == "consistency":
+            raise ValueError(
+                f"class_patch.init = {config.class_patch.init!r} was distilled to few evaluations itself; name its teacher"
+            )
+        settings = ClassSettings(own.sampling.changed(guidance=few.guidance or None), few.cfg_schedule or own.cfg_schedule)
+        self.module = FewStepsObjective(objective.model, self.tokenizer, copy.deepcopy(objective.model.head), few, settings)
+        self._evaluations = few.evaluations
+        folded = {"guidance": settings.guidance, "cfg_schedule": settings.cfg_schedule}
+        self.card = {"few_steps": {**dataclasses.asdict(few), **folded}}
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Only the head trains."""
+        return {"head": super().parts()["head"]}
+
+    def defaults(self) -> dict[str, object]:
+        """Guidance is in the weights, and one solver fits them."""
+        own = {"num_inference_steps": self._evaluations, "sampler": "consistency", "guidance_scale": 1.0}
+        return {**self.training.defaults, **own}
