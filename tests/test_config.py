@@ -10,6 +10,7 @@ from typing import Annotated
 import pytest
 
 from bitdance.heads.diffusion.network import HeadConfig
+from distill.class_config import load_config as load_few_config
 from distill.config import DistillConfig
 from distill.config import load_config as load_distill_config
 from lfq_tokenizer import TokenizerConfig
@@ -52,12 +53,19 @@ def test_there_are_configs() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.relative_to(ROOT / "configs").as_posix())
 def test_every_config_that_ships_fits_the_code_that_reads_it(path: Path) -> None:
     distils = path.stem.startswith("distill")
-    config = load_distill_config(path) if distils else load_config(path)
+    few = path.stem.startswith("few_steps")
+    config = load_few_config(path) if few else load_distill_config(path) if distils else load_config(path)
+    distils = distils or few
     if config.recipe == "tokenizer":
         if isinstance(config.tokenizer.model, TokenizerConfig):
             check_groups(config.tokenizer.model.z_channels, config.tokenizer.groups)
     elif isinstance(config, ClassTrainingConfig):
-        assert config.class_patch.shape(16, config.class_patch.size // 4, config.class_patch.class_count).num_classes >= 10
+        assert (
+            config.class_patch.shape(
+                TokenizerConfig(z_channels=16), config.class_patch.size // 4, config.class_patch.class_count
+            ).num_classes
+            >= 10
+        )
     elif isinstance(config, RefineTrainingConfig):
         width = 256 if config.refine.text_encoder else None
         shape = config.refine.shape(64, 8, None if width else config.refine.class_count, width)

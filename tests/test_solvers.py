@@ -44,9 +44,22 @@ def test_settings_are_read_and_mistakes_named():
             parse_setting(wrong)
 
 
+def test_few_evaluations_are_for_models_that_were_taught_them():
+    taught = {"preset": "quick", "guidance_scale": 1.0}
+    assert choose(taught) == Sampling(2, 1.0, "consistency") and choose(taught, "instant") == Sampling(1, 1.0, "consistency")
+    assert choose(taught, steps=4).steps == 4 and choose({"sampler": "consistency"}, "quick").steps == 2
+    for wrong in ({"preset": "quick"}, {"sampler": "consistency"}):
+        with pytest.raises(ValueError, match="needs a model that was distilled to few evaluations"):
+            choose({}, **wrong)
+    for wrong in ({"preset": "fast"}, {"sampler": "euler"}):
+        with pytest.raises(ValueError, match="with a model that was distilled to few evaluations; it takes 'consistency' alone"):
+            choose(taught, **wrong)
+
+
 def test_the_pipeline_is_asked_for_exactly_this():
     for sampling in (*PRESETS.values(), Sampling(5, 2.0, "heun", (0.2, 0.9), 3)):
         said = sampling.arguments()
         names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
-        chosen = choose({"preset": "published"}, **{names.get(name, name): value for name, value in said.items()})
+        taught = {"sampler": "consistency"} if sampling.sampler == "consistency" else {}
+        chosen = choose({"preset": "published", **taught}, **{names.get(name, name): value for name, value in said.items()})
         assert chosen == sampling.changed(last_steps=sampling.last_steps or sampling.steps)

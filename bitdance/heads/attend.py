@@ -5,7 +5,8 @@ B rows, H heads, L queries, S keys, E width of a head.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional as F
 
 from lfq_tokenizer.entropy import without_autocast
 
@@ -19,10 +20,11 @@ def attend(q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None =
     takes five times as long there (64 rows of 5 heads and 68 tokens: 55 ms for 11 ms, dev/LOG.md).
     """
     training = torch.is_grad_enabled() and q_BHLE.requires_grad and q_BHLE.dtype != torch.float64
-    if training and q_BHLE.device.type == "cpu" and k_BHSE.shape[-2] <= SHORT:
+    planned = isinstance(q_BHLE, FakeTensor)  # a plan's tensors stand for those of a GPU
+    if training and q_BHLE.device.type == "cpu" and k_BHSE.shape[-2] <= SHORT and not planned:
         with without_autocast(q_BHLE.device):
-            out = scaled_dot_product_attention(q_BHLE.float(), k_BHSE.float(), v_BHSE.float(), attn_mask=mask, scale=scale)
+            out = F.scaled_dot_product_attention(q_BHLE.float(), k_BHSE.float(), v_BHSE.float(), attn_mask=mask, scale=scale)
         out = out.to(q_BHLE.dtype)
     else:
-        out = scaled_dot_product_attention(q_BHLE, k_BHSE, v_BHSE, attn_mask=mask, scale=scale)
+        out = F.scaled_dot_product_attention(q_BHLE, k_BHSE, v_BHSE, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).flatten(2)
