@@ -1,12 +1,12 @@
 """`bitdance distill CONFIG --dry-run` of a class model: the plan of its training, with the cost of this objective."""
 
 import argparse
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitdance.heads.diffusion.network import BinaryDiffusionHead
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.noise import ClassNoise
 from bitdance.kinds.class_patch.settings import ClassSettings
@@ -33,7 +33,7 @@ class FewStepsSubject(ClassPatchSubject):
 
     def loss_of(self, network: ClassPatchModel, B: int) -> Tensor:
         c = network.config
-        objective = FewStepsObjective(network, torch.nn.Identity(), copy.deepcopy(network.head), self.few, ClassSettings())
+        objective = FewStepsObjective(network, torch.nn.Identity(), BinaryDiffusionHead(c.head), self.few, ClassSettings())
         bits_BChw = torch.ones(B, c.latent_dim, c.grid, c.grid)
         batch = PictureBatch(torch.zeros(B, dtype=torch.long), ClassNoise.draw(B, c, True), bits_BChw)
         return objective.rows(batch).mean()
