@@ -148,22 +148,28 @@ class BitDanceModel(nn.Module):
         time_rows, predicted = vision_rows.new_zeros(0), vision_rows.new_zeros(0, P, C)
         right_rows = predicted > 0
         if batch.predict_index_K.numel():
-            generated = batch.generated_K
-            row_G, col_G = batch.image_row_N[generated], batch.image_col_N[generated]
-            place_GD = sincos_2d(row_G, col_G, hidden_FD.shape[-1], hidden_FD.dtype, batch.side)
-            cond_GD = hidden_FD[batch.predict_index_K] + place_GD
-            bits_RPC = batch.image_bits_NC[generated].unflatten(0, (-1, P))
+            cond_RPD = self._conditions(hidden_FD, batch)
+            bits_RPC = batch.image_bits_NC[batch.generated_K].unflatten(0, (-1, P))
             if batch.noise is not None:
                 time_rows, noise = batch.noise.time_SM.flatten(), batch.noise.noise_SMPC.flatten(0, 1)
             else:
                 time_rows, noise = draw_noise(self.head.config, bits_RPC.shape[0], generator, bits_RPC.device)
             time_rows, noise = time_rows.to(hidden_FD.device), noise.to(hidden_FD.device)
-            vision_rows, predicted = self.head.predict_at(bits_RPC, cond_GD.unflatten(0, (-1, P)), time_rows, noise)
+            vision_rows, predicted = self.head.predict_at(bits_RPC, cond_RPD, time_rows, noise)
             vision = vision_rows.mean()
             repeats = len(predicted) // len(bits_RPC)
             right_rows = (predicted.detach() > 0) == (bits_RPC > 0).repeat(repeats, 1, 1)
         total = vision + text_weight * text
         return TrainingLosses(total, vision, text, vision_rows, text_rows, time_rows, predicted, right_rows)
+
+    def conditions(self, batch: TrainingBatch, attention: Attention = "dense") -> Tensor:
+        """(R,P,D) what the head gets for every predicted block; flips are those of the noise that the batch brings."""
+        return self._conditions(self.hidden(batch, attention=attention).flatten(0, 1), batch)
+
+    def _conditions(self, hidden_FD: Tensor, batch: TrainingBatch) -> Tensor:
+        row_G, col_G = batch.image_row_N[batch.generated_K], batch.image_col_N[batch.generated_K]
+        place_GD = sincos_2d(row_G, col_G, hidden_FD.shape[-1], hidden_FD.dtype, batch.side)
+        return (hidden_FD[batch.predict_index_K] + place_GD).unflatten(0, (-1, self.block_size))
 
     def hidden(
         self,

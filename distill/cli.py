@@ -22,10 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _distill(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
 
-    from distill.config import load_config, recipe_of
+    from stages.config import read_values
 
-    if recipe_of(arguments.config, arguments.set) == "distill_class":
-        return _distill_class(arguments)
+    if read_values(arguments.config, arguments.set).get("recipe") in ("few_steps", "few_steps_class"):
+        return _few_steps(arguments)
+
+    from distill.config import load_config
+
     config = load_config(arguments.config, arguments.set)
     if arguments.dry_run:
         from distill.plan import show
@@ -52,18 +55,24 @@ def _distill(argv: list[str]) -> int:
     return train(build_recipe(config), config, arguments.resume)
 
 
-def _distill_class(arguments: argparse.Namespace) -> int:
-    from distill.class_config import load_config
-    from distill.class_plan import show
-    from distill.class_recipe import FewStepsRecipe
+def _few_steps(arguments: argparse.Namespace) -> int:
+    from distill.few_steps_config import DistillClassConfig, load_config
     from stages.engine.loop import train
 
     config = load_config(arguments.config, arguments.set)
     if arguments.write_samples or arguments.write_targets:
-        raise ValueError("--write-samples and --write-targets are for recipe 'distill'; this one needs neither")
+        raise ValueError("--write-samples and --write-targets are for recipe 'distill'; few evaluations need neither")
     if arguments.dry_run:
+        from distill.few_steps_plan import show
+
         return show(config, arguments)
-    return train(FewStepsRecipe(config), config, arguments.resume)
+    if isinstance(config, DistillClassConfig):
+        from distill.few_steps_class import FewStepsRecipe
+
+        return train(FewStepsRecipe(config), config, arguments.resume)
+    from distill.few_steps_text import build_recipe
+
+    return train(build_recipe(config), config, arguments.resume)
 
 
 def _parser() -> argparse.ArgumentParser:

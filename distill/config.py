@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isqrt
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from bitdance.networks.precision import AUTO, resolve_dtype
 from bitdance.pipeline import DTYPES
 from bitdance.values import RANGES
-from stages.config import TrainingConfig, read_config, read_values
+from stages.config import TrainingConfig, read_config
 from stages.schema import Checked, Choice, StepsOrNone, Weight
 
 
@@ -96,11 +96,6 @@ class DistillConfig(TrainingConfig):
         if isqrt(P) ** 2 != P:
             raise ValueError(f"generator.head.parallel_num = {P}; a patch is square: 4, 16, 36, 64, … tokens per step")
         return P
-
-
-def recipe_of(path: Path | str, overrides: Sequence[str] = ()) -> Any:
-    """What the config says it is."""
-    return read_values(path, overrides).get("recipe")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DistillConfig:

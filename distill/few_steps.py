@@ -27,6 +27,7 @@ K rows, P tokens per block, C bits per token. Sources: Song et al. 2023 (arXiv 2
 as in Luhman and Luhman 2021 (arXiv 2101.02388).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -106,6 +107,34 @@ def consistency_loss(
         target_KPC = torch.where(last_K[:, None, None], data_KPC.sign(), ahead_KPC)
     x_hat = student(x_KPC, t_K)
     return (x_hat - target_KPC).square().mean(dim=-1), x_hat
+
+
+def few_steps_loss(
+    objective: str,
+    steps: int,
+    head: BinaryDiffusionHead,
+    teacher: Predict,
+    cond_KPD: Tensor,
+    bits_KPC: Tensor,
+    noise_KPC: Tensor,
+    place_K: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The loss of `head` by one of `OBJECTIVES` before the mean (R,P), and the share of bits that it has right in one evaluation
+    from noise, NaN where the path is not solved. `bits_KPC` are those of the data; `place_K` in [0, 1] picks times."""
+    embedded_KPW, shift = head.prepare(cond_KPD), head.config.time_shift
+    place_K = place_K.clamp(0, 1 - 1e-6)
+
+    def student(x_RPC: Tensor, t_R: Tensor) -> Tensor:
+        embedded_RPW = embedded_KPW.repeat(len(x_RPC) // len(embedded_KPW), 1, 1)
+        x_hat: Tensor = head.net(x_RPC, head.net.time_embed(t_R), embedded_RPW)
+        return x_hat
+
+    if objective == "consistency":
+        loss_RP, _ = consistency_loss(student, teacher, bits_KPC.float(), noise_KPC, place_K, steps, shift)
+        return loss_RP, loss_RP.new_tensor(math.nan)
+    path = solve(teacher, noise_KPC, steps, shift)
+    loss_RP, x_hat = path_loss(student, path, place_K)
+    return loss_RP, ((x_hat[: len(place_K)] > 0) == (path.end_KPC > 0)).float().mean().detach()
 
 
 def _no_noise() -> Tensor:

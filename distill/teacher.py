@@ -57,7 +57,8 @@ class Teacher:
             # the student's autocast is none of the teacher's business
             with without_autocast(device):
                 rows_KTC = self.model(view.seen(student).to(device), attention=attention).predicted_rows
-            predicted.append(view.as_student(rows_KTC.float().to(home), student.noise))
+            S, _, P, _ = student.noise.noise_SMPC.shape
+            predicted.append(view.as_student(rows_KTC.float().to(home), S, P))
         if len(predicted) == 1:
             return predicted[0]
         prompted, unprompted = predicted

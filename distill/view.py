@@ -34,22 +34,22 @@ class TeacherView:
     def pin_memory(self) -> "TeacherView":
         return TeacherView(self.batch.pin_memory(), self.order_N.pin_memory(), self.T)
 
-    def seen(self, student: TrainingBatch) -> TrainingBatch:
-        """The teacher's batch with the student's bits, all of them true, and its times and noise. It predicts no text."""
+    def seen(self, student: TrainingBatch, flipped: bool = False) -> TrainingBatch:
+        """The teacher's batch with the student's bits, all of them true or `flipped` as the student sees them, and its times and
+        noise. It predicts no text."""
         noise = student.noise
         assert noise is not None, "training examples bring their noise"
         P = noise.noise_SMPC.shape[2]
         bits_NC = student.image_bits_NC[self.order_N]
         time_SN = noise.time_SM.repeat_interleave(P, dim=1)[:, self.order_N]
         noise_SNC = noise.noise_SMPC.flatten(1, 2)[:, self.order_N]
-        clean_NC = torch.zeros_like(bits_NC, dtype=torch.bool)
-        own = ImageNoise(clean_NC, time_SN[:, :: self.T].contiguous(), noise_SNC.unflatten(1, (-1, self.T)))
+        wrong_NC = noise.flipped_NC[self.order_N] if flipped else torch.zeros_like(bits_NC, dtype=torch.bool)
+        own = ImageNoise(wrong_NC, time_SN[:, :: self.T].contiguous(), noise_SNC.unflatten(1, (-1, self.T)))
         no_text = {"label_ids_T": self.batch.label_ids_T[:0], "label_index_T": self.batch.label_index_T[:0]}
         return replace(self.batch, image_bits_NC=bits_NC, noise=own, **no_text)
 
-    def as_student(self, rows_KTC: Tensor, noise: ImageNoise) -> Tensor:
-        """Rows of the teacher's blocks, (S·N/T, T, C), as rows of the student's, (S·N/P, P, C)."""
-        S, P = noise.time_SM.shape[0], noise.noise_SMPC.shape[2]
+    def as_student(self, rows_KTC: Tensor, S: int, P: int) -> Tensor:
+        """Rows of the teacher's blocks, (S·N/T, T, C), as rows of the student's, (S·N/P, P, C); C numbers of whatever kind."""
         own_SNC = rows_KTC.unflatten(0, (S, -1)).flatten(1, 2)
         student_SNC = torch.empty_like(own_SNC)
         student_SNC[:, self.order_N.to(own_SNC.device)] = own_SNC

@@ -273,7 +273,8 @@ COMMANDS = {
     "refine": "bitdance train",
     "next_scale": "bitdance train",
     "distill": "bitdance distill",
-    "distill_class": "bitdance distill",
+    "few_steps": "bitdance distill",
+    "few_steps_class": "bitdance distill",
 }
 
 

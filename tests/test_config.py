@@ -10,9 +10,9 @@ from typing import Annotated
 import pytest
 
 from bitdance.heads.diffusion.network import HeadConfig
-from distill.class_config import load_config as load_few_config
 from distill.config import DistillConfig
 from distill.config import load_config as load_distill_config
+from distill.few_steps_config import load_config as load_few_config
 from lfq_tokenizer import TokenizerConfig
 from lfq_tokenizer.entropy import check_groups
 from lfq_tokenizer.scale_vae import ScaleConfig

@@ -10,9 +10,9 @@ from test_class_training import config, home  # noqa: F401 (a fixture)
 from test_engine import assert_same, environment  # noqa: F401 (a fixture)
 
 from bitdance import load_pipeline
-from distill.class_config import DistillClassConfig, FewSteps
-from distill.class_recipe import FewStepsRecipe
 from distill.cli import main
+from distill.few_steps_class import FewStepsRecipe
+from distill.few_steps_config import DistillClassConfig, FewSteps
 from stages.engine import checkpoint
 from stages.engine.loop import train
 from stages.recipes.class_patch.recipe import ClassPatchRecipe
@@ -31,7 +31,7 @@ def few(home: Path, teacher: Path, out: str, few_steps: FewSteps | None = None, 
     """The config of the class model's tests with a teacher."""
     base = config(home, "bits", str(teacher.parent / out), init=str(teacher), **changes)
     values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base) if f.name != "recipe"}
-    return DistillClassConfig("distill_class", **values, few_steps=few_steps or FewSteps(steps=3))
+    return DistillClassConfig("few_steps_class", **values, few_steps=few_steps or FewSteps(steps=3))
 
 
 @pytest.mark.parametrize("objective", ["path", "consistency"])
@@ -74,11 +74,11 @@ def test_the_command_reads_the_recipe(home: Path, teacher: Path, capsys: Any) ->
     path = teacher.parent / "few.toml"
     model = ", ".join(f"{name} = {value}" for name, value in few(home, teacher, "x").class_patch.model.items())
     path.write_text(
-        f'recipe = "distill_class"\n[run]\nout = "{teacher.parent / "made"}"\nsteps = 1\nbatch_size = 4\n'
+        f'recipe = "few_steps_class"\n[run]\nout = "{teacher.parent / "made"}"\nsteps = 1\nbatch_size = 4\n'
         f'[data]\ntrain = ["{home / "bits"}"]\n[class_patch]\ntokenizer = "{home / "tokenizer"}"\nsize = 16\nclass_count = 3\n'
         f'init = "{teacher}"\nmodel = {{ {model} }}\n[few_steps]\nsteps = 2\n'
     )
-    assert main([str(path), "--dry-run"]) == 0 and "distill_class" in capsys.readouterr().out
+    assert main([str(path), "--dry-run"]) == 0 and "few_steps_class" in capsys.readouterr().out
     assert main([str(path)]) == 0 and checkpoint.model_folder(teacher.parent / "made").is_dir()
     assert main([str(path), "--write-samples", str(teacher.parent / "s")]) == 2
     assert main([str(path), "--set", "class_patch.init=''"]) == 2

@@ -20,7 +20,8 @@ NEXT = {
     "next_scale": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL (or --class all)",
     "refine": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL (or --class all)",
     "distill": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL",
-    "distill_class": "bitdance export {run} MODEL, bitdance generate --class all --model MODEL",
+    "few_steps": "bitdance export {run} MODEL, bitdance generate PROMPT --model MODEL",
+    "few_steps_class": "bitdance export {run} MODEL, bitdance generate --class all --model MODEL",
 }
 ADAPTER_NEXT = "bitdance export {run} ADAPTER --adapter, bitdance generate PROMPT --lora ADAPTER"
 

@@ -5,7 +5,6 @@ Only the head learns; the network that makes its conditions is the teacher's and
 
 import copy
 import dataclasses
-import math
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 from bitdance.heads.diffusion.network import BinaryDiffusionHead
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import ClassSettings, choose
-from distill.class_config import DistillClassConfig, FewSteps
-from distill.few_steps import Predict, consistency_loss, guided, path_loss, solve
+from distill.few_steps import few_steps_loss, guided
+from distill.few_steps_config import DistillClassConfig, FewSteps
 from stages.recipe import Losses
 from stages.recipes.class_patch.recipe import ClassPatchRecipe
 from stages.recipes.frozen import Frozen
@@ -62,27 +61,9 @@ class FewStepsObjective(PictureObjective):
             if self.teacher.module.net.cond_embed.weight.device != cond_KPD.device:
                 self.teacher.module.to(cond_KPD.device)
             teacher = guided(self.teacher.module, cond_KPD, uncond_KPD, guidance_K11)
-        student = self._student(cond_KPD)
-        place_K = noise.time_K.clamp_max(1 - 1e-6)
-        if few.objective == "consistency":
-            bits_KPC = bits_BNC.reshape(-1, shape.parallel_num, shape.latent_dim).repeat(shape.diff_batch_mul, 1, 1)
-            grid = (few.steps, shape.time_shift)
-            return consistency_loss(student, teacher, bits_KPC, noise.noise_KPC, place_K, *grid)[0], place_K.new_tensor(math.nan)
-        path = solve(teacher, noise.noise_KPC, few.steps, shape.time_shift)
-        loss_RP, x_hat = path_loss(student, path, place_K)
-        right = ((x_hat[: len(place_K)] > 0) == (path.end_KPC > 0)).float().mean()
-        return loss_RP, right.detach()
-
-    def _student(self, cond_KPD: Tensor) -> Predict:
-        head = self.model.head
-        embedded_KPW = head.prepare(cond_KPD)
-
-        def predict(x_RPC: Tensor, t_R: Tensor) -> Tensor:
-            repeats = len(x_RPC) // len(embedded_KPW)
-            x_hat: Tensor = head.net(x_RPC, head.net.time_embed(t_R), embedded_KPW.repeat(repeats, 1, 1))
-            return x_hat
-
-        return predict
+        bits_KPC = bits_BNC.reshape(-1, shape.parallel_num, shape.latent_dim).repeat(shape.diff_batch_mul, 1, 1)
+        given = (few.objective, few.steps, self.model.head, teacher, cond_KPD, bits_KPC, noise.noise_KPC, noise.time_K)
+        return few_steps_loss(*given)
 
 
 class FewStepsRecipe(ClassPatchRecipe):

@@ -1,0 +1,66 @@
+"""The configs of distilling a model to few evaluations: those of its training, with a section `[few_steps]`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from bitdance.kinds.class_patch.settings import SCHEDULES
+from bitdance.values import RANGES, Range
+from distill.few_steps import OBJECTIVES
+from stages.config import TrainingConfig, read_config, read_values
+from stages.recipes.class_patch.config import ClassTrainingConfig
+from stages.schema import Checked, Choice, Steps
+
+
+@dataclass(frozen=True)
+class FewSteps(Checked):
+    """What is taught (`distill/few_steps.py`); the teacher is `class_patch.init` or `generator.init`."""
+
+    SECTION = "few_steps"
+
+    objective: Annotated[str, Choice(OBJECTIVES)] = "path"
+    guidance: Annotated[float, RANGES["guidance"]] = 0.0  # folded in; 0: the teacher's default
+    cfg_schedule: Annotated[str, Choice(("", *SCHEDULES))] = ""  # of the guidance; empty: the teacher's default
+    steps: Steps = 8  # of the teacher's solver, or of the grid that the consistency runs over
+    evaluations: Annotated[int, Range(1, 16)] = 2  # the default of the saved model
+
+
+@dataclass(frozen=True)
+class DistillClassConfig(ClassTrainingConfig):
+    """A config of recipe 'few_steps_class'."""
+
+    RECIPES: ClassVar[tuple[str, ...]] = ("few_steps_class",)
+
+    few_steps: FewSteps = field(default_factory=FewSteps)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.class_patch.init:
+            raise ValueError("class_patch.init is empty; name the teacher: a run, a checkpoint or a model folder")
+
+
+@dataclass(frozen=True)
+class FewStepsConfig(TrainingConfig):
+    """A config of recipe 'few_steps', of a model of prompts."""
+
+    RECIPES: ClassVar[tuple[str, ...]] = ("few_steps",)
+
+    few_steps: FewSteps = field(default_factory=FewSteps)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.generator.init:
+            raise ValueError("generator.init is empty; name the teacher: a run, a checkpoint or a model folder")
+        if self.generator.lora:
+            raise ValueError("generator.lora: few evaluations are taught to the whole head; leave the adapter out")
+        if self.few_steps.cfg_schedule:
+            said = f"few_steps.cfg_schedule = {self.few_steps.cfg_schedule!r}"
+            raise ValueError(f"{said}: models of prompts have one guidance for all blocks; leave it out")
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> DistillClassConfig | FewStepsConfig:
+    """Of either kind; see `stages.config.read_config`."""
+    if read_values(path, overrides).get("recipe") in DistillClassConfig.RECIPES:
+        return read_config(path, overrides, DistillClassConfig)
+    return read_config(path, overrides, FewStepsConfig)

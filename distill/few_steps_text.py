@@ -1,0 +1,109 @@
+"""Few evaluations for a model of prompts: what the engine trains, with the teacher's head beside it.
+
+Only the head learns; backbone and projector are the teacher's and stay as they are. The conditions without the prompt come of the
+same pictures laid out once more (`distill/view.py`).
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitdance.heads.diffusion.network import BinaryDiffusionHead
+from bitdance.heads.diffusion.settings import choose
+from bitdance.model import BitDanceModel
+from distill.documents import DistillBatch, TeacherLayout
+from distill.few_steps import few_steps_loss, guided
+from distill.few_steps_config import FewSteps, FewStepsConfig
+from stages.config import GeneratorTraining
+from stages.engine.processes import mean_over_processes
+from stages.recipe import Losses
+from stages.recipes.frozen import Frozen
+from stages.recipes.generator.documents import GeneratorBatch
+from stages.recipes.generator.objective import GeneratorObjective
+from stages.recipes.generator.recipe import GeneratorRecipe, fresh_model, open_sources, texts
+from stages.recipes.generator.start import start_model
+from stages.recipes.generator.validation import heldout_examples
+
+
+class FewStepsTextObjective(GeneratorObjective):
+    """Batch → the objective of `distill.few_steps`. `teacher`: the head as it was."""
+
+    def __init__(
+        self, model: BitDanceModel, training: GeneratorTraining, teacher: BinaryDiffusionHead, few: FewSteps, guidance: float
+    ) -> None:
+        super().__init__(model, training)
+        self.model.requires_grad_(False).head.requires_grad_(True)
+        self.teacher, self.few, self.guidance = Frozen(teacher.eval().requires_grad_(False)), few, guidance
+
+    def rows(self, batch: GeneratorBatch) -> tuple[Tensor, Tensor]:
+        """Mean squares of each token (rows,P), and the share of bits that one evaluation from noise has right."""
+        assert isinstance(batch, DistillBatch)
+        sequence, attention = batch.sequence, self._attention(batch.sequence.ids_BL)
+        if batch.pixels:
+            sequence = batch.encoded(self.tokenizer.module.to(sequence.ids_BL.device), self.model.patch_side)
+        noise, (view,) = sequence.noise, batch.views
+        assert noise is not None
+        S, _, P, _ = noise.noise_SMPC.shape
+        with torch.no_grad():
+            cond_MPD = self.model.conditions(sequence, attention)
+            without_MPD = view.as_student(self.model.conditions(view.seen(sequence, flipped=True), attention), 1, P)
+            cond_KPD, without_KPD = (part.repeat(S, 1, 1) for part in (cond_MPD, without_MPD))
+            teacher = self.teacher.module
+            if teacher.net.cond_embed.weight.device != cond_KPD.device:
+                teacher.to(cond_KPD.device)
+            predict = guided(teacher, cond_KPD, without_KPD, cond_KPD.new_full((1, 1, 1), self.guidance, dtype=torch.float32))
+        bits_KPC = sequence.image_bits_NC[sequence.generated_K].unflatten(0, (-1, P)).repeat(S, 1, 1)
+        drawn = noise.noise_SMPC.flatten(0, 1), noise.time_SM.flatten()
+        return few_steps_loss(self.few.objective, self.few.steps, self.model.head, predict, cond_KPD, bits_KPC, *drawn)
+
+    def forward(self, batch: GeneratorBatch, generator: torch.Generator, step: int) -> Losses:
+        loss_RP, right = self.rows(batch)
+        own = torch.tensor(float(loss_RP.numel()), dtype=torch.float64, device=loss_RP.device)
+        share = (own / mean_over_processes(own).clamp(min=1e-9)).to(loss_RP.dtype)  # as in `GeneratorObjective.forward`
+        loss = loss_RP.mean() * share
+        return loss, {"end": loss.detach(), "right_at_start": right}, None
+
+
+class FewStepsTextRecipe(GeneratorRecipe):
+    """A generator's recipe (see there) with this objective."""
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Only the head trains."""
+        return {"head": super().parts()["head"]}
+
+    @torch.no_grad()
+    def validate(self, module: nn.Module) -> dict[str, float]:
+        """The loss on up to 256 held-out samples, under noise that never changes."""
+        if self.heldout is None:
+            return {}
+        assert isinstance(module, FewStepsTextObjective)
+        batches = (self.feed.lay_out(self.documents, examples) for _, examples in heldout_examples(self.documents, self.heldout))
+        found = [module.rows(batch.to(module.model.backbone.device))[0].flatten() for batch in batches]
+        return {"end": float(torch.cat(found).mean())}
+
+
+def build_recipe(config: FewStepsConfig) -> FewStepsTextRecipe:
+    """What the engine trains. ValueError where teacher and config do not fit."""
+    few, sources = config.few_steps, open_sources(config.data)
+    training = dataclasses.replace(config.generator, dropout=0.0)  # nothing is taught of pictures without a prompt
+    config = dataclasses.replace(config, generator=training)
+    student = fresh_model(config, lambda dtype: start_model(training, lambda: texts(sources, training), dtype))
+    known: dict[str, Any] = student.extras.get("defaults", {})
+    own = choose(known)
+    if own.sampler == "consistency":
+        raise ValueError(f"generator.init = {training.init!r} was distilled to few evaluations itself; name its teacher")
+    guidance = max(1.0, few.guidance or own.guidance)
+    layout = dataclasses.replace(TeacherLayout.of(student, True), texts=TeacherLayout.of(student, True).texts[1:])
+    return FewStepsTextRecipe(
+        config,
+        sources,
+        student,
+        FewStepsTextObjective(student, training, copy.deepcopy(student.head), few, guidance),
+        layout,
+        beside=[student],
+        defaults={"guidance_scale": 1.0, "preset": "quick", "num_inference_steps": few.evaluations},
+        card={"few_steps": {**dataclasses.asdict(few), "guidance": guidance}},
+    )
