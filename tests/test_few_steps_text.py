@@ -1,0 +1,123 @@
+"""Few evaluations for a model of prompts: only the head learns, the guidance that is folded in, exact resuming, pictures."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_debug_run import draw
+from test_debug_run import train as train_stage
+from test_distill_run import same, settings
+
+import stages.cli
+from bitdance import BitDancePipeline
+from distill.cli import main as distill
+from distill.few_steps_config import load_config
+from distill.few_steps_text import FewStepsTextObjective, build_recipe
+from stages.data.cli import main as data
+from stages.engine.checkpoint import newest
+from stages.engine.loader import step_generator
+
+pytestmark = pytest.mark.slow
+
+CONFIG = Path(__file__).parent.parent / "configs" / "debug" / "few_steps.toml"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Drawings, their bits, and a teacher."""
+    before = dict(os.environ)
+    place = tmp_path_factory.mktemp("few")
+    draw(place / "drawings")
+    assert data(["pack", "folder", str(place / "shards"), str(place / "drawings"), "--size", "16"]) == 0
+    assert train_stage("tokenizer", place / "tokenizer", place / "shards", "run.steps=2") == 0
+    assert stages.cli.tokenizer(["encode", str(place / "shards"), str(place / "bits"), "--model", str(place / "tokenizer")]) == 0
+    changes = (f"generator.tokenizer={place / 'tokenizer'}", "generator.stage=pretrain", "run.steps=2")
+    assert train_stage("generator", place / "teacher", place / "bits", *changes) == 0
+    yield place
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def changes(place: Path, *more: str, shards: str = "bits") -> list[str]:
+    given = f"data.train={json.dumps([str(place / shards)])}", f"data.heldout={json.dumps([str(place / shards)])}"
+    return [*given, f"generator.init={place / 'teacher'}", f"generator.tokenizer={place / 'tokenizer'}", *more]
+
+
+@pytest.mark.parametrize("objective", ["path", "consistency"])
+def test_only_the_head_learns_and_goes_on_exactly(place: Path, tmp_path: Path, objective: str) -> None:
+    said = changes(place, f"few_steps.objective={objective}", "optimizer.lr=1e-2", "run.sample_every=100")
+    for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        assert distill([str(CONFIG), *settings(*said, f"run.out={tmp_path / out}", f"run.steps={steps}")]) == 0
+    same(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert any("heldout/end" in row for row in rows) and all(row["end"] > 0 for row in rows if "loss" in row)
+    student, teacher = (
+        BitDancePipeline.from_pretrained(newest(run) / "model", device="cpu", dtype="float32")
+        for run in (tmp_path / "whole", place / "teacher")
+    )
+    known = teacher.model.state_dict()
+    for name, tensor in student.model.state_dict().items():
+        assert name.startswith("head.") or torch.equal(tensor, known[name]), name
+    assert not torch.equal(student.model.head.net.final_layer.linear.weight, teacher.model.head.net.final_layer.linear.weight)
+    own = student.model.extras["defaults"]
+    assert (own["preset"], own["num_inference_steps"], own["guidance_scale"]) == ("quick", 2, 1.0)
+    assert student.model.extras["card"]["few_steps"]["guidance"] == 2.0
+    two = student("a red circle", seed=1, output_type="bits").bits
+    assert torch.equal(student("a red circle", seed=1, output_type="bits", preset="quick").bits, two)
+    assert student("a red circle", seed=1, output_type="bits", preset="instant").bits.shape == two.shape
+    with pytest.raises(ValueError, match="it takes 'consistency' alone"):
+        student("a red circle", preset="fast")
+    with pytest.raises(ValueError, match="was not: take"):
+        teacher("a red circle", preset="instant")
+
+
+def recipe(place: Path, *more: str, shards: str = "bits") -> Any:
+    return build_recipe(load_config(CONFIG, changes(place, "run.out=unused", *more, shards=shards)))
+
+
+def test_what_is_taught_is_the_guided_prediction_of_the_same_pictures(place: Path) -> None:
+    """The conditions without a prompt are those that the model gives the same pictures with the prompt dropped."""
+    made = recipe(place, "few_steps.objective=consistency")
+    batch = made.feed.batch(range(6), step_generator(0, 0, 0)).batch
+    (view,), model = batch.views, made.module.model
+    P = batch.sequence.noise.noise_SMPC.shape[2]
+    with torch.no_grad():
+        found = view.as_student(model.conditions(view.seen(batch.sequence, flipped=True)), 1, P)
+        dropped = made.config.generator.dropout
+        alone = recipe(place, "generator.flip_max=0.1")
+        assert dropped == 0.0 and found.shape == model.conditions(batch.sequence).shape
+        assert not torch.allclose(found, model.conditions(batch.sequence), atol=1e-3)  # prompts matter
+        # one picture by itself, without a prompt
+        single = alone.feed.batch(range(1), step_generator(0, 0, 0)).batch
+        own = single.views[0].as_student(model.conditions(single.views[0].seen(single.sequence, flipped=True)), 1, P)
+    first = batch.sequence.generated_K[: len(own) * P].unflatten(0, (-1, P))[:, 0]
+    assert torch.equal(batch.sequence.image_N[first], torch.zeros(len(own), dtype=batch.sequence.image_N.dtype))
+    torch.testing.assert_close(found[: len(own)], own, rtol=1e-4, atol=1e-5)
+
+
+def test_pictures_are_encoded_on_the_way(place: Path) -> None:
+    losses = []
+    for shards in ("bits", "shards"):
+        made = recipe(place, shards=shards)
+        assert isinstance(made.module, FewStepsTextObjective)
+        loss, scalars, _ = made.module(made.feed.batch(range(4), step_generator(0, 0, 0)).batch, torch.Generator(), 0)
+        assert 0 <= float(scalars["right_at_start"]) <= 1
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_what_does_not_fit_is_refused(place: Path, capsys: Any) -> None:
+    for wrong, said in (
+        (["generator.init=''"], "name the teacher"),
+        (["few_steps.cfg_schedule=linear"], "one guidance for all blocks"),
+        (["few_steps.objective=magic"], "allowed are 'path', 'consistency'"),
+        (["few_steps.evaluations=0"], "evaluations"),
+    ):
+        assert distill([str(CONFIG), *settings(*changes(place, *wrong))]) == 2
+        assert said in capsys.readouterr().err
+    assert distill([str(CONFIG), *settings(*changes(place)), "--dry-run"]) == 0
+    assert "few_steps" in capsys.readouterr().out
