@@ -1,7 +1,7 @@
 """The configs of distilling a model to few evaluations: those of its training, with a section `[few_steps]`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -54,6 +54,9 @@ class FewStepsConfig(TrainingConfig):
             raise ValueError("generator.init is empty; name the teacher: a run, a checkpoint or a model folder")
         if self.generator.lora:
             raise ValueError("generator.lora: few evaluations are taught to the whole head; leave the adapter out")
+        # only the head learns, and nothing is taught of pictures without a prompt
+        own = replace(self.generator, freeze=("backbone", "projector"), dropout=0.0)
+        object.__setattr__(self, "generator", own)
         if self.few_steps.cfg_schedule:
             said = f"few_steps.cfg_schedule = {self.few_steps.cfg_schedule!r}"
             raise ValueError(f"{said}: models of prompts have one guidance for all blocks; leave it out")

@@ -35,7 +35,6 @@ class FewStepsTextObjective(GeneratorObjective):
         self, model: BitDanceModel, training: GeneratorTraining, teacher: BinaryDiffusionHead, few: FewSteps, guidance: float
     ) -> None:
         super().__init__(model, training)
-        self.model.requires_grad_(False).head.requires_grad_(True)
         self.teacher, self.few, self.guidance = Frozen(teacher.eval().requires_grad_(False)), few, guidance
 
     def rows(self, batch: GeneratorBatch) -> tuple[Tensor, Tensor]:
@@ -70,10 +69,6 @@ class FewStepsTextObjective(GeneratorObjective):
 class FewStepsTextRecipe(GeneratorRecipe):
     """A generator's recipe (see there) with this objective."""
 
-    def parts(self) -> dict[str, list[nn.Parameter]]:
-        """Only the head trains."""
-        return {"head": super().parts()["head"]}
-
     @torch.no_grad()
     def validate(self, module: nn.Module) -> dict[str, float]:
         """The loss on up to 256 held-out samples, under noise that never changes."""
@@ -87,9 +82,7 @@ class FewStepsTextRecipe(GeneratorRecipe):
 
 def build_recipe(config: FewStepsConfig) -> FewStepsTextRecipe:
     """What the engine trains. ValueError where teacher and config do not fit."""
-    few, sources = config.few_steps, open_sources(config.data)
-    training = dataclasses.replace(config.generator, dropout=0.0)  # nothing is taught of pictures without a prompt
-    config = dataclasses.replace(config, generator=training)
+    few, training, sources = config.few_steps, config.generator, open_sources(config.data)
     student = fresh_model(config, lambda dtype: start_model(training, lambda: texts(sources, training), dtype))
     known: dict[str, Any] = student.extras.get("defaults", {})
     own = choose(known)
