@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitdance.heads.diffusion.network import BinaryDiffusionHead
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import ClassSettings, choose
-from distill.few_steps import few_steps_loss, guided
+from distill.few_steps import ends, few_steps_loss, guided
 from distill.few_steps_config import DistillClassConfig, FewSteps
 from stages.recipe import Losses
 from stages.recipes.class_patch.recipe import ClassPatchRecipe
@@ -22,7 +22,7 @@ from stages.recipes.pictures.recipe import PictureObjective
 
 
 class FewStepsObjective(PictureObjective):
-    """Batch → the objective of `distill.few_steps`. `teacher`: the head as it was; `settings`: the guidance that is folded in."""
+    """Batch → the loss of `distill.few_steps`. `teacher`: the head as it was; `settings`: the guidance that is folded in."""
 
     loss_name = "end"
 
@@ -46,9 +46,9 @@ class FewStepsObjective(PictureObjective):
         return loss_RP.mean(), {"right_at_start": right}, None
 
     def _rows(self, batch: PictureBatch) -> tuple[Tensor, Tensor]:
-        """And the share of bits that one evaluation from noise has right; NaN where the objective does not solve the path."""
+        """And the share of bits that one evaluation from noise has right."""
         bits_BChw, noise = batch.encoded(self.tokenizer.module), batch.noise
-        shape, few = self.model.config, self.few
+        shape = self.model.config
         bits_BNC = shape.plan.order(bits_BChw)
         seen_BNC = bits_BNC if noise.flipped_BNC is None else torch.where(noise.flipped_BNC, -bits_BNC, bits_BNC)
         with torch.no_grad():
@@ -61,9 +61,8 @@ class FewStepsObjective(PictureObjective):
             if self.teacher.module.net.cond_embed.weight.device != cond_KPD.device:
                 self.teacher.module.to(cond_KPD.device)
             teacher = guided(self.teacher.module, cond_KPD, uncond_KPD, guidance_K11)
-        bits_KPC = bits_BNC.reshape(-1, shape.parallel_num, shape.latent_dim).repeat(shape.diff_batch_mul, 1, 1)
-        given = (few.objective, few.steps, self.model.head, teacher, cond_KPD, bits_KPC, noise.noise_KPC, noise.time_K)
-        return few_steps_loss(*given)
+            end_KPC = ends(teacher, noise.noise_KPC, self.few.steps, shape.time_shift)
+        return few_steps_loss(self.model.head, cond_KPD, noise.noise_KPC, end_KPC, noise.time_K)
 
 
 class FewStepsRecipe(ClassPatchRecipe):
@@ -80,7 +79,7 @@ class FewStepsRecipe(ClassPatchRecipe):
                 f"class_patch.init = {config.class_patch.init!r} has head_kind = {kind!r}; only diffusion has a path"
             )
         own = choose(self.before.get("defaults", {}))
-        if own.sampling.sampler == "consistency":
+        if own.sampling.sampler == "direct":
             raise ValueError(
                 f"class_patch.init = {config.class_patch.init!r} was distilled to few evaluations itself; name its teacher"
             )
@@ -96,5 +95,5 @@ class FewStepsRecipe(ClassPatchRecipe):
 
     def defaults(self) -> dict[str, object]:
         """Guidance is in the weights, and one solver fits them."""
-        own = {"num_inference_steps": self._evaluations, "sampler": "consistency", "guidance_scale": 1.0}
+        own = {"num_inference_steps": self._evaluations, "sampler": "direct", "guidance_scale": 1.0}
         return {**self.training.defaults, **own}

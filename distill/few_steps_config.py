@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar
 
 from bitdance.kinds.class_patch.settings import SCHEDULES
 from bitdance.values import RANGES, Range
-from distill.few_steps import OBJECTIVES
 from stages.config import TrainingConfig, read_config, read_values
 from stages.recipes.class_patch.config import ClassTrainingConfig
 from stages.schema import Checked, Choice, Steps
@@ -19,10 +18,9 @@ class FewSteps(Checked):
 
     SECTION = "few_steps"
 
-    objective: Annotated[str, Choice(OBJECTIVES)] = "path"
     guidance: Annotated[float, RANGES["guidance"]] = 0.0  # folded in; 0: the teacher's default
     cfg_schedule: Annotated[str, Choice(("", *SCHEDULES))] = ""  # of the guidance; empty: the teacher's default
-    steps: Steps = 8  # of the teacher's solver, or of the grid that the consistency runs over
+    steps: Steps = 8  # of the teacher's solver
     evaluations: Annotated[int, Range(1, 16)] = 2  # the default of the saved model
 
 

@@ -15,7 +15,7 @@ from bitdance.heads.diffusion.network import BinaryDiffusionHead
 from bitdance.heads.diffusion.settings import choose
 from bitdance.model import BitDanceModel
 from distill.documents import DistillBatch, TeacherLayout
-from distill.few_steps import few_steps_loss, guided
+from distill.few_steps import ends, few_steps_loss, guided
 from distill.few_steps_config import FewSteps, FewStepsConfig
 from stages.config import GeneratorTraining
 from stages.engine.processes import mean_over_processes
@@ -29,7 +29,7 @@ from stages.recipes.generator.validation import heldout_examples
 
 
 class FewStepsTextObjective(GeneratorObjective):
-    """Batch → the objective of `distill.few_steps`. `teacher`: the head as it was."""
+    """Batch → the loss of `distill.few_steps`. `teacher`: the head as it was."""
 
     def __init__(
         self, model: BitDanceModel, training: GeneratorTraining, teacher: BinaryDiffusionHead, few: FewSteps, guidance: float
@@ -54,9 +54,9 @@ class FewStepsTextObjective(GeneratorObjective):
             if teacher.net.cond_embed.weight.device != cond_KPD.device:
                 teacher.to(cond_KPD.device)
             predict = guided(teacher, cond_KPD, without_KPD, cond_KPD.new_full((1, 1, 1), self.guidance, dtype=torch.float32))
-        bits_KPC = sequence.image_bits_NC[sequence.generated_K].unflatten(0, (-1, P)).repeat(S, 1, 1)
-        drawn = noise.noise_SMPC.flatten(0, 1), noise.time_SM.flatten()
-        return few_steps_loss(self.few.objective, self.few.steps, self.model.head, predict, cond_KPD, bits_KPC, *drawn)
+            noise_KPC = noise.noise_SMPC.flatten(0, 1)
+            end_KPC = ends(predict, noise_KPC, self.few.steps, self.model.head.config.time_shift)
+        return few_steps_loss(self.model.head, cond_KPD, noise_KPC, end_KPC, noise.time_SM.flatten())
 
     def forward(self, batch: GeneratorBatch, generator: torch.Generator, step: int) -> Losses:
         loss_RP, right = self.rows(batch)
@@ -86,7 +86,7 @@ def build_recipe(config: FewStepsConfig) -> FewStepsTextRecipe:
     student = fresh_model(config, lambda dtype: start_model(training, lambda: texts(sources, training), dtype))
     known: dict[str, Any] = student.extras.get("defaults", {})
     own = choose(known)
-    if own.sampler == "consistency":
+    if own.sampler == "direct":
         raise ValueError(f"generator.init = {training.init!r} was distilled to few evaluations itself; name its teacher")
     guidance = max(1.0, few.guidance or own.guidance)
     layout = dataclasses.replace(TeacherLayout.of(student, True), texts=TeacherLayout.of(student, True).texts[1:])

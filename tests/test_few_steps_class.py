@@ -34,7 +34,7 @@ def few(home: Path, teacher: Path, out: str, few_steps: FewSteps | None = None, 
     return DistillClassConfig("few_steps_class", **values, few_steps=few_steps or FewSteps(steps=3))
 
 
-@pytest.mark.parametrize("objective", ["path", "consistency"])
+@pytest.mark.parametrize("objective", ["path", "direct"])
 def test_only_the_head_learns_and_pictures_come_of_it(home: Path, teacher: Path, objective: str) -> None:  # noqa: F811
     settings = few(home, teacher, "student", FewSteps(objective, steps=3, guidance=2.0), steps=3, lr=1e-2)
     train(FewStepsRecipe(settings), settings)
@@ -43,14 +43,14 @@ def test_only_the_head_learns_and_pictures_come_of_it(home: Path, teacher: Path,
         same = torch.equal(tensor, before.model.network.state_dict()[name])
         assert same or name.startswith("head."), name
         assert not same or not name.endswith("final_layer.linear.weight")
-    assert pipe.model.defaults == {"guidance_scale": 1.0, "num_inference_steps": 2, "sampler": "consistency"}
+    assert pipe.model.defaults == {"guidance_scale": 1.0, "num_inference_steps": 2, "sampler": "direct"}
     said = pipe.model.extras["card"]["few_steps"]
     assert said["guidance"] == 2.0 and said["cfg_schedule"] == "linear" and said["objective"] == objective
     two = pipe("bee", seed=1, output_type="tokens").bits
     assert two is not None and set(two.unique().tolist()) == {-1.0, 1.0}
     assert torch.equal(pipe("bee", seed=1, output_type="tokens", preset="quick").bits, two)
     assert pipe("bee", seed=1, output_type="tokens", preset="instant").bits.shape == two.shape
-    with pytest.raises(ValueError, match="distilled to few evaluations; it takes 'consistency' alone"):
+    with pytest.raises(ValueError, match="distilled to few evaluations; it takes 'direct' alone"):
         pipe("bee", sampler="euler")
     with pytest.raises(ValueError, match="was distilled to few evaluations itself"):
         FewStepsRecipe(few(home, teacher.parent / "student", "again"))

@@ -47,7 +47,7 @@ def changes(place: Path, *more: str, shards: str = "bits") -> list[str]:
     return [*given, f"generator.init={place / 'teacher'}", f"generator.tokenizer={place / 'tokenizer'}", *more]
 
 
-@pytest.mark.parametrize("objective", ["path", "consistency"])
+@pytest.mark.parametrize("objective", ["path", "direct"])
 def test_only_the_head_learns_and_goes_on_exactly(place: Path, tmp_path: Path, objective: str) -> None:
     said = changes(place, f"few_steps.objective={objective}", "optimizer.lr=1e-2", "run.sample_every=100")
     for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
@@ -69,7 +69,7 @@ def test_only_the_head_learns_and_goes_on_exactly(place: Path, tmp_path: Path, o
     two = student("a red circle", seed=1, output_type="bits").bits
     assert torch.equal(student("a red circle", seed=1, output_type="bits", preset="quick").bits, two)
     assert student("a red circle", seed=1, output_type="bits", preset="instant").bits.shape == two.shape
-    with pytest.raises(ValueError, match="it takes 'consistency' alone"):
+    with pytest.raises(ValueError, match="it takes 'direct' alone"):
         student("a red circle", preset="fast")
     with pytest.raises(ValueError, match="was not: take"):
         teacher("a red circle", preset="instant")
@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_refused(place: Path, capsys: Any) -> None:
     for wrong, said in (
         (["generator.init=''"], "name the teacher"),
         (["few_steps.cfg_schedule=linear"], "one guidance for all blocks"),
-        (["few_steps.objective=magic"], "allowed are 'path', 'consistency'"),
+        (["few_steps.objective=magic"], "allowed are 'path', 'direct'"),
         (["few_steps.evaluations=0"], "evaluations"),
     ):
         assert distill([str(CONFIG), *settings(*changes(place, *wrong))]) == 2

@@ -160,8 +160,8 @@ def test_the_second_order_sde_keeps_the_noise_level_in_any_number_of_steps(steps
 def test_a_solver_evaluates_as_often_as_it_says(name):
     evaluated, drawn, draw = [], [], noise_like((2, 3, 4))
     SAMPLERS[name](following(lambda x, t: evaluated.append(t) or torch.tanh(x)), draw(), 6, lambda: drawn.append(1) or draw())
-    assert len(evaluated) == evaluations(name, 6) == {"heun": 13, "consistency": 6}.get(name, 7)
-    assert 1 + len(drawn) == draws(name, 6) == {"consistency": 6}.get(name, 7 if name in STOCHASTIC else 1)
+    assert len(evaluated) == evaluations(name, 6) == {"heun": 13, "direct": 6}.get(name, 7)
+    assert 1 + len(drawn) == draws(name, 6) == (7 if name in STOCHASTIC else 1)
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLERS))

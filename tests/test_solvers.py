@@ -46,13 +46,13 @@ def test_settings_are_read_and_mistakes_named():
 
 def test_few_evaluations_are_for_models_that_were_taught_them():
     taught = {"preset": "quick", "guidance_scale": 1.0}
-    assert choose(taught) == Sampling(2, 1.0, "consistency") and choose(taught, "instant") == Sampling(1, 1.0, "consistency")
-    assert choose(taught, steps=4).steps == 4 and choose({"sampler": "consistency"}, "quick").steps == 2
-    for wrong in ({"preset": "quick"}, {"sampler": "consistency"}):
+    assert choose(taught) == Sampling(2, 1.0, "direct") and choose(taught, "instant") == Sampling(1, 1.0, "direct")
+    assert choose(taught, steps=4).steps == 4 and choose({"sampler": "direct"}, "quick").steps == 2
+    for wrong in ({"preset": "quick"}, {"sampler": "direct"}):
         with pytest.raises(ValueError, match="needs a model that was distilled to few evaluations"):
             choose({}, **wrong)
     for wrong in ({"preset": "fast"}, {"sampler": "euler"}):
-        with pytest.raises(ValueError, match="with a model that was distilled to few evaluations; it takes 'consistency' alone"):
+        with pytest.raises(ValueError, match="with a model that was distilled to few evaluations; it takes 'direct' alone"):
             choose(taught, **wrong)
 
 
@@ -60,6 +60,6 @@ def test_the_pipeline_is_asked_for_exactly_this():
     for sampling in (*PRESETS.values(), Sampling(5, 2.0, "heun", (0.2, 0.9), 3)):
         said = sampling.arguments()
         names = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
-        taught = {"sampler": "consistency"} if sampling.sampler == "consistency" else {}
+        taught = {"sampler": "direct"} if sampling.sampler == "direct" else {}
         chosen = choose({"preset": "published", **taught}, **{names.get(name, name): value for name, value in said.items()})
         assert chosen == sampling.changed(last_steps=sampling.last_steps or sampling.steps)

@@ -112,17 +112,12 @@ def dpmpp_2m_sde(velocity: Velocity, x_KPC: Tensor, steps: int, noise: Noise, ti
     return x_from_velocity(velocity(x_KPC, times[-1]), x_KPC, times[-1])
 
 
-def consistency(velocity: Velocity, x_KPC: Tensor, steps: int, noise: Noise, time_shift: float = 1.0) -> Tensor:
-    """For a head that was taught to reach the end of its path in one evaluation (`distill/few_steps.py`): `steps` evaluations,
-    the first from noise at t = 0, each further one from its bits, noised again up to t = k/steps. As many draws.
-
-    Were the head exact, every evaluation would give bits of the right distribution; the further ones mend its errors.
-    Source: multistep consistency sampling, Song et al. 2023 (arXiv 2303.01469).
-    """
-    data = x_KPC
-    for k, t in enumerate(time_grid(steps, time_shift, 1.0)[:-1]):
-        if k:
-            x_KPC = interpolate(data.sign(), noise(), t)
+def direct(velocity: Velocity, x_KPC: Tensor, steps: int, noise: Noise, time_shift: float = 1.0) -> Tensor:
+    """For a head that was taught where its path ends (`distill/few_steps.py`): `steps` evaluations, the first from noise at t = 0,
+    each further one at t = k/steps from the line between that noise and the last prediction. Deterministic."""
+    data, start_KPC = x_KPC, x_KPC
+    for t in time_grid(steps, time_shift, 1.0)[:-1]:
+        x_KPC = interpolate(data, start_KPC, t)
         data = x_from_velocity(velocity(x_KPC, t), x_KPC, t)
     return data
 
@@ -142,18 +137,16 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
-    "consistency": consistency,
+    "direct": direct,
 }
-STOCHASTIC = {"euler_maruyama", "dpmpp_2m_sde"}  # take one draw per step after the initial noise
+STOCHASTIC = {"euler_maruyama", "dpmpp_2m_sde"}  # take one draw per step
 
 
 def draws(sampler: str, steps: int) -> int:
     """Standard normal draws of a block, the initial noise included."""
-    if sampler == "consistency":
-        return steps
     return 1 + (steps if sampler in STOCHASTIC else 0)
 
 
 def evaluations(sampler: str, steps: int) -> int:
     """How often a block is predicted."""
-    return {"heun": 2 * steps + 1, "consistency": steps}.get(sampler, steps + 1)
+    return {"heun": 2 * steps + 1, "direct": steps}.get(sampler, steps + 1)

@@ -74,10 +74,10 @@ PRESETS = {
     "published": Sampling(),
     "balanced": Sampling(8, sampler="dpmpp_2m_sde"),
     "fast": Sampling(5, sampler="dpmpp_2m_sde"),
-    "quick": Sampling(2, sampler="consistency"),  # these two for models that were distilled to few evaluations
-    "instant": Sampling(1, sampler="consistency"),
+    "quick": Sampling(2, sampler="direct"),  # these two for models that were distilled to few evaluations
+    "instant": Sampling(1, sampler="direct"),
 }
-FEW_STEPS = [name for name, sampling in PRESETS.items() if sampling.sampler == "consistency"]
+FEW_STEPS = [name for name, sampling in PRESETS.items() if sampling.sampler == "direct"]
 
 
 def choose(defaults: Mapping[str, Any], preset: str | None = None, **overrides: Any) -> Sampling:
@@ -104,14 +104,14 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, **overrides: 
 def check_few_steps(sampling: Sampling, defaults: Mapping[str, Any]) -> None:
     """ValueError where a head that was distilled to few evaluations meets another solver, or another head this one. The model's
     defaults, its sampler or its preset, say which it is."""
-    taught = defaults.get("sampler") == "consistency" or defaults.get("preset") in FEW_STEPS
-    if sampling.sampler == "consistency" and not taught:
+    taught = defaults.get("sampler") == "direct" or defaults.get("preset") in FEW_STEPS
+    if sampling.sampler == "direct" and not taught:
         raise ValueError(
-            f"sampler = 'consistency' (presets {', '.join(FEW_STEPS)}) needs a model that was distilled to few evaluations; this "
+            f"sampler = 'direct' (presets {', '.join(FEW_STEPS)}) needs a model that was distilled to few evaluations; this "
             'one was not: take "fast", or distil it (docs/distill)'
         )
-    if taught and sampling.sampler != "consistency":
+    if taught and sampling.sampler != "direct":
         raise ValueError(
-            f"sampler = {sampling.sampler!r} with a model that was distilled to few evaluations; it takes 'consistency' "
+            f"sampler = {sampling.sampler!r} with a model that was distilled to few evaluations; it takes 'direct' "
             f"alone: presets {', '.join(FEW_STEPS)}, or 1 to 4 steps"
         )
