@@ -81,7 +81,7 @@ def recipe(place: Path, *more: str, shards: str = "bits") -> Any:
 
 def test_what_is_taught_is_the_guided_prediction_of_the_same_pictures(place: Path) -> None:
     """The conditions without a prompt are those that the model gives the same pictures with the prompt dropped."""
-    made = recipe(place, "few_steps.objective=consistency")
+    made = recipe(place)
     batch = made.feed.batch(range(6), step_generator(0, 0, 0)).batch
     (view,), model = batch.views, made.module.model
     P = batch.sequence.noise.noise_SMPC.shape[2]

@@ -113,8 +113,8 @@ def dpmpp_2m_sde(velocity: Velocity, x_KPC: Tensor, steps: int, noise: Noise, ti
 
 
 def direct(velocity: Velocity, x_KPC: Tensor, steps: int, noise: Noise, time_shift: float = 1.0) -> Tensor:
-    """For a head that was taught where its path ends (`distill/few_steps.py`): `steps` evaluations, the first from noise at t = 0,
-    each further one at t = k/steps from the line between that noise and the last prediction. Deterministic."""
+    """For a head that was taught where its path ends (`distill/few_steps.py`): `steps` evaluations, the first from noise at
+    t = 0, each further one at t = k/steps from the line between that noise and the last prediction. Deterministic."""
     data, start_KPC = x_KPC, x_KPC
     for t in time_grid(steps, time_shift, 1.0)[:-1]:
         x_KPC = interpolate(data, start_KPC, t)
