@@ -97,6 +97,6 @@ def build_recipe(config: FewStepsConfig) -> FewStepsTextRecipe:
         FewStepsTextObjective(student, training, copy.deepcopy(student.head), few, guidance),
         layout,
         beside=[student],
-        defaults={"guidance_scale": 1.0, "preset": "quick", "num_inference_steps": few.evaluations},
+        defaults={"guidance_scale": 1.0, "preset": "quick", "sampler": "direct", "num_inference_steps": few.evaluations},
         card={"few_steps": {**dataclasses.asdict(few), "guidance": guidance}},
     )

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from test_debug_run import draw
 from test_debug_run import train as train_stage
 from test_distill_run import same, settings
 
 import stages.cli
 from bitdance import BitDancePipeline
+from bitdance.cli import main as bitdance
 from distill.cli import main as distill
 from distill.few_steps_config import load_config
 from distill.few_steps_text import FewStepsTextObjective, build_recipe
@@ -42,6 +44,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ.update(before)
 
 
+def read_png(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        assert json.loads(picture.info["bitdance"])["sampler"] == "direct"
+        return picture.tobytes()
+
+
 def changes(place: Path, *more: str, shards: str = "bits") -> list[str]:
     given = f"data.train={json.dumps([str(place / shards)])}", f"data.heldout={json.dumps([str(place / shards)])}"
     return [*given, f"generator.init={place / 'teacher'}", f"generator.tokenizer={place / 'tokenizer'}", *more]
@@ -68,6 +76,13 @@ def test_only_the_head_learns_and_goes_on_exactly(place: Path, tmp_path: Path) -
     two = student("a red circle", seed=1, output_type="bits").bits
     assert torch.equal(student("a red circle", seed=1, output_type="bits", preset="quick").bits, two)
     assert student("a red circle", seed=1, output_type="bits", preset="instant").bits.shape == two.shape
+    out = tmp_path / "pictures"
+    asked = ["generate", "--model", str(newest(tmp_path / "whole") / "model"), "--device", "cpu", "--dtype", "float32"]
+    assert bitdance([*asked, "a red circle", "--preset", "instant", "--seed", "4", "-o", str(out / "one")]) == 0
+    (one,) = (out / "one").glob("*.png")
+    assert bitdance([*asked, "--from", str(one), "-o", str(out / "again")]) == 0
+    (again,) = (out / "again").glob("*.png")
+    assert read_png(one) == read_png(again)
     with pytest.raises(ValueError, match="it takes 'direct' alone"):
         student("a red circle", preset="fast")
     with pytest.raises(ValueError, match="was not: take"):

@@ -45,7 +45,7 @@ def test_settings_are_read_and_mistakes_named():
 
 
 def test_few_evaluations_are_for_models_that_were_taught_them():
-    taught = {"preset": "quick", "guidance_scale": 1.0}
+    taught = {"preset": "quick", "sampler": "direct", "guidance_scale": 1.0}
     assert choose(taught) == Sampling(2, 1.0, "direct") and choose(taught, "instant") == Sampling(1, 1.0, "direct")
     assert choose(taught, steps=4).steps == 4 and choose({"sampler": "direct"}, "quick").steps == 2
     for wrong in ({"preset": "quick"}, {"sampler": "direct"}):

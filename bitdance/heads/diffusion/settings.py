@@ -102,9 +102,9 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, **overrides: 
 
 
 def check_few_steps(sampling: Sampling, defaults: Mapping[str, Any]) -> None:
-    """ValueError where a head that was distilled to few evaluations meets another solver, or another head this one. The model's
-    defaults, its sampler or its preset, say which it is."""
-    taught = defaults.get("sampler") == "direct" or defaults.get("preset") in FEW_STEPS
+    """ValueError where a head that was distilled to few evaluations meets another solver, or another head this one. The sampler
+    among the model's defaults says which it is."""
+    taught = defaults.get("sampler") == "direct"
     if sampling.sampler == "direct" and not taught:
         raise ValueError(
             f"sampler = 'direct' (presets {', '.join(FEW_STEPS)}) needs a model that was distilled to few evaluations; this "

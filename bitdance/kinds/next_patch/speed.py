@@ -11,7 +11,7 @@ from bitdance.bench.study import Study
 from bitdance.costs.peak import Peak
 from bitdance.costs.shapes import SHAPES
 from bitdance.folder.config import ModelConfig
-from bitdance.heads.diffusion.settings import Sampling, choose
+from bitdance.heads.diffusion.settings import FEW_STEPS, Sampling, choose
 from bitdance.networks.precision import resolve_dtype, usable_device
 
 
@@ -27,8 +27,11 @@ def measure_speed(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     model.check_size(height, width)
     given = {"steps": options.steps, "guidance": options.guidance}
     own = choose(model.defaults, **given)
+    # weights of a shape are random: they have been taught everything, or nothing
+    taught = {name: {"sampler": "direct"} if options.shape and name in FEW_STEPS else {} for name in options.preset}
     presets = {
-        name: choose(model.defaults, None if name == OWN else name, **given, sampler=options.sampler) for name in options.preset
+        name: choose({**model.defaults, **own}, None if name == OWN else name, **given, sampler=options.sampler)
+        for name, own in taught.items()
     }
     device = torch.device(usable_device(options.device))
     asked = options.dtype or ["bfloat16" if options.floor else None]
