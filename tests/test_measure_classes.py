@@ -50,6 +50,13 @@ def test_the_probe_learns_what_can_be_told_apart() -> None:
     assert torch.equal(probe.weight, again.weight)
 
 
+def test_variety_is_the_mean_distance_of_two_pictures_of_a_class() -> None:
+    features_NF = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [9.0, 9.0]])
+    class_N = torch.tensor([0, 0, 0, 1, 1, 2])  # distances 5, 0 and 5; 0; a picture alone
+    assert classes.variety(features_NF, class_N) == pytest.approx((10 / 3 + 0) / 2)
+    assert classes.variety(features_NF[:1], class_N[:1]) is None
+
+
 def test_the_distance_is_that_of_the_two_gaussians() -> None:
     """Of features with one dimension: (μ − ν)² + (σ − τ)²."""
     generator = torch.Generator().manual_seed(0)

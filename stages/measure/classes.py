@@ -8,6 +8,7 @@ All figures are told from 1280 features of EfficientNet-Lite0 (`stages/measure/f
   stand the *floor*, that of as many training pictures, and that of the tokenizer's *reconstructions* of test pictures;
 - *precision* and *recall* in the same space, k = 3: which share of generated pictures lies among the test pictures, and the
   reverse (`stages/evaluate/scores.py`);
+- *variety*: the mean distance between two pictures of one class, beside that of test pictures;
 - *class right*: the share of pictures that a linear probe assigns to the class asked for. The probe is a logistic regression,
   learned from features of training pictures; its accuracy on test pictures stands beside.
 
@@ -52,6 +53,7 @@ from stages.recipes.pictures.labels import label_of
 BATCH, GENERATED = 100, 250  # pictures that run through features and tokenizer, and through the model, at once
 DECAY = 1e-3  # of the probe's weights, which look at standardised features
 SHOWN = 4  # pictures of each class in a grid
+ALIKE = 200  # pictures of a class whose distances to one another are taken
 
 
 @dataclass(frozen=True)
@@ -133,16 +135,24 @@ def distance(one_NF: Tensor, other_MF: Tensor) -> float:
     return frechet(Gaussian.of(one_NF), Gaussian.of(other_MF))
 
 
+def variety(features_NF: Tensor, class_N: Tensor) -> float | None:
+    """Mean distance of two pictures of one class, of up to 200 a class; None where no class has two."""
+    groups = [features_NF[class_N == c][:ALIKE] for c in class_N.unique()]
+    apart = [torch.pdist(group.float()).mean() for group in groups if len(group) > 1]
+    return float(torch.stack(apart).mean()) if apart else None
+
+
 @dataclass(frozen=True)
 class Row:
-    """Figures of one set of pictures. `right`: share of the class asked for, by class and of all; `steps`: the mean of those that
-    the pictures took."""
+    """Figures of one set of pictures. `right`: share of the class asked for, by class and of all; `variety`: see there; `steps`:
+    the mean of those that the pictures took."""
 
     name: str
     count: int
     distance: float | None
     right: float
     by_class: dict[str, float]
+    variety: float | None
     guidance: float | None = None
     steps: float | None = None
     preset: str | None = None
@@ -208,7 +218,8 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
         by_class = {names.name(c): float(right[pictures.class_N == c].mean()) for c in range(len(names))}
         if far and min(len(found_NF), len(judged_NF)) > NEIGHBOUR:
             more["precision"], more["recall"] = precision_recall(judged_NF, found_NF)
-        return Row(name, len(right), distance(found_NF, judged_NF) if far else None, float(right.mean()), by_class, **more)
+        apart = distance(found_NF, judged_NF) if far else None
+        return Row(name, len(right), apart, float(right.mean()), by_class, variety(found_NF, pictures.class_N), **more)
 
     count = min(arguments.pictures, len(known.class_N), len(judged.class_N))
     rows = [row("test pictures", judged, judged_NF, far=False)]
@@ -276,11 +287,11 @@ def _reconstructed(tokenizer: Any, levels_NHW3: np.ndarray) -> np.ndarray:
 
 def table(found: dict[str, Any]) -> str:
     """The rows for people, as Markdown."""
-    lines = ["| pictures | count | distance | class right | precision | recall | pictures/s |", "|---|" + "---:|" * 6]
+    lines = ["| pictures | count | distance | class right | variety | precision | recall | pictures/s |", "|---|" + "---:|" * 7]
     for row in found["rows"]:
         far = "–" if row["distance"] is None else f"{row['distance']:.2f}"
         speed = "–" if row["pictures_per_s"] is None else f"{row['pictures_per_s']:.1f}"
-        near = " | ".join("–" if row[name] is None else f"{row[name]:.2f}" for name in ("precision", "recall"))
+        near = " | ".join("–" if row[name] is None else f"{row[name]:.2f}" for name in ("variety", "precision", "recall"))
         lines.append(f"| {row['name']} | {row['count']:,} | {far} | {row['right']:.1%} | {near} | {speed} |")
     return "\n".join(lines)
 
