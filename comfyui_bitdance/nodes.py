@@ -79,6 +79,11 @@ def _settings() -> list[Any]:
     ]
 
 
+def _negative() -> Any:
+    tooltip = "What stands against the prompt (refinement and next-scale models of prompts)."
+    return io.String.Input("negative", optional=True, multiline=True, default="", tooltip=tooltip)
+
+
 class LoadModel(io.ComfyNode):
     """A model folder → MODEL."""
 
@@ -230,6 +235,7 @@ class Generate(io.ComfyNode):
                 io.Int.Input("width", **side, tooltip=f"Pixels. 0: {OWN_NUMBER}. A model says which sizes it makes."),
                 io.Int.Input("height", **side, tooltip=f"Pixels. 0: {OWN_NUMBER}. A model says which sizes it makes."),
                 *_settings(),
+                _negative(),
             ],
             outputs=[_bits()],
         )
@@ -246,11 +252,12 @@ class Generate(io.ComfyNode):
         seed: int | None = None,
         n: int | None = None,
         previews: int | None = None,
+        negative: str | None = None,
     ) -> bool | str:
         """True, or what no model takes; a value that comes from another node is None. What this model does not take, it says
         before it starts."""
         numbers = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed, "n": n}
-        return problem(lambda: settings.check(prompt, preset, previews, **numbers))
+        return problem(lambda: settings.check(prompt, preset, previews, negative, **numbers))
 
     @classmethod
     def execute(
@@ -265,13 +272,16 @@ class Generate(io.ComfyNode):
         seed: int,
         n: int,
         previews: int,
+        negative: str = LEFT["negative"],
     ) -> Any:
         """Generate them."""
-        settings.check(prompt, preset, previews, width=width, height=height, steps=steps, guidance=guidance, seed=seed, n=n)
+        numbers = {"width": width, "height": height, "steps": steps, "guidance": guidance}
+        settings.check(prompt, preset, previews, negative, seed=seed, n=n, **numbers)
         generators, _ = generators_for(n, seed, None)
         out = model(
             **{name: [text] * n for name, text in settings.condition(model, prompt).items()},
-            **settings.arguments(height=height, width=width, steps=steps, guidance=guidance, preset=preset),
+            **settings.negative(type(model).__call__, negative),
+            **settings.arguments(preset=preset, **numbers),
             generator=generators,
             output_type="bits",
             callback_on_step_end=Watch(previews),
@@ -319,6 +329,7 @@ class Edit(io.ComfyNode):
                     step=0.05,
                     tooltip=f"How far the new part may go, above 0 to 1 (refinement models). 0: {OWN_NUMBER}.",
                 ),
+                _negative(),
             ],
             outputs=[_bits()],
         )
@@ -334,10 +345,13 @@ class Edit(io.ComfyNode):
         n: int | None = None,
         previews: int | None = None,
         strength: float | None = None,
+        source: str | None = None,
+        negative: str | None = None,
     ) -> bool | str:
         """True, or what no model takes; a value that comes from another node is None."""
         numbers = {"steps": steps, "guidance": guidance, "seed": seed, "n": n, "strength": strength}
-        return problem(lambda: settings.check(prompt, preset, previews, **numbers))
+        texts = (prompt, preset, previews)
+        return problem(lambda: (settings.check(*texts, negative, **numbers), settings.check(source)))
 
     @classmethod
     def execute(
@@ -354,9 +368,11 @@ class Edit(io.ComfyNode):
         mask: Tensor | None = None,
         source: str = "",
         strength: float = LEFT["strength"],
+        negative: str = LEFT["negative"],
     ) -> Any:
         """Change it. ValueError for a kind of model that cannot edit, or not so."""
-        settings.check(prompt, preset, previews, steps=steps, guidance=guidance, seed=seed, n=n, strength=strength)
+        settings.check(prompt, preset, previews, negative, steps=steps, guidance=guidance, seed=seed, n=n, strength=strength)
+        settings.check(source)
         how = settings.arguments(mask=None if mask is None else mask_picture(mask), strength=strength)
         how |= settings.condition(model, source, "source_") if source else {}
         _check_edit(model, bits, how)
@@ -365,7 +381,7 @@ class Edit(io.ComfyNode):
             bits.tokens,
             **settings.condition(model, prompt),
             **how,
-            **settings.arguments(steps=steps, guidance=guidance, preset=preset),
+            **settings.arguments(steps=steps, guidance=guidance, preset=preset, negative=negative),
             num_images=n,
             generator=generators,
             output_type="bits",

@@ -1,5 +1,6 @@
 """What a user says of a run, and how it reaches a pipeline. A widget always holds a value: some mean "as the model has it"."""
 
+import inspect
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -9,9 +10,11 @@ from bitdance.sequence.prompt import check_prompt
 from bitdance.values import Range, check_number, shown
 
 OWN = "model's own"
-LEFT = {"width": 0, "height": 0, "steps": 0, "guidance": -1, "strength": 0}  # these leave a number to the model
+# these leave a value to the model
+LEFT: dict[str, Any] = {"width": 0, "height": 0, "steps": 0, "guidance": -1, "strength": 0, "negative": ""}
 PREVIEWS = Range(0, 64)
-ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}  # of a pipeline, where the names differ
+# arguments of a pipeline, where the names differ
+ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "negative": "negative_prompt"}
 
 
 def presets() -> list[str]:
@@ -25,10 +28,13 @@ def said(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != LEFT.get(name) and value != OWN}
 
 
-def check(prompt: str | None = None, preset: str | None = None, previews: int | None = None, **numbers: Any) -> None:
+def check(
+    prompt: str | None = None, preset: str | None = None, previews: int | None = None, negative: str | None = None, **numbers: Any
+) -> None:
     """ValueError, as at every door of the library, for what no model takes."""
-    if prompt is not None:
-        check_prompt(prompt)
+    for text in (prompt, negative):
+        if text is not None:
+            check_prompt(text)
     for name, value in said(**numbers).items():
         check_number(name, value)
     if preset not in (None, OWN, *presets()):
@@ -40,6 +46,14 @@ def check(prompt: str | None = None, preset: str | None = None, previews: int | 
 def arguments(**values: Any) -> dict[str, Any]:
     """What is said as arguments of a pipeline."""
     return {ARGUMENTS.get(name, name): value for name, value in said(**values).items()}
+
+
+def negative(call: Callable[..., Any], text: str) -> dict[str, str]:
+    """What stands against the prompt as an argument of `call`. ValueError where its kind of model knows no such thing."""
+    found = arguments(negative=text)
+    if found and not set(found) & set(inspect.signature(call).parameters):
+        raise ValueError("negative is not for this kind of model; leave it out")
+    return found
 
 
 def condition(pipe: Any, prompt: str, prefix: str = "") -> dict[str, str]:

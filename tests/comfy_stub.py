@@ -6,7 +6,6 @@ where the node does not validate it itself, and nodes run in inference mode.
 
 import inspect
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -35,14 +34,8 @@ def custom(kind: str) -> Any:
     return SimpleNamespace(Input=socket, Output=socket, io_type=kind)
 
 
-@dataclass
-class Schema:
-    node_id: str
-    inputs: list[Socket]
-    outputs: list[Socket]
-    display_name: str = ""
-    category: str = ""
-    description: str = ""
+class Schema(SimpleNamespace):
+    """What a node says of itself."""
 
 
 class NodeOutput:

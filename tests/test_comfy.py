@@ -43,6 +43,13 @@ def test_pictures_are_those_of_the_library_for_the_same_seed(host: comfy_stub.Ho
     assert torch.equal(picture, host.run("BitDanceDecode", model=model, bits=bits))  # also a generative decoder's
 
 
+def test_a_negative_prompt_is_the_library_s(host: comfy_stub.Host) -> None:
+    model, (prompt, settings) = loaded(host, "refine_text"), MODELS["refine_text"]
+    bits = host.run("BitDanceGenerate", model=model, prompt=prompt, negative="a ball", seed=7, n=2, **settings)
+    expected = by_the_library(model, prompt, settings, negative_prompt="a ball").tokens
+    assert torch.equal(bits.tokens, expected) and not torch.equal(expected, by_the_library(model, prompt, settings).tokens)
+
+
 def test_the_demo_model_is_there_without_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     host = started(tmp_path / "nothing here", monkeypatch)
     options = host.nodes["BitDanceLoadModel"].define_schema().inputs[0].options["options"]

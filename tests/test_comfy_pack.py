@@ -77,6 +77,7 @@ def test_what_is_left_to_the_model_and_what_is_linked_is_not_wrong(host: comfy_s
         ({"preset": "fats"}, "preset = 'fats'; allowed are published"),
         ({"previews": 65}, "previews = 65; a whole number from 0 to 64 is allowed"),
         ({"prompt": "\ud800"}, "surrogate"),
+        ({"negative": "\ud800"}, "surrogate"),
     ],
 )
 def test_other_wrong_values_say_what_is_allowed(host: comfy_stub.Host, inputs: dict[str, Any], words: str) -> None:
@@ -94,6 +95,9 @@ def test_other_wrong_values_say_what_is_allowed(host: comfy_stub.Host, inputs: d
         ("classes", {"width": 32}, "width = 32; this model makes pictures of"),
         ("classes", {"preset": "fast"}, "preset = 'fast'; allowed are B-1x"),
         ("refine", {"preset": "published"}, "preset = 'published'; allowed are fixed, adaptive"),
+        ("text", {"negative": "a ball"}, "negative is not for this kind of model; leave it out"),
+        ("classes", {"negative": "a ball"}, "negative is not for this kind of model; leave it out"),
+        ("refine", {"negative": "a ball"}, "negative_prompt = 'a ball'; a string is allowed, for models of prompts"),
         ("scales", {"steps": 3}, "the scales follow from the size, leave it out"),
     ],
 )
@@ -257,6 +261,15 @@ def test_example_workflows_fit_the_schemas_and_run(host: comfy_stub.Host, path: 
     (shown,) = next(results[key] for key, node in prompt.items() if node["class_type"] == "PreviewImage")
     assert shown.ndim == 4 and shown.shape[3] == 3 and 0 <= float(shown.min()) <= float(shown.max()) <= 1
     assert len(NAMES) == 10 and {node["class_type"] for node in prompt.values()} & NODES
+
+
+def test_the_workflow_of_the_guide_runs(host: comfy_stub.Host) -> None:
+    text = (ROOT / "docs" / "comfyui" / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    prompt = json.loads(block)
+    prompt["2"]["inputs"]["steps"] = 1
+    results = host.queue(prompt, {})
+    assert results["3"][0].shape == (1, 96, 96, 3) and torch.equal(results["4"][0], results["3"][0])
 
 
 def test_the_metadata_names_no_torch_and_the_package_is_shipped_whole() -> None:
