@@ -87,7 +87,7 @@ def load(name: str, dtype: str | None, said: dict[str, Any]) -> Any:
     import comfy.model_management
 
     folder = check(name, dtype, said)
-    comfy.model_management.free_memory(sum(path.stat().st_size for path in folder.glob("*.safetensors")), device())
+    comfy.model_management.free_memory(sum(path.stat().st_size for path in folder.rglob("*.safetensors")), device())
     with torch.inference_mode(False):  # weights that also work outside of ComfyUI's inference mode
         return load_pipeline(folder, device(), dtype, **said)
 

@@ -3,85 +3,21 @@
 from importlib import import_module
 from typing import Any
 
-try:
-    from comfy_api.latest import ComfyExtension, io
-except ImportError as _error:
-    raise ImportError(
-        "these nodes work inside ComfyUI (0.3.64 or newer): put comfyui_bitdance into its custom_nodes, see docs/comfyui"
-    ) from _error
-
+from comfy_api.latest import ComfyExtension, io
 from torch import Tensor
 
 from bitdance.cli.options import DTYPE_NAMES, QUANTIZE, QUANTIZE_HEAD
 from bitdance.coding import generators_for
 from bitdance.generator import KINDS
-from bitdance.values import RANGES, check_number
+from bitdance.values import RANGES
 
 from . import models, settings
 from .pictures import Bits, Watch, decoded, encoded, mask_picture
-from .settings import LEFT, OWN, PREVIEWS, problem
+from .settings import LEFT, OWN, problem
+from .sockets import BITS, MODEL, OWN_NUMBER, bits_given, model_taken, negative_taken, prompt_taken, settings_taken
 
 CATEGORY = "BitDance"
 NONE = "none"
-MODEL, BITS = io.Custom("BITDANCE_MODEL"), io.Custom("BITDANCE_BITS")
-LARGEST_SEED = 2**53 - 1  # larger whole numbers do not survive a browser; the API takes the library's
-OWN_NUMBER = "as the model has it"
-
-
-def _model() -> Any:
-    return MODEL.Input("model", tooltip="A model of the node Load Model.")
-
-
-def _bits() -> Any:
-    return BITS.Output("bits_out", display_name="bits", tooltip="Tokens of the pictures; Decode makes pictures of them.")
-
-
-def _settings() -> list[Any]:
-    """The inputs that Generate and Edit share."""
-    return [
-        io.Int.Input(
-            "steps",
-            default=0,
-            min=0,
-            max=int(RANGES["steps"].high),
-            tooltip=f"Steps of the solver per block, or of refinement per picture. 0: {OWN_NUMBER}. Scales take none.",
-        ),
-        io.Float.Input(
-            "guidance",
-            default=-1.0,
-            min=-1.0,
-            max=RANGES["guidance"].high,
-            step=0.1,
-            tooltip=f"How strongly the prompt or class is followed; 1 and below switch guidance off. -1: {OWN_NUMBER}.",
-        ),
-        io.Combo.Input(
-            "preset",
-            options=[OWN, *settings.presets()],
-            default=OWN,
-            tooltip="Settings at once; steps and guidance beside it win. Each kind of model takes its own, and says which.",
-        ),
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=LARGEST_SEED,
-            control_after_generate=True,
-            tooltip="Of the first picture; the others count up from it. The same seed gives the same picture.",
-        ),
-        io.Int.Input("n", default=1, min=1, max=64, tooltip="How many pictures are made, all at once."),
-        io.Int.Input(
-            "previews",
-            default=8,
-            min=int(PREVIEWS.low),
-            max=int(PREVIEWS.high),
-            tooltip="How many previews are shown at most. Each costs a decode; 0: none.",
-        ),
-    ]
-
-
-def _negative() -> Any:
-    tooltip = "What stands against the prompt (refinement and next-scale models of prompts)."
-    return io.String.Input("negative", optional=True, multiline=True, default="", tooltip=tooltip)
 
 
 class LoadModel(io.ComfyNode):
@@ -178,10 +114,10 @@ class Encode(io.ComfyNode):
             category=CATEGORY,
             description="Turns pictures into the bits that a model reads and writes.",
             inputs=[
-                _model(),
+                model_taken(),
                 io.Image.Input("image", tooltip="Pictures of a size that the model's picture tokenizer takes; crop them first."),
             ],
-            outputs=[_bits()],
+            outputs=[bits_given()],
         )
 
     @classmethod
@@ -201,7 +137,7 @@ class Decode(io.ComfyNode):
             display_name="BitDance Decode",
             category=CATEGORY,
             description="Turns bits into pictures.",
-            inputs=[_model(), BITS.Input("bits", tooltip="Bits of Generate, Edit or Encode.")],
+            inputs=[model_taken(), BITS.Input("bits", tooltip="Bits of Generate, Edit or Encode.")],
             outputs=[io.Image.Output("image_out", display_name="image", tooltip="The pictures.")],
         )
 
@@ -224,20 +160,14 @@ class Generate(io.ComfyNode):
             category=CATEGORY,
             description="Makes pictures of a prompt or a class, block by block.",
             inputs=[
-                _model(),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    default="",
-                    dynamic_prompts=True,
-                    tooltip="What the pictures show; of a class model the number or the name of a class.",
-                ),
+                model_taken(),
+                prompt_taken("What the pictures show"),
                 io.Int.Input("width", **side, tooltip=f"Pixels. 0: {OWN_NUMBER}. A model says which sizes it makes."),
                 io.Int.Input("height", **side, tooltip=f"Pixels. 0: {OWN_NUMBER}. A model says which sizes it makes."),
-                *_settings(),
-                _negative(),
+                *settings_taken(),
+                negative_taken(),
             ],
-            outputs=[_bits()],
+            outputs=[bits_given()],
         )
 
     @classmethod
@@ -257,7 +187,7 @@ class Generate(io.ComfyNode):
         """True, or what no model takes; a value that comes from another node is None. What this model does not take, it says
         before it starts."""
         numbers = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed, "n": n}
-        return problem(lambda: settings.check(prompt, preset, previews, negative, **numbers))
+        return problem(lambda: settings.check((prompt, negative), preset, previews, **numbers))
 
     @classmethod
     def execute(
@@ -276,7 +206,7 @@ class Generate(io.ComfyNode):
     ) -> Any:
         """Generate them."""
         numbers = {"width": width, "height": height, "steps": steps, "guidance": guidance}
-        settings.check(prompt, preset, previews, negative, seed=seed, n=n, **numbers)
+        settings.check((prompt, negative), preset, previews, seed=seed, n=n, **numbers)
         generators, _ = generators_for(n, seed, None)
         out = model(
             **{name: [text] * n for name, text in settings.condition(model, prompt).items()},
@@ -301,16 +231,10 @@ class Edit(io.ComfyNode):
             category=CATEGORY,
             description="Changes a picture, with a kind of model that can: refinement and next-scale models.",
             inputs=[
-                _model(),
+                model_taken(),
                 BITS.Input("bits", tooltip="Bits of one picture, of Encode or Generate."),
-                io.String.Input(
-                    "prompt",
-                    multiline=True,
-                    default="",
-                    dynamic_prompts=True,
-                    tooltip="What the picture shall show; of a class model the number or the name of a class.",
-                ),
-                *_settings(),
+                prompt_taken("What the picture shall show"),
+                *settings_taken(),
                 io.Mask.Input(
                     "mask", optional=True, tooltip="Of the picture's size; what is masked is drawn anew, the rest stays."
                 ),
@@ -329,9 +253,9 @@ class Edit(io.ComfyNode):
                     step=0.05,
                     tooltip=f"How far the new part may go, above 0 to 1 (refinement models). 0: {OWN_NUMBER}.",
                 ),
-                _negative(),
+                negative_taken(),
             ],
-            outputs=[_bits()],
+            outputs=[bits_given()],
         )
 
     @classmethod
@@ -350,8 +274,7 @@ class Edit(io.ComfyNode):
     ) -> bool | str:
         """True, or what no model takes; a value that comes from another node is None."""
         numbers = {"steps": steps, "guidance": guidance, "seed": seed, "n": n, "strength": strength}
-        texts = (prompt, preset, previews)
-        return problem(lambda: (settings.check(*texts, negative, **numbers), settings.check(source)))
+        return problem(lambda: settings.check((prompt, source, negative), preset, previews, **numbers))
 
     @classmethod
     def execute(
@@ -371,17 +294,17 @@ class Edit(io.ComfyNode):
         negative: str = LEFT["negative"],
     ) -> Any:
         """Change it. ValueError for a kind of model that cannot edit, or not so."""
-        settings.check(prompt, preset, previews, negative, steps=steps, guidance=guidance, seed=seed, n=n, strength=strength)
-        settings.check(source)
+        numbers = {"steps": steps, "guidance": guidance}
+        settings.check((prompt, source, negative), preset, previews, seed=seed, n=n, strength=strength, **numbers)
         how = settings.arguments(mask=None if mask is None else mask_picture(mask), strength=strength)
         how |= settings.condition(model, source, "source_") if source else {}
         _check_edit(model, bits, how)
-        generators, _ = generators_for(check_number("n", n), seed, None)
+        generators, _ = generators_for(n, seed, None)
         out = model.edit(
             bits.tokens,
             **settings.condition(model, prompt),
             **how,
-            **settings.arguments(steps=steps, guidance=guidance, preset=preset, negative=negative),
+            **settings.arguments(preset=preset, negative=negative, **numbers),
             num_images=n,
             generator=generators,
             output_type="bits",

@@ -1,7 +1,7 @@
 """What a user says of a run, and how it reaches a pipeline. A widget always holds a value: some mean "as the model has it"."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
 
@@ -28,11 +28,9 @@ def said(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != LEFT.get(name) and value != OWN}
 
 
-def check(
-    prompt: str | None = None, preset: str | None = None, previews: int | None = None, negative: str | None = None, **numbers: Any
-) -> None:
-    """ValueError, as at every door of the library, for what no model takes."""
-    for text in (prompt, negative):
+def check(texts: Iterable[str | None], preset: str | None, previews: int | None, **numbers: Any) -> None:
+    """ValueError, as at every door of the library, for what no model takes; None is not known yet."""
+    for text in texts:
         if text is not None:
             check_prompt(text)
     for name, value in said(**numbers).items():

@@ -19,8 +19,8 @@ from bitdance.kinds.next_scale.folder import LAYOUT as NEXT_SCALE
 from bitdance.sequence.classes import ClassEntry, ClassNames
 
 NAMES = ClassNames(tuple(ClassEntry((name,)) for name in ("tench", "crane", "red fox", *(f"thing {i}" for i in range(7)))))
-QUICK = {"steps": 2, "guidance": 1.0}
-MODELS = {  # name → what it shows, and how it is asked for
+QUICK: dict[str, Any] = {"steps": 2, "guidance": 1.0}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # name → what it shows, and how it is asked for
     "text": ("a red cube", {"width": 32, "height": 32, **QUICK}),
     "classes": ("red fox", QUICK),
     "refine": ("bee", {"steps": 5}),

@@ -1,6 +1,7 @@
 """The pack of ComfyUI as it is shipped: what is refused and how, schemas, help, workflows, metadata, the real ComfyUI."""
 
 import ast
+import asyncio
 import json
 import os
 import re
@@ -78,10 +79,11 @@ def test_what_is_left_to_the_model_and_what_is_linked_is_not_wrong(host: comfy_s
         ({"previews": 65}, "previews = 65; a whole number from 0 to 64 is allowed"),
         ({"prompt": "\ud800"}, "surrogate"),
         ({"negative": "\ud800"}, "surrogate"),
+        ({"source": "\ud800"}, "surrogate"),
     ],
 )
 def test_other_wrong_values_say_what_is_allowed(host: comfy_stub.Host, inputs: dict[str, Any], words: str) -> None:
-    for node in ("BitDanceGenerate", "BitDanceEdit"):
+    for node in ("BitDanceGenerate", "BitDanceEdit")["source" in inputs :]:
         assert words in str(host.validate(node, **{"prompt": "a fox"} | inputs))
 
 
@@ -305,6 +307,12 @@ def test_outside_of_comfyui_it_imports_and_says_where_it_belongs() -> None:
     done = python(code)
     assert done.returncode == 1
     assert "ImportError: these nodes work inside ComfyUI (0.3.64 or newer)" in done.stderr
+
+
+def test_without_the_library_it_says_how_to_get_it(host: comfy_stub.Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitdance", None)
+    with pytest.raises(ImportError, match="need the package bitdance in ComfyUI's own Python: python -m pip install"):
+        asyncio.run(comfyui_bitdance.comfy_entrypoint())
 
 
 REAL = """
