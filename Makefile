@@ -42,7 +42,7 @@ quick: $(VENV)/.installed-test
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy lfq_tokenizer bitdance bitdance_diffusers stages distill
+	$(BIN)/mypy lfq_tokenizer bitdance bitdance_diffusers comfyui_bitdance stages distill
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
 
 # With what is there: whoever has a GPU has a torch that fits it, and not every package of the tests installs beside it.

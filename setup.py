@@ -56,6 +56,7 @@ setup(
         "bitdance.sequence",
         "bitdance.verify",
         "bitdance_diffusers",
+        "comfyui_bitdance",
         "stages",
         "stages.data",
         "stages.engine",
@@ -73,6 +74,7 @@ setup(
     ],
     package_data={
         "bitdance": ["pretrained/demo/*", "py.typed"],
+        "comfyui_bitdance": ["py.typed", "pyproject.toml", "web/docs/*.md", "example_workflows/*"],
         **{package: ["py.typed"] for package in ("lfq_tokenizer", "bitdance_diffusers", "stages", "distill")},
     },
     install_requires=[

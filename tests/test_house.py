@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = [name for name in ("lfq_tokenizer", "bitdance", "bitdance_diffusers", "stages", "distill") if (ROOT / name).is_dir()]
+EVERY = ("lfq_tokenizer", "bitdance", "bitdance_diffusers", "comfyui_bitdance", "stages", "distill")
+PACKAGES = [name for name in EVERY if (ROOT / name).is_dir()]
 SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 
 

@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-ORDER = ["lfq_tokenizer", "bitdance", "bitdance_diffusers", "stages", "distill"]
+ORDER = ["lfq_tokenizer", "bitdance", "bitdance_diffusers", "comfyui_bitdance", "stages", "distill"]
 PRESENT = [name for name in ORDER if (ROOT / name).is_dir()]
 # The rooms of bitdance, from the ground up: a file imports files of its own room and of rooms before it.
 ROOMS: list[tuple[str, ...]] = [
