@@ -116,7 +116,8 @@ def test_a_text_means_the_same_in_json_and_in_every_table(
         with open(folder / "in" / "t.csv", "w", encoding="utf-8", newline="") as stream:
             csv.writer(stream).writerows([["file", "caption"], ["a.png", text]])
     except UnicodeEncodeError:
-        assert found == "caption is no valid text"
+        if json.loads(json.dumps(text)) == text:  # else two halves of a pair, which are one letter in JSON
+            assert found == "caption is no valid text"
         return
     if "\0" not in text:  # of which a CSV file knows nothing
         assert in_folder(folder / "in", "t.csv") == found
