@@ -227,6 +227,19 @@ def test_a_job_can_be_fetched_after_its_client_left(model: ServedModel, picture_
         assert len(hold.batches) == 1
 
 
+def test_a_cancelled_job_may_be_asked_for_again(model: ServedModel, picture_of_a: bytes, monkeypatch: Any) -> None:
+    hold = Hold(monkeypatch, model.pipe)
+    fields = {"prompt": "a", "seed": 1, "job": "again-and-again"}
+    with client(model) as api:
+        first = in_background(lambda: api.post(PATH, json=fields))
+        hold.wait()
+        assert api.delete("/v1/jobs/again-and-again").json()["status"] == "cancelled"
+        answer = first.result()
+        assert answer.status_code == 409 and answer.headers["x-should-retry"] == "false"
+        hold.go()
+        assert pixels(api.post(PATH, json=fields).json()["data"][0]["b64_json"]) == picture_of_a
+
+
 def test_finished_jobs_are_kept_within_bounds(model: ServedModel) -> None:
     sizes: list[int] = []
 

@@ -13,7 +13,7 @@ from bitdance.serve.errors import ApiError
 from bitdance.serve.model import ServedModel
 from bitdance.serve.openai_images import b64, size_text, usage
 from bitdance.serve.queue import ImageQueue
-from bitdance.serve.tasks import Picture, Task
+from bitdance.serve.tasks import Event, Picture, Task
 
 ALIVE = 15.0  # seconds between signs of life in a stream without events
 
@@ -87,7 +87,6 @@ async def plain_answer(queue: ImageQueue, task: Task, request: Request) -> Respo
 def stream_answer(queue: ImageQueue, task: Task) -> Response:
     """Server-sent events: previews, each picture as it is finished, at last perhaps an error."""
     listener = task.listen()
-    kind = "image_edit" if task.edit else "image_generation"
 
     async def events() -> AsyncIterator[bytes]:
         while True:
@@ -99,15 +98,7 @@ def stream_answer(queue: ImageQueue, task: Task) -> Response:
                 continue
             if event.name == "end":
                 break
-            picture = task.pictures[event.picture]
-            data: dict[str, Any] = {"b64_json": b64(event.file), "created_at": task.created}
-            data |= _form(task, picture.job.height, picture.job.width)
-            data |= {"index": event.picture, "seed": picture.job.seed, "job": task.id}
-            if event.name == "preview":
-                yield _event({"type": f"{kind}.partial_image", "partial_image_index": event.preview, **data})
-            else:
-                counts = usage(*_counts(queue.model, picture))
-                yield _event({"type": f"{kind}.completed", "usage": counts, **data})
+            yield await asyncio.to_thread(_picture_event, queue.model, task, event)
         if task.error is not None:
             yield _event({"type": "error", **task.error.body})
 
@@ -147,6 +138,17 @@ def _remaining(task: Task) -> float:
 
 def _event(data: dict[str, Any]) -> bytes:
     return f"event: {data['type']}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def _picture_event(model: ServedModel, task: Task, event: Event) -> bytes:
+    kind = "image_edit" if task.edit else "image_generation"
+    picture = task.pictures[event.picture]
+    data: dict[str, Any] = {"b64_json": b64(event.file), "created_at": task.created}
+    data |= _form(task, picture.job.height, picture.job.width)
+    data |= {"index": event.picture, "seed": picture.job.seed, "job": task.id}
+    if event.name == "preview":
+        return _event({"type": f"{kind}.partial_image", "partial_image_index": event.preview, **data})
+    return _event({"type": f"{kind}.completed", "usage": usage(*_counts(model, picture)), **data})
 
 
 def _form(task: Task, height: int, width: int) -> dict[str, Any]:

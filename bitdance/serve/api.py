@@ -37,6 +37,8 @@ from lfq_tokenizer.json_file import parse_json
 from lfq_tokenizer.text import printable
 
 PAGE = Path(__file__).parent / "page"
+JSON_BYTES = 2 << 20  # of a request without pictures: the longest prompt takes 1.5 MB where every letter is an escape
+UPLOADS = 8  # forms that are received at once, which bounds the memory that they take
 
 
 def create_app(
@@ -50,6 +52,7 @@ def create_app(
     `page`: a folder whose index.html, if there is one, is shown at `/`. `app.state.queue` is the queue."""
     limits, metrics = limits or Limits(), Metrics()
     queue = ImageQueue(model, limits, metrics)
+    uploads = asyncio.Semaphore(UPLOADS)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -73,7 +76,7 @@ def create_app(
         """Make pictures of a prompt or a class."""
         if not request.headers.get("content-type", "").lower().startswith("application/json"):
             raise bad_request("send JSON, with the header content-type: application/json")
-        fields = _object(await _body(request, limits))
+        fields = _object(await _body(request, limits, min(limits.body_bytes, JSON_BYTES)))
         wanted = read_request(fields, model.words, limits)
         return await _answered(request, wanted, await asyncio.to_thread(model.plan, wanted, limits), False)
 
@@ -84,9 +87,12 @@ def create_app(
             raise bad_request(f"a model of the kind {model.pipe.kind} cannot edit pictures", None, "unsupported")
         if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
             raise bad_request("send a form, with the header content-type: multipart/form-data")
-        fields, files = await _form(request, limits)
-        wanted = read_request(from_form(fields), model.words, limits, edit=True)
-        return await _answered(request, wanted, await asyncio.to_thread(_plan_edit, model, wanted, files, limits), True)
+        async with uploads:
+            fields, files = await _form(request, limits)
+            wanted = read_request(from_form(fields), model.words, limits, edit=True)
+            plan = await asyncio.to_thread(_plan_edit, model, wanted, files, limits)
+            del files
+        return await _answered(request, wanted, plan, True)
 
     async def _answered(request: Request, wanted: ImageRequest, plan: Plan, edit: bool) -> Response:
         number = wanted.job or f"job-{secrets.token_urlsafe(18)}"
@@ -153,18 +159,18 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unknown)
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
+async def _body(request: Request, limits: Limits, most: int) -> bytes:
     """What the client sends. ApiError 413 beyond the limit, before all of it is read, and 408 when it takes too long."""
-    too_large = ApiError(413, f"the request is larger than {limits.body_bytes:,} bytes", None, "too_large")
+    too_large = ApiError(413, f"the request is larger than {most:,} bytes", None, "too_large")
     said = request.headers.get("content-length", "")
-    if said.isdecimal() and (len(said) > 18 or int(said) > limits.body_bytes):
+    if said.isdecimal() and (len(said) > 18 or int(said) > most):
         raise too_large
     content = bytearray()
     try:
         async with asyncio.timeout(limits.body_seconds):
             async for chunk in request.stream():
                 content += chunk
-                if len(content) > limits.body_bytes:
+                if len(content) > most:
                     raise too_large
     except TimeoutError:
         raise ApiError(408, f"the request did not arrive within {limits.body_seconds:g} s", None, "slow", False) from None
@@ -185,7 +191,7 @@ def _object(body: bytes) -> dict[str, Any]:
 
 async def _form(request: Request, limits: Limits) -> tuple[dict[str, str], dict[str, bytes]]:
     """Texts and files of a form. ApiError 400 for what is given twice."""
-    body = await _body(request, limits)
+    body = await _body(request, limits, limits.body_bytes)
 
     async def again() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}

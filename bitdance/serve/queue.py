@@ -72,7 +72,8 @@ class ImageQueue:
         stops, 429 when the queue is full, 409 for another request under a known id."""
         with self._condition:
             self._purge()
-            if (known := self._tasks.get(task.id)) is not None:
+            known = self._tasks.get(task.id)
+            if known is not None and known.error is None:  # one that failed may be tried again
                 if known.request != task.request or known.edit:
                     raise ApiError(409, "job: another request has this id; choose a fresh one", "job", "job_exists", False)
                 return known

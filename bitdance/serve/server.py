@@ -6,11 +6,13 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CONNECTIONS = 1000  # at once; one more gets 503 before its request is read
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -40,9 +42,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, ready: Callable[[], None] = lambda: None) -> None:
         """`ready` is called when requests are answered."""
-        super().__init__(
-            uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_keep_alive=15, ws="none")
-        )
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False, "ws": "none"}
+        super().__init__(uvicorn.Config(app, **quiet, timeout_keep_alive=15, limit_concurrency=CONNECTIONS))
         self._queue, self._ready = app.state.queue, ready
         self.stopped_by: int | None = None
 
