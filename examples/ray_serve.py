@@ -6,8 +6,8 @@
     BITDANCE_GPUS=0 BITDANCE_REPLICAS=2 serve run examples.ray_serve:app        two replicas of the bundled model on a CPU
 
 Every replica has the queue, the batches and the limits of `bitdance serve`; Ray spreads requests over the replicas and answers
-503 when all are full. `max_ongoing_requests` is far above the batch size, for it caps the batch. A job lives in the replica that took
-it in, so `GET /v1/jobs/ID` is reliable with one replica alone: with several, clients wait for their answer.
+503 when all are full. `max_ongoing_requests` is far above the batch size, for it caps the batch. A job lives in the replica that
+took it in, so `GET /v1/jobs/ID` is reliable with one replica alone: with several, clients wait for their answer.
 """
 
 import os
