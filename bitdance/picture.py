@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image, ImageOps
@@ -74,12 +74,17 @@ def parameters_text(metadata: Mapping[str, Any]) -> str:
 def write_png(picture: Image.Image, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a PNG whole or not at all; `metadata` (JSON values) goes into the iTXt chunks `bitdance` and
     `parameters`."""
+    with whole_file(path) as file:
+        save_png(picture, file, metadata)
+
+
+def save_png(picture: Image.Image, file: BinaryIO, metadata: Mapping[str, Any] | None = None) -> None:
+    """The same into an open file, for instance one in memory."""
     info = PngInfo()
     if metadata is not None:
         info.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=True))
         info.add_itxt(TEXT_KEY, parameters_text(metadata).encode("utf-8", "backslashreplace").decode("utf-8"))
-    with whole_file(path) as file:
-        picture.save(file, format="PNG", pnginfo=info)
+    picture.save(file, format="PNG", pnginfo=info)
 
 
 def read_picture(path: Path | str) -> tuple[Image.Image, dict[str, Any]]:
@@ -91,17 +96,26 @@ def read_picture(path: Path | str) -> tuple[Image.Image, dict[str, Any]]:
         raise FileNotFoundError(f"{path} does not exist; give a picture")
     if path.stat().st_size > limits.PICTURE_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; pictures of up to {limits.PICTURE_BYTES:,} are read")
-    try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as picture:
-            if picture.width * picture.height > limits.PICTURE_PIXELS:
-                raise ValueError(f"{picture.width}×{picture.height} pixels; up to {limits.PICTURE_PIXELS:,} are read")
-            rgb = ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable picture ({error})") from error
+    with path.open("rb") as file:
+        rgb = open_picture(file, str(path)).convert("RGB")
     try:
         return rgb, read_metadata(path)
     except ValueError:
         return rgb, {}
+
+
+def open_picture(file: BinaryIO, name: str, pixels: int = limits.PICTURE_PIXELS) -> Image.Image:
+    """The picture of an open file, upright, in the mode that it has there. ValueError calls it `name`: one that is broken, or has
+    more than `pixels`, which its header says before a pixel is decoded."""
+    try:
+        with Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as picture:
+            if picture.width * picture.height > pixels:
+                raise ValueError(f"{picture.width}×{picture.height} pixels; up to {pixels:,} are read")
+            upright = ImageOps.exif_transpose(picture)
+            upright.load()
+            return upright
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is not a readable picture ({error})") from error
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
@@ -114,13 +128,19 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist; give a PNG that `bitdance generate` wrote")
     try:
         with Image.open(path, formats=["PNG"]) as picture:
-            text = picture.info.get(METADATA_KEY)
+            metadata = metadata_of(picture)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable PNG ({error})") from error
-    try:
-        metadata = parse_json(text, path, checked_later=True) if isinstance(text, str) else None
-    except ValueError:
-        metadata = None
-    if not isinstance(metadata, dict):
+    if metadata is None:
         raise ValueError(f"{path} holds no settings of this program (PNG text chunk {METADATA_KEY!r})")
     return metadata
+
+
+def metadata_of(picture: Image.Image) -> dict[str, Any] | None:
+    """The settings in an opened PNG that `write_png` wrote, None where there are none."""
+    text = picture.info.get(METADATA_KEY)
+    try:
+        metadata = parse_json(text, METADATA_KEY, checked_later=True) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return metadata if isinstance(metadata, dict) else None

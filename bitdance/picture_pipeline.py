@@ -20,6 +20,8 @@ from bitdance.values import check_number, shown
 
 OUTPUT_TYPES = (*FORMS, "tokens", "bits")
 OutputType = Literal["pil", "np", "pt", "tokens", "bits"]
+OF_CLASSES = "this model makes pictures of classes; give class_label, a number or a name, and no prompt"
+OF_PROMPTS = "this model makes pictures of prompts; give a prompt, and no class_label"
 
 
 class PictureOutput(NamedTuple):
@@ -113,6 +115,11 @@ class PicturePipeline(PictureCoding):
         """Whether the model makes pictures of prompts, not of classes."""
         return self.names is None
 
+    @property
+    def takes_negative(self) -> bool:
+        """Whether a prompt may have another one against it."""
+        return self.of_prompts
+
     def prompt_length(self, prompt: str) -> int:
         """Tokens of a prompt; pictures of equal lengths share a call of the network."""
         assert self.model.text is not None
@@ -121,7 +128,7 @@ class PicturePipeline(PictureCoding):
     def _classes(self, class_label: Any, prompt: Any, each: int) -> list[int]:
         """The class numbers of a call, each so many times. ValueError without a class, and for a prompt."""
         if prompt is not None or class_label is None or self.names is None:
-            raise ValueError("this model makes pictures of classes; give class_label, a number or a name, and no prompt")
+            raise ValueError(OF_CLASSES)
         return [number for number in self.names.numbers_of(class_label) for _ in range(each)]
 
     def _conditions(self, prompt: Any, class_label: Any, each: int) -> list[Any]:
@@ -129,7 +136,7 @@ class PicturePipeline(PictureCoding):
         if not self.of_prompts:
             return self._classes(class_label, prompt, each)
         if prompt is None or class_label is not None:
-            raise ValueError("this model makes pictures of prompts; give a prompt, and no class_label")
+            raise ValueError(OF_PROMPTS)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list | tuple) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise ValueError(f"prompt = {shown(prompt)}; give a string or a list of strings")

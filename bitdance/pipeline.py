@@ -54,7 +54,8 @@ class BitDancePipeline(PictureCoding):
     """Text → picture with a `BitDanceModel`, which stays reachable as `.model`."""
 
     kind = "next_patch"
-    names = None  # of class models
+    names = None  # of classes
+    takes_negative = False
 
     def __init__(self, model: BitDanceModel, compile: bool | None = None) -> None:
         """`compile`: torch.compile and CUDA graphs for the head; None means on CUDA. ValueError when the model has no

@@ -79,6 +79,9 @@ RANGES = {
     "tau": Range(0, 1000, whole=False, open_low=True),
     "extend": Range(0, 65_536),
     "strength": Range(0, 1, whole=False, open_low=True),
+    "queue": Range(1, 100_000),
+    "port": Range(0, 65_535, hint="; 0 takes a free one"),
+    "time_limit": Range(0, 1e6, whole=False, open_low=True),
     "lora_scale": Range(-1000, 1000, whole=False, hint="; 1 is as trained"),
 }
 # other names of the same values

@@ -33,6 +33,7 @@ ROOMS: list[tuple[str, ...]] = [
     ("bench",),
     ("generator",),  # the registry, which names kinds as strings
     ("kinds",),
+    ("serve",),
     ("cli", "__main__"),
 ]
 # The same of stages: data and the engine know no recipe, a recipe knows no command.
@@ -255,7 +256,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
     assert cpu_seconds("-m", "bitdance", "--help") < 0.5  # measured 0.13
 
 
-@pytest.mark.parametrize("command", ["generate", "info", "sizes", "doctor", "verify", "bench", "convert"])
+@pytest.mark.parametrize("command", ["generate", "info", "sizes", "doctor", "verify", "bench", "convert", "serve"])
 def test_help_of_a_command_loads_no_torch(command: str) -> None:
     code = f"import sys\nfrom bitdance.cli import main\nmain(['{command}', '--help'])\nprint('torch' in sys.modules)"
     assert python("-c", code).stdout.endswith("False\n")

@@ -23,6 +23,7 @@ LONGEST = 4000  # letters of a message
 OWN = {
     "generate": "pictures from prompts",
     "edit": "change a picture: where a mask is white, or where two prompts differ",
+    "serve": "pictures over HTTP, in the form of OpenAI's images API",
     "info": "what a model folder holds, or how a picture was made",
     "sizes": "picture sizes of a model",
     "doctor": "what this machine offers, and which model fits",

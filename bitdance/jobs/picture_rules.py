@@ -20,11 +20,13 @@ _RANDOM = re.compile("random:([1-9][0-9]{0,6})")
 
 
 class PictureRules:
-    """A folder that is whole; its weights are not loaded. `unknown`: options of the command that are not for such a model."""
+    """A folder that is whole; its weights are not loaded. `presets`: names of settings; `unknown`:
+    options of the command that are not for such a model."""
 
     layout: ClassVar[Layout[Any]]
     costs: ClassVar[Costs]
     pipeline: ClassVar[type[PicturePipeline]]
+    presets: ClassVar[tuple[str, ...]]
     unknown: ClassVar[tuple[str, ...]] = ("lora", "lora_scale", "quantize", "quantize_head", "offload")
 
     def __init__(self, folder: Path) -> None:

@@ -6,13 +6,14 @@ from bitdance.jobs.picture_rules import PictureRules
 from bitdance.kinds.class_patch.costs import COSTS
 from bitdance.kinds.class_patch.folder import LAYOUT
 from bitdance.kinds.class_patch.pipeline import ClassPipeline
-from bitdance.kinds.class_patch.settings import ClassSettings, choose
+from bitdance.kinds.class_patch.settings import PRESETS, ClassSettings, choose
 
 
 class JobRules(PictureRules):
     """See `PictureRules`."""
 
     layout, costs, pipeline = LAYOUT, COSTS, ClassPipeline
+    presets = tuple(PRESETS)
     unknown = (*PictureRules.unknown, "tau", "schedule")
 
     def sampling(self, said: dict[str, Any], preset: str | None, remade: bool) -> ClassSettings:

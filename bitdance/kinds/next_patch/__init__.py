@@ -12,7 +12,7 @@ from bitdance.folder.config import check_folder
 from bitdance.folder.fingerprint import fingerprint
 from bitdance.folder.parts import file_sizes, parameters
 from bitdance.folder.sizes import Size, default_size, rule_of_folder, supported_sizes
-from bitdance.heads.diffusion.settings import Sampling, choose
+from bitdance.heads.diffusion.settings import PRESETS, Sampling, choose
 from bitdance.jobs.job import Request
 from bitdance.jobs.runner import RunSpec
 from bitdance.networks.precision import DTYPES
@@ -28,6 +28,7 @@ class JobRules:
     """What `bitdance generate` asks of a text model: a folder that is whole, and whose weights are not loaded. `unknown`: options
     of the command that are not for such a model."""
 
+    presets = tuple(PRESETS)
     unknown = ("cfg_schedule", "tau", "schedule")
 
     def __init__(self, folder: Path) -> None:

@@ -9,7 +9,7 @@ from bitdance.kinds.next_scale.costs import COSTS
 from bitdance.kinds.next_scale.folder import LAYOUT
 from bitdance.kinds.next_scale.pipeline import NextScalePipeline
 from bitdance.kinds.next_scale.schedule import schedule_of
-from bitdance.kinds.next_scale.settings import NAMES, NextScaleSettings, choose
+from bitdance.kinds.next_scale.settings import NAMES, PRESETS, NextScaleSettings, choose
 from bitdance.values import check_number
 
 
@@ -17,6 +17,7 @@ class JobRules(PictureRules):
     """See `PictureRules`."""
 
     layout, costs, pipeline = LAYOUT, COSTS, NextScalePipeline
+    presets = tuple(PRESETS)
     unknown = (*PictureRules.unknown, "sampler", "last_steps", "steps", "guidance_interval", "schedule")
     words = NAMES
 

@@ -78,9 +78,10 @@ class NextScalePipeline(PicturePipeline):
         settings: NextScaleSettings,
         generators: Sequence[torch.Generator],
         on_block: OnBlock | None = None,
+        negative: Sequence[str] | None = None,
     ) -> Tensor:
         """One picture per condition → what the decoder reads (B,Z,h,w): what a call does once all is checked."""
-        return self.canvas(conditions, height, width, settings, generators, on_block).total
+        return self.canvas(conditions, height, width, settings, generators, on_block, negative=negative).total
 
     @torch.no_grad()
     def encode(self, images: Any) -> list[Tensor]:

@@ -6,13 +6,14 @@ from bitdance.jobs.picture_rules import PictureRules
 from bitdance.kinds.refine.costs import COSTS
 from bitdance.kinds.refine.folder import LAYOUT
 from bitdance.kinds.refine.pipeline import RefinePipeline
-from bitdance.kinds.refine.settings import NAMES, RefineSettings, choose
+from bitdance.kinds.refine.settings import NAMES, PRESETS, RefineSettings, choose
 
 
 class JobRules(PictureRules):
     """See `PictureRules`."""
 
     layout, costs, pipeline = LAYOUT, COSTS, RefinePipeline
+    presets = tuple(PRESETS)
     unknown = (*PictureRules.unknown, "sampler", "last_steps", "cfg_schedule")
     words = NAMES
 

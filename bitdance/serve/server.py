@@ -1,0 +1,85 @@
+"""A process that serves an app: one address, signals that finish what was begun, an exit code."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CONNECTIONS = 1000  # at once; one more gets 503 before its request is read
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, before anything is loaded. OSError where it is taken or not of this machine."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    found = socket.socket(family, kind, protocol)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind(address)
+    except OSError:
+        found.close()
+        raise
+    return found
+
+
+def address_of(bound: socket.socket) -> str:
+    """Where a browser finds it."""
+    host, port = bound.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1" if host == "0.0.0.0" else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, whose first signal refuses what waits and finishes what was begun; the second one leaves at once. `stopped_by` is
+    the signal."""
+
+    def __init__(self, app: FastAPI, ready: Callable[[], None] = lambda: None) -> None:
+        """`ready` is called when requests are answered."""
+        quiet: dict[str, Any] = {"log_level": "warning", "access_log": False, "server_header": False, "ws": "none"}
+        super().__init__(uvicorn.Config(app, **quiet, timeout_keep_alive=15, limit_concurrency=CONNECTIONS))
+        self._queue, self._ready = app.state.queue, ready
+        self.stopped_by: int | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """While it serves, the signals are its own; what the parent told us to ignore stays ignored."""
+        loop = asyncio.get_running_loop()
+        wanted = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        try:
+            for number in wanted:
+                loop.add_signal_handler(number, self.stop, number)
+        except (RuntimeError, ValueError, NotImplementedError):  # not the main thread, which alone hears signals
+            wanted = []
+        try:
+            yield
+        finally:
+            for number in wanted:
+                loop.remove_signal_handler(number)
+
+    def stop(self, number: int | None = None) -> None:
+        """Refuse what waits, finish what was begun, end. Called again: end at once."""
+        if self.should_exit:
+            self.force_exit = True
+        self.stopped_by, self.should_exit = number, True
+        self._queue.stop()
+
+
+def serve(app: FastAPI, bound: socket.socket, ready: Callable[[], None] = lambda: None) -> int:
+    """Serve until a signal. The exit code: 128 + the signal's number, 0 where none came."""
+    logging.getLogger("bitdance.serve").setLevel(logging.INFO)
+    server = Server(app, ready)
+    server.run(sockets=[bound])
+    return 0 if server.stopped_by is None else 128 + server.stopped_by
