@@ -55,7 +55,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
         levels = ((picture + 1) * 127.5).byte().permute(1, 2, 0).contiguous().numpy()
         Image.fromarray(levels).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"picture {i}\n")
-    out = folder.parent / "shards"
+    out = folder.with_name(f"{folder.name}-shards")
     pack(FolderSource(folder, FolderOptions(size=16)), out, PackOptions())
     return str(out)
 
