@@ -40,7 +40,9 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # noisy bits (K,P,C), times (K,) o
 
 
 def guided(head: BinaryDiffusionHead, cond_KPD: Tensor, uncond_KPD: Tensor, guidance_K11: Tensor) -> Predict:
-    """The teacher's guided prediction; its conditions are embedded once."""
+    """The teacher's guided prediction, on the device of the conditions, which are embedded once."""
+    if head.net.cond_embed.weight.device != cond_KPD.device:
+        head.to(cond_KPD.device)
     embedded_RPW = head.prepare(torch.cat([cond_KPD, uncond_KPD]))
 
     def predict(x_KPC: Tensor, t_K: Tensor) -> Tensor:

@@ -58,8 +58,6 @@ class FewStepsObjective(PictureObjective):
                 for of in (batch.condition, nothing)
             )
             guidance_K11 = self.guidance_M.repeat(len(bits_BNC) * shape.diff_batch_mul)[:, None, None]
-            if self.teacher.module.net.cond_embed.weight.device != cond_KPD.device:
-                self.teacher.module.to(cond_KPD.device)
             teacher = guided(self.teacher.module, cond_KPD, uncond_KPD, guidance_K11)
             end_KPC = ends(teacher, noise.noise_KPC, self.few.steps, shape.time_shift)
         return few_steps_loss(self.model.head, cond_KPD, noise.noise_KPC, end_KPC, noise.time_K)

@@ -50,10 +50,8 @@ class FewStepsTextObjective(GeneratorObjective):
             cond_MPD = self.model.conditions(sequence, attention)
             without_MPD = view.as_student(self.model.conditions(view.seen(sequence, flipped=True), attention), 1, P)
             cond_KPD, without_KPD = (part.repeat(S, 1, 1) for part in (cond_MPD, without_MPD))
-            teacher = self.teacher.module
-            if teacher.net.cond_embed.weight.device != cond_KPD.device:
-                teacher.to(cond_KPD.device)
-            predict = guided(teacher, cond_KPD, without_KPD, cond_KPD.new_full((1, 1, 1), self.guidance, dtype=torch.float32))
+            guidance_111 = cond_KPD.new_full((1, 1, 1), self.guidance, dtype=torch.float32)
+            predict = guided(self.teacher.module, cond_KPD, without_KPD, guidance_111)
             noise_KPC = noise.noise_SMPC.flatten(0, 1)
             end_KPC = ends(predict, noise_KPC, self.few.steps, self.model.head.config.time_shift)
         return few_steps_loss(self.model.head, cond_KPD, noise_KPC, end_KPC, noise.time_SM.flatten())
@@ -89,7 +87,8 @@ def build_recipe(config: FewStepsConfig) -> FewStepsTextRecipe:
     if own.sampler == "direct":
         raise ValueError(f"generator.init = {training.init!r} was distilled to few evaluations itself; name its teacher")
     guidance = max(1.0, few.guidance or own.guidance)
-    layout = dataclasses.replace(TeacherLayout.of(student, True), texts=TeacherLayout.of(student, True).texts[1:])
+    both = TeacherLayout.of(student, True)
+    layout = dataclasses.replace(both, texts=both.texts[1:])  # the prompts are in the student's own batch
     return FewStepsTextRecipe(
         config,
         sources,

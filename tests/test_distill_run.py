@@ -39,18 +39,23 @@ FOLDED = ("distill.objectives={data=0.0, teacher=1.0, samples=1.0}", "distill.gu
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Drawings, their bits, a teacher of 4 tokens per step, its pictures and its predictions."""
     before = dict(os.environ)
-    place = tmp_path_factory.mktemp("distill")
+    place = teacher_in(tmp_path_factory.mktemp("distill"))
+    assert distill([*arguments(place), *settings(*GUIDED), *samples(place)]) == 0
+    assert distill([*arguments(place), "--write-targets", str(place / "targets"), "--count", "18", "--per-folder", "10"]) == 0
+    yield place
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def teacher_in(place: Path) -> Path:
+    """The same folder with drawings, their bits, and a teacher of 4 tokens per step."""
     draw(place / "drawings")
     assert data(["pack", "folder", str(place / "shards"), str(place / "drawings"), "--size", "16"]) == 0
     assert train_stage("tokenizer", place / "tokenizer", place / "shards", "run.steps=2") == 0
     assert stages.cli.tokenizer(["encode", str(place / "shards"), str(place / "bits"), "--model", str(place / "tokenizer")]) == 0
     changes = (f"generator.tokenizer={place / 'tokenizer'}", "generator.stage=pretrain", "run.steps=2")
     assert train_stage("generator", place / "teacher", place / "bits", *changes) == 0
-    assert distill([*arguments(place), *settings(*GUIDED), *samples(place)]) == 0
-    assert distill([*arguments(place), "--write-targets", str(place / "targets"), "--count", "18", "--per-folder", "10"]) == 0
-    yield place
-    os.environ.clear()
-    os.environ.update(before)
+    return place
 
 
 def samples(place: Path) -> list[str]:

@@ -9,17 +9,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_debug_run import draw
-from test_debug_run import train as train_stage
-from test_distill_run import same, settings
+from test_distill_run import same, settings, teacher_in
 
-import stages.cli
 from bitdance import BitDancePipeline
 from bitdance.cli import main as bitdance
 from distill.cli import main as distill
 from distill.few_steps_config import load_config
 from distill.few_steps_text import FewStepsTextObjective, build_recipe
-from stages.data.cli import main as data
 from stages.engine.checkpoint import newest
 from stages.engine.loader import step_generator
 
@@ -32,14 +28,7 @@ CONFIG = Path(__file__).parent.parent / "configs" / "debug" / "few_steps.toml"
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Drawings, their bits, and a teacher."""
     before = dict(os.environ)
-    place = tmp_path_factory.mktemp("few")
-    draw(place / "drawings")
-    assert data(["pack", "folder", str(place / "shards"), str(place / "drawings"), "--size", "16"]) == 0
-    assert train_stage("tokenizer", place / "tokenizer", place / "shards", "run.steps=2") == 0
-    assert stages.cli.tokenizer(["encode", str(place / "shards"), str(place / "bits"), "--model", str(place / "tokenizer")]) == 0
-    changes = (f"generator.tokenizer={place / 'tokenizer'}", "generator.stage=pretrain", "run.steps=2")
-    assert train_stage("generator", place / "teacher", place / "bits", *changes) == 0
-    yield place
+    yield teacher_in(tmp_path_factory.mktemp("few"))
     os.environ.clear()
     os.environ.update(before)
 

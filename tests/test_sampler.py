@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from bitdance.costs.work import evaluations
 from bitdance.heads.diffusion.flow import interpolate, velocity_from_x
 from bitdance.heads.diffusion.sampler import (
     SAMPLERS,
@@ -13,10 +14,10 @@ from bitdance.heads.diffusion.sampler import (
     draws,
     euler,
     euler_maruyama,
-    evaluations,
     guided_velocity,
     time_grid,
 )
+from bitdance.heads.diffusion.settings import Sampling
 
 
 def noise_like(shape, seed=0):
@@ -160,7 +161,7 @@ def test_the_second_order_sde_keeps_the_noise_level_in_any_number_of_steps(steps
 def test_a_solver_evaluates_as_often_as_it_says(name):
     evaluated, drawn, draw = [], [], noise_like((2, 3, 4))
     SAMPLERS[name](following(lambda x, t: evaluated.append(t) or torch.tanh(x)), draw(), 6, lambda: drawn.append(1) or draw())
-    assert len(evaluated) == evaluations(name, 6) == {"heun": 13, "direct": 6}.get(name, 7)
+    assert len(evaluated) == len(evaluations(Sampling(6, 1.0, name), 6)) == {"heun": 13, "direct": 6}.get(name, 7)
     assert 1 + len(drawn) == draws(name, 6) == (7 if name in STOCHASTIC else 1)
 
 

@@ -23,8 +23,9 @@ def attend(q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None =
     planned = isinstance(q_BHLE, FakeTensor)  # a plan's tensors stand for those of a GPU
     if training and q_BHLE.device.type == "cpu" and k_BHSE.shape[-2] <= SHORT and not planned:
         with without_autocast(q_BHLE.device):
-            out = F.scaled_dot_product_attention(q_BHLE.float(), k_BHSE.float(), v_BHSE.float(), attn_mask=mask, scale=scale)
-        out = out.to(q_BHLE.dtype)
-    else:
-        out = F.scaled_dot_product_attention(q_BHLE, k_BHSE, v_BHSE, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2).flatten(2)
+            return _joined(q_BHLE.float(), k_BHSE.float(), v_BHSE.float(), mask, scale).to(q_BHLE.dtype)
+    return _joined(q_BHLE, k_BHSE, v_BHSE, mask, scale)
+
+
+def _joined(q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    return F.scaled_dot_product_attention(q_BHLE, k_BHSE, v_BHSE, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)

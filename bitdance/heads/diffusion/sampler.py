@@ -145,8 +145,3 @@ STOCHASTIC = {"euler_maruyama", "dpmpp_2m_sde"}  # take one draw per step
 def draws(sampler: str, steps: int) -> int:
     """Standard normal draws of a block, the initial noise included."""
     return 1 + (steps if sampler in STOCHASTIC else 0)
-
-
-def evaluations(sampler: str, steps: int) -> int:
-    """How often a block is predicted."""
-    return {"heun": 2 * steps + 1, "direct": steps}.get(sampler, steps + 1)

@@ -9,7 +9,7 @@ from bitdance.heads.diffusion.flow import SCHEDULES
 from bitdance.kinds.class_patch.config import ATTENTIONS, HEADS, MODES, ClassPatchConfig
 from bitdance.kinds.class_patch.settings import SCHEDULES as CFG_SCHEDULES
 from bitdance.values import RANGES, Range
-from lfq_tokenizer import TokenizerConfig, limits
+from lfq_tokenizer import limits
 from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig
 from stages.config import TrainingConfig
 from stages.recipes.pictures.config import PictureTraining
@@ -49,9 +49,8 @@ class ClassPatchTraining(PictureTraining):
     def shape(self, tokenizer: PictureTokenizerConfig, grid: int, classes: int) -> ClassPatchConfig:
         """The network's config for a tokenizer, a grid of `grid` × `grid` tokens and so many classes. ValueError names what is
         missing or does not fit."""
-        numbers = isinstance(tokenizer, TokenizerConfig) and not tokenizer.bits
-        width = tokenizer.width if isinstance(tokenizer, TokenizerConfig) else tokenizer.bits
-        derived: dict[str, Any] = {"latent_dim": width, "grid": grid, "num_classes": classes, "numbers": numbers}
+        width = tokenizer.bits or tokenizer.latents  # a tokenizer without bits makes numbers
+        derived: dict[str, Any] = {"latent_dim": width, "grid": grid, "num_classes": classes, "numbers": not tokenizer.bits}
         required = [f.name for f in dataclasses.fields(ClassPatchConfig) if f.default is dataclasses.MISSING]
         if missing := [name for name in required if name not in self.model]:
             raise ValueError(f"class_patch.model lacks {', '.join(missing)}; configs/imagenet/ has the published shapes")
