@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# The tokenizers that configs/evidence/ablations.toml compares, each trained on 32,000 pictures of CIFAR-10:
-#   bash configs/evidence/tokenizers.sh
-# Data as configs/cifar/README.md says. About ten minutes each on one core with bfloat16.
+# The tokenizers that configs/evidence/{ablations,scaling}.toml read, each trained on 32,000 pictures of CIFAR-10:
+#   bash configs/evidence/tokenizers.sh              or some of: 12 16 32 64 (bits a token) numbers scales
+# Data as configs/cifar/README.md says. Ten minutes each on one core with bfloat16, twenty for the one of scales.
 set -euo pipefail
 BITDANCE=${BITDANCE:-.venv/bin/bitdance}
 CONFIGS=${CONFIGS:-configs/cifar}
-for bits in 12 16 32 64; do
-    groups=$((bits / 8 > 1 ? bits / 8 : 1))
-    "$BITDANCE" train "$CONFIGS/tokenizer.toml" --resume auto --set run.out="runs/evidence/tokenizer-$bits" --set run.steps=1000 \
-        --set tokenizer.model.z_channels="$bits" --set tokenizer.groups="$groups"
+[ $# -gt 0 ] || set -- 12 16 32 64 numbers scales
+for name in "$@"; do
+    out=(--resume auto --set "run.out='runs/evidence/tokenizer-$name'" --set run.steps=1000)
+    case $name in
+    scales) "$BITDANCE" train "$CONFIGS/tokenizer-bits.toml" "${out[@]}" ;;
+    numbers) "$BITDANCE" train "$CONFIGS/tokenizer.toml" "${out[@]}" --set tokenizer.model.quantizer='"none"' ;;
+    *) "$BITDANCE" train "$CONFIGS/tokenizer.toml" "${out[@]}" --set tokenizer.model.z_channels="$name" \
+        --set tokenizer.groups=$((name / 8)) ;;
+    esac
 done
-"$BITDANCE" train "$CONFIGS/tokenizer.toml" --resume auto --set run.out=runs/evidence/tokenizer-numbers --set run.steps=1000 \
-    --set tokenizer.model.quantizer='"none"'
