@@ -43,7 +43,7 @@ _FILE = re.compile(r"[1-9][0-9]{0,3}|0")
 @dataclass(frozen=True)
 class ImageRequest:
     """What a client asked for, each value checked as far as that needs no model. `size` is (height, width), None for the model's
-    own. `said`: the settings beside steps and guidance. `previews`: the most for each picture. `job`: an id of the client's choice."""
+    own. `said`: the settings beside steps and guidance. `previews`: the most for each picture. `job`: the client's own id."""
 
     prompt: str | None = None
     label: int | str | None = None
