@@ -6,8 +6,9 @@
 A study names ways, each a training config with changes and how it is sampled. Every way is trained once for each seed, for as
 many steps as the study's operations allow (those of the network, forward and backward, as `--dry-run` counts them; encoding
 pictures is not in them) or until it has seen the study's `samples`, and measured by `bitdance measure classes`. What is done is
-not done again, and training goes on where it was stopped; `--done` takes over what an earlier report says. `--part I/N` takes every N-th run, for processes side by side;
-`--smoke` is the whole way in minutes, with the study's own small numbers: its figures mean nothing.
+not done again, and training goes on where it was stopped; `--done` takes over what an earlier report says. `--part I/N` takes
+every N-th run, for processes side by side; `--smoke` is the whole way in minutes, with the study's own small numbers: its figures
+mean nothing.
 """
 
 import argparse

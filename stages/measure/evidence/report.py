@@ -128,8 +128,8 @@ def _laws(pyplot: Any, results: Results) -> Any:
 
 
 def write_pictures(study: Study, path: Path) -> None:
-    """A row for each way whose model is there: a picture of each of the first classes, seeds 0, 1, …, at its best guidance. Nothing
-    where there is none, as after `--done`."""
+    """A row for each way whose model is there: a picture of each of the first classes, seeds 0, 1, …, at its best guidance.
+    Nothing where there is none, as after `--done`."""
     cells = []
     for way in study.ways:
         there = (seed for seed in study.seeds if result_of(study, way, seed).is_file() and folder_of(study, way, seed).is_dir())

@@ -29,6 +29,7 @@ def take_over(study: Study, report: Path) -> None:
     told = read_json(report)
     if told.get("study") != study.title:
         raise ValueError(f"{report} is of {told.get('study')!r}; give a report of {study.title!r}")
+    Path(study.out).mkdir(parents=True, exist_ok=True)
     known = {(result["name"], result["seed"]): result for result in told["results"]}
     for way in study.ways:
         for seed in study.seeds:
