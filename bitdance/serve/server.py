@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
             await asyncio.sleep(0.1)
         await asyncio.sleep(AT_ONCE if self._at_once else 0)
         for connection in list(self.server_state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
 
     def stop(self, number: int | None = None) -> None:
         """Refuse what waits, finish what was begun, end. Called again: refuse that, too."""
