@@ -18,7 +18,7 @@ RUN useradd --create-home bitdance && pip install "$TORCH"
 COPY --from=wheel /wheel /wheel
 RUN pip install "$(echo /wheel/*.whl)[serve]"
 USER bitdance
-WORKDIR /home/bitdance
+WORKDIR /app
 EXPOSE 8000
 HEALTHCHECK --start-period=120s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=5)"]
 ENTRYPOINT ["bitdance", "serve", "--host", "0.0.0.0"]
