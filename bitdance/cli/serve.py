@@ -3,7 +3,7 @@
     bitdance serve                                        the bundled model on http://127.0.0.1:8000
     bitdance serve --model models/B-16x --port 9000 --api-key SECRET --batch-size 16
 
-The first SIGTERM or SIGINT finishes what was begun and refuses what waits; a second one leaves at once.
+The first SIGTERM or SIGINT finishes what was begun and refuses what waits; a second one gives up what was begun, too.
 """
 
 import importlib.util
