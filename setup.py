@@ -87,6 +87,7 @@ setup(
         "numpy>=1.26",
         "Pillow>=10.3",
         "tqdm>=4.66",
+        "shtab>=1.7",
     ],
     extras_require={
         "train": TRAIN,

@@ -12,11 +12,11 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 GROUP = "bitdance.commands"
 LONGEST = 4000  # letters of a message
@@ -30,6 +30,7 @@ OWN = {
     "verify": "is a model whole, does it equal another, do two dtypes agree",
     "convert": "published files of other systems → a model folder",
     "bench": "where a picture's time goes, and how fast this machine could be",
+    "completion": "a script with which bash or zsh completes these commands",
 }
 FROM_ENTRY_POINTS = {
     "data": "captioned pictures → webdataset shards",
@@ -37,7 +38,7 @@ FROM_ENTRY_POINTS = {
     "tokenizer": "encode, decode and evaluate pictures as bits",
     "distill": "16 → 64 tokens per step",
     "export": "training checkpoint → published layout",
-    "measure": "the figures that the README quotes",
+    "measure": "the figures that the guides quote",
     "evaluate": "benchmarks and scores of the field: run, score, compare",
     "card": "scores into the model card",
 }
@@ -46,8 +47,34 @@ FROM_ENTRY_POINTS = {
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, `bitdance: error: …`, exit code 2."""
 
+    _caught: ClassVar[list["Parser"] | None] = None
+
+    @classmethod
+    @contextmanager
+    def caught(cls) -> Iterator[list["Parser"]]:
+        """What runs inside ends at the first parser that is to read no arguments; the list holds that parser. So completion and
+        tests see the options of a command as it has them, and nothing is built for them."""
+        Parser._caught = found = []
+        try:
+            yield found
+        except _Caught:
+            pass
+        finally:
+            Parser._caught = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse, unless this parser is to be `caught`; an empty one stands for a module that is imported when named."""
+        if Parser._caught is not None and not args and self._actions:
+            Parser._caught.append(self)
+            raise _Caught
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Caught(BaseException):
+    """Ends a command whose parser is all that was wanted."""
 
 
 class UsageError(ValueError):
@@ -120,7 +147,8 @@ def _let_go(stream: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _foreign_commands() -> dict[str, EntryPoint]:
+def foreign_commands() -> dict[str, EntryPoint]:
+    """The commands that other installed packages bring, by name."""
     return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in OWN}
 
 
@@ -146,7 +174,8 @@ def _parser(foreign: Sequence[str]) -> Parser:
     return parser
 
 
-def _command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequence[str]], int]:
+def load_command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequence[str]], int]:
+    """What runs the command of that name. UsageError where there is none, or where it needs an extra."""
     if name in OWN:
         run: Callable[[Sequence[str]], int] = import_module(f"bitdance.cli.{name}").run
         return run
@@ -183,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     try:
-        foreign = _foreign_commands()
+        foreign = foreign_commands()
         parser = _parser(list(foreign))
         options = parser.parse_args(argv)
         if options.version:
@@ -194,7 +223,7 @@ def _run(argv: list[str]) -> int:
         if options.command is None:
             parser.print_help()
             return 2
-        code = _command(options.command, foreign)(options.arguments)
+        code = load_command(options.command, foreign)(options.arguments)
         return _flushed(code)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitdance.cli import Parser
 from bitdance.costs.work import evaluations
 from bitdance.heads.diffusion.settings import PRESETS, Sampling, choose
 from bitdance.pipeline import BitDancePipeline
@@ -138,7 +139,7 @@ def row(name: str, f: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     """`bitdance measure solvers …`."""
-    parser = argparse.ArgumentParser(prog="bitdance measure solvers", description="What fewer sampler steps cost.")
+    parser = Parser(prog="bitdance measure solvers", description="What fewer sampler steps cost.")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--train", nargs="+", required=True, help="shards of pictures the model was taught")
     parser.add_argument("--heldout", nargs="+", required=True, help="shards of picture × background pairs it never saw")
