@@ -109,6 +109,22 @@ def test_every_file_and_module_that_is_named_is_there(page: Path) -> None:
     assert [target for target in said if target not in targets] == []
 
 
+def options(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.Action]]:
+    """Every argument of a parser and of all commands under it, with the command's name."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in {id(one): one for one in action.choices.values()}.values():
+                yield from options(inner)
+        else:
+            yield parser.prog, action
+
+
+def test_help_says_what_every_option_does() -> None:
+    said = list(options(parser()))
+    assert len(said) > 200
+    assert [(prog, action.dest) for prog, action in said if not action.help] == []
+
+
 def test_readme_is_short_and_begins_with_a_picture() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120 and len(text.split()) <= 900

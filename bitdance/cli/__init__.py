@@ -21,26 +21,26 @@ from typing import Any, ClassVar, NoReturn
 GROUP = "bitdance.commands"
 LONGEST = 4000  # letters of a message
 OWN = {
-    "generate": "pictures from prompts",
+    "generate": "draw pictures from prompts",
     "edit": "change a picture: where a mask is white, or where two prompts differ",
     "serve": "pictures over HTTP, in the form of OpenAI's images API",
     "info": "what a model folder holds, or how a picture was made",
-    "sizes": "picture sizes of a model",
+    "sizes": "the picture sizes that a model makes",
     "doctor": "what this machine offers, and which model fits",
-    "verify": "is a model whole, does it equal another, do two dtypes agree",
-    "convert": "published files of other systems → a model folder",
+    "verify": "check whether a model is whole, or equals another",
+    "convert": "make a model folder of what other systems published",
     "bench": "where a picture's time goes, and how fast this machine could be",
     "completion": "a script with which bash or zsh completes these commands",
 }
 FROM_ENTRY_POINTS = {
-    "data": "captioned pictures → webdataset shards",
+    "data": "pack captioned pictures into shards for training",
     "train": "train a tokenizer or a generator from a config",
     "tokenizer": "encode, decode and evaluate pictures as bits",
-    "distill": "16 → 64 tokens per step",
-    "export": "training checkpoint → published layout",
-    "measure": "the figures that the guides quote",
-    "evaluate": "benchmarks and scores of the field: run, score, compare",
-    "card": "scores into the model card",
+    "distill": "make a model faster: larger steps, or fewer evaluations of its head",
+    "export": "make a model folder of a training checkpoint",
+    "measure": "how well a model follows prompts or classes, and what settings lose",
+    "evaluate": "the field's benchmarks and scores, such as GenEval and FID",
+    "card": "write scores into a model card",
 }
 
 
@@ -54,7 +54,8 @@ class Parser(argparse.ArgumentParser):
     def caught(cls) -> Iterator[list["Parser"]]:
         """What runs inside ends at the first parser that is to read no arguments; the list holds that parser. So completion and
         tests see the options of a command as it has them, and nothing is built for them."""
-        Parser._caught = found = []
+        found: list[Parser] = []
+        Parser._caught = found
         try:
             yield found
         except _Caught:
@@ -164,8 +165,9 @@ def _parser(foreign: Sequence[str]) -> Parser:
         )
     parser = Parser(
         prog="bitdance",
-        description="Text → picture with binary tokens.",
-        epilog=commands + "\n\nbitdance COMMAND --help shows the options of a command.",
+        description="Draw pictures from text, and train the models that do it.",
+        epilog=commands + "\n\nbitdance COMMAND --help shows the options of a command. A first one:\n"
+        '  bitdance generate "a fox on blue" --seed 1 2 3 -o out --grid',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")

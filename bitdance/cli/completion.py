@@ -48,7 +48,7 @@ def whole_parser() -> Parser:
     return parser
 
 
-def parser_of(command: Callable[[Sequence[str]], int], *words: str) -> argparse.ArgumentParser:
+def parser_of(command: Callable[[Sequence[str]], int], *words: str) -> Parser:
     """The parser that a command reads its arguments with, those of its own sub-commands included. `words` lead to it."""
     with Parser.caught() as caught:
         command(list(words))

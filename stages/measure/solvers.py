@@ -140,14 +140,14 @@ def row(name: str, f: dict[str, Any]) -> str:
 def main(argv: list[str]) -> int:
     """`bitdance measure solvers …`."""
     parser = Parser(prog="bitdance measure solvers", description="What fewer sampler steps cost.")
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", default="demo", help="model folder, or demo (default)")
     parser.add_argument("--train", nargs="+", required=True, help="shards of pictures the model was taught")
     parser.add_argument("--heldout", nargs="+", required=True, help="shards of picture × background pairs it never saw")
     parser.add_argument("--try", dest="settings", action="append", default=[], metavar="A=B,…", help="default: all presets")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind that are judged")
     parser.add_argument("--captions", type=int, default=24, help="captions for the bits' probabilities")
     parser.add_argument("--seeds", type=int, default=32, help="pictures of each of these")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts, and of the pictures (default: 0)")
     parser.add_argument("-o", "--output", type=Path, help="also write OUTPUT.md and OUTPUT.json")
     a = parser.parse_args(argv)
     if a.seeds < 2 or a.captions < 2:
