@@ -99,6 +99,14 @@ def test_every_command_and_option_is_there(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=named)
+def test_commands_can_be_pasted(page: Path) -> None:
+    """What stands beside a command is a comment to the shell."""
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    program = r"^ {4}(?:bitdance|python|torchrun|bash|make|pip|deepspeed|sbatch) .*?\S {3,}(?!#)\S.*"
+    assert re.findall(program, text, re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=named)
 def test_every_file_and_module_that_is_named_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert [path for path in FILE.findall(text) if not (ROOT / path).exists()] == []
