@@ -53,7 +53,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
 
 # What the site shows, or what its pages link to.
-PAGES := $(wildcard *.md) CITATION.cff LICENSE docs configs examples comfyui_bitdance
+PAGES := $(wildcard *.md) CITATION.cff Dockerfile LICENSE docs configs examples comfyui_bitdance
 
 docs: $(VENV)/.installed-docs
 	@rm -rf out/pages && mkdir -p out/pages && ln -s $(addprefix $(CURDIR)/,$(PAGES)) out/pages

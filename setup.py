@@ -27,7 +27,7 @@ QUANTIZE = [
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9", "prometheus-client>=0.20"]
 DOCS = ["mkdocs-material>=9.5,<10"]  # `make docs` installs it alone
-CLIENTS = ["openai>=2", "httpx>=0.27"]  # that the server is tested with
+CLIENTS = ["openai>=2", "httpx>=0.27", "playwright>=1.50", "axe-playwright-python>=0.1.4"]  # that the server is tested with
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6"]
 
 setup(

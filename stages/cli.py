@@ -15,6 +15,7 @@ from stages.command import guarded
 
 MEASURES = {
     "prompts": "how well a text model follows its prompts",
+    "composition": "does it compose: GenEval's six tasks on scenes of icons",
     "solvers": "what fewer sampler steps cost",
     "edits": "does a changed picture show what was asked, and keep the rest",
     "classes": "how well a class-conditional model makes its classes, beside real pictures",
@@ -138,7 +139,7 @@ def card(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(argv: Sequence[str] | None = None) -> int:
-    """`bitdance measure prompts|solvers|edits|classes`: how well a model does."""
+    """`bitdance measure prompts|composition|solvers|edits|classes`: how well a model does."""
     return guarded("bitdance measure", _measure, argv)
 
 

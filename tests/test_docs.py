@@ -143,6 +143,15 @@ def test_readme_is_short_and_begins_with_a_picture() -> None:
 def test_the_site_shows_every_guide() -> None:
     said = set(re.findall(r": ([\w/.]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
     assert [path for path in said if not (ROOT / path).is_file()] == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    linked = re.search(r"^PAGES := (.*)$", makefile, re.MULTILINE)
+    assert linked is not None
+    for path in said:
+        links = [
+            link for link in LINK.findall(INLINE.sub("", FENCED.sub("", (ROOT / path).read_text("utf-8")))) if ":" not in link
+        ]
+        tops = {((ROOT / path).parent / link.partition("#")[0]).resolve().relative_to(ROOT).parts[:1] for link in links}
+        assert {top for (top,) in tops if not top.endswith(".md")} <= set(linked[1].split()), path
     tables = {"docs/distill/demo-64.md", "docs/distill/demo-128.md", "docs/distill/speed.md", "docs/distill/speed-128.md"}
     tables |= {"docs/tokenizer/comparison.md", "docs/evidence/ways.md"}  # what commands write, and guides show
     assert {named(page) for page in ROOT.glob("docs/**/*.md")} - said - tables == set()

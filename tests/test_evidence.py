@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def test_ways_train_with_equal_operations_and_what_is_done_stays(study: Path, mo
     assert {p.name for p in (study.parent / "docs").iterdir()} == {"study.md", "study.json", "study.png", "study-pictures.png"}
     with Image.open(study.parent / "docs" / "study-pictures.png") as pictures:
         assert pictures.width > 3 * 16 and pictures.height > 2 * 16  # three classes, two ways
+    # on another machine, with the report alone
+    shutil.rmtree(study.parent / "out")
+    assert main(["run", str(study), "--done", str(study.parent / "docs" / "study.json")]) == 0
+    assert [json.loads(path.read_text()) for path in sorted((study.parent / "out").glob("*.json"))] == results
+    assert main(["report", str(study), "--out", str(study.parent / "again")]) == 0
+    assert {p.name for p in (study.parent / "again").iterdir()} == {"study.md", "study.json", "study.png"}
+    study.write_text(study.read_text().replace("two ways", "others"))
+    with pytest.raises(ValueError, match="give a report of 'others'"):
+        run.take_over(read_study(study, False), study.parent / "docs" / "study.json")
 
 
 @pytest.mark.slow

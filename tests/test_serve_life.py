@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -287,6 +288,45 @@ def test_stopping_finishes_what_was_begun_and_refuses_the_rest(model: ServedMode
         assert not server.thread.is_alive() and not server.queue.healthy
 
 
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_client_that_does_not_read_holds_no_stop_up(model: ServedModel, monkeypatch: Any, signals: int) -> None:
+    """It asks for much, reads nothing, and stays: the server hangs up once no request could be at work any more, or when it is
+    told again."""
+    monkeypatch.setattr("bitdance.serve.server.GRACE", 0)
+    count = re.compile(rb'bitdance_requests_total\{route="other",status="200"\} (\d+)')
+
+    def stuck() -> bool:
+        before = count.findall(server.queue.metrics.text())
+        time.sleep(1)
+        return bool(before) and count.findall(server.queue.metrics.text()) == before
+
+    with running(model, Limits(seconds=1 if signals == 1 else 1000)) as server, socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, _, port = server.url.removeprefix("http://").partition(":")
+        deaf.connect((host, int(port)))
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 3000)
+        until(stuck)
+        for _ in range(signals):
+            server.server.stop()
+        server.thread.join(30)
+        assert not server.thread.is_alive()
+
+
+def test_a_second_signal_gives_up_what_was_begun(model: ServedModel, monkeypatch: Any) -> None:
+    """Also a job that goes on when its client leaves."""
+    hold = Hold(monkeypatch, model.pipe)
+    with running(model) as server:
+        asked = in_background(lambda: httpx.post(server.url + PATH, json={"prompt": "a", "job": "kept-job"}, timeout=60))
+        hold.wait()
+        server.server.stop()
+        assert asked._found == []
+        server.server.stop()
+        assert asked.result().status_code == 503
+        hold.go()
+        server.thread.join(30)
+        assert not server.thread.is_alive() and hold.steps == 1
+
+
 def test_a_slow_sender_is_cut_off(model: ServedModel) -> None:
     with running(model, Limits(body_seconds=0.2)) as server, sent(server.url, {"prompt": "a"}, length=100) as connection:
         assert connection.recv(1000).startswith(b"HTTP/1.1 408 ")
@@ -337,6 +377,19 @@ def test_the_command_serves_and_sigterm_ends_it(model: ServedModel) -> None:
             assert process.stderr.read() == "bitdance: stopped: what was begun is finished, what waited was refused\n"
         finally:
             process.kill()
+
+
+@pytest.mark.slow
+def test_a_short_soak_keeps_every_promise(model: ServedModel, tmp_path: Path) -> None:
+    """dev/soak.py, as docs/serve tells of it, with fewer requests: clients of every kind, a restart, nothing lost."""
+    command = [sys.executable, str(ROOT / "dev" / "soak.py"), "--model", str(model._folder), "--sizes", "32x32", "16x16"]
+    command += ["--steps", "10", "--requests", "60", "--restarts", "1", "--clients", "16", "--queue", "6"]
+    command += ["--json", str(tmp_path / "soak.json")]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert found["requests"] == 60 == sum(found["ends"].values()) and not found["broken"]
+    assert found["pngs_equal_to_the_command_s"] > 10 and found["server"][-1]["server"] == 2
 
 
 @pytest.mark.parametrize(

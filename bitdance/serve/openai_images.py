@@ -1,7 +1,8 @@
 """Fields of OpenAI's images API → a checked request; finished pictures → its answers and events.
 
 Own fields beside OpenAI's: seed, steps (num_inference_steps), guidance (guidance_scale), preset, negative_prompt, class_label,
-sampler and the other settings of the model's kind, job (an id that the client chooses). A field that is not known is an error: a
+sampler and the other settings of the model's kind, job (an id that the client chooses), previews (more of them than OpenAI's
+partial_images allows). A field that is not known is an error: a
 setting that is silently left out gives another picture than the one that was asked for.
 """
 
@@ -19,6 +20,7 @@ from bitdance.values import Range, check_number, shown
 FORMATS = ("png", "webp", "jpeg")
 SAME = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
 NUMBERS = ("seed", "steps", "guidance", "strength")
+PREVIEWS = 64  # of a picture, as many as a large one has blocks
 # of OpenAI's own models, with the values that change nothing here; None: any
 IGNORED: dict[str, tuple[Any, ...] | None] = {
     "quality": ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"),
@@ -30,7 +32,7 @@ IGNORED: dict[str, tuple[Any, ...] | None] = {
     "safety_identifier": None,
 }
 PLAIN = ("prompt", "model", "n", "size", "output_format", "output_compression", "response_format", "stream", "partial_images")
-OWN = ("class_label", "seed", "steps", "guidance", "preset", "negative_prompt", "job")
+OWN = ("class_label", "seed", "steps", "guidance", "preset", "negative_prompt", "job", "previews")
 SETTINGS = ("sampler", "guidance_interval", "last_steps", "cfg_schedule", "tau", "schedule")
 EDIT = ("strength", "source_prompt", "source_class")
 _SIZE = re.compile(r"([0-9]{1,6})[x×]([0-9]{1,6})")
@@ -41,7 +43,7 @@ _FILE = re.compile(r"[1-9][0-9]{0,3}|0")
 @dataclass(frozen=True)
 class ImageRequest:
     """What a client asked for, each value checked as far as that needs no model. `size` is (height, width), None for the model's
-    own. `said`: the settings beside steps and guidance. `job`: the id that the client chose."""
+    own. `said`: the settings beside steps and guidance. `previews`: the most for each picture. `job`: the client's own id."""
 
     prompt: str | None = None
     label: int | str | None = None
@@ -58,7 +60,7 @@ class ImageRequest:
     quality: int = 100
     as_url: bool = False
     stream: bool = False
-    partial_images: int = 0
+    previews: int = 0
     job: str | None = None
 
 
@@ -120,10 +122,19 @@ def _checked(said: dict[str, Any], settings: Mapping[str, Any], limits: Limits) 
         quality=Range(0, 100).check("output_compression", take("output_compression", 100)),
         as_url=take("response_format", "") == "url",
         stream=take("stream", False),
-        partial_images=Range(0, 3).check("partial_images", take("partial_images", 0)),
+        previews=_previews(take("partial_images", None), take("previews", None)),
         job=take("job", None),
         **numbers,
     )
+
+
+def _previews(partial_images: Any, previews: Any) -> int:
+    """OpenAI's name with its range, or ours with a larger one."""
+    if partial_images is not None and previews is not None:
+        raise ValueError("partial_images and previews say the same; keep one")
+    if previews is not None:
+        return Range(0, PREVIEWS).check("previews", previews)
+    return Range(0, 3).check("partial_images", 0 if partial_images is None else partial_images)
 
 
 def _size(value: Any) -> tuple[int, int] | None:
@@ -140,7 +151,7 @@ def from_form(fields: Mapping[str, str]) -> dict[str, Any]:
     """The values of a form, which are all texts, as the JSON that they mean. What is no number stays a text, which is refused in
     the words for it later."""
     found: dict[str, Any] = dict(fields)
-    for name in ("n", "output_compression", "partial_images", "last_steps", *NUMBERS, *SAME, "tau", "top_k", "top_p"):
+    for name in ("n", "output_compression", "partial_images", "previews", "last_steps", *NUMBERS, *SAME, "tau", "top_k", "top_p"):
         if name in found:
             found[name] = _number(found[name])
     if isinstance(label := found.get("class_label"), str) and _FILE.fullmatch(label):

@@ -37,13 +37,13 @@ class ImageQueue:
             self._threads.append(thread)
             thread.start()
 
-    def stop(self) -> None:
-        """Refuse what waits; what was begun is finished."""
+    def stop(self, at_once: bool = False) -> None:
+        """Refuse what waits; what was begun is finished, or `at_once` refused as well."""
         with self._condition:
             self._stopping = True
-            for picture in self._waiting:
-                if not picture.task.begun:
-                    picture.task.fail(stopping())
+            for task in self._tasks.values():
+                if at_once or not task.begun:
+                    task.fail(stopping())
             self._drop()
             self._condition.notify_all()
 

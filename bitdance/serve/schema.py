@@ -3,7 +3,7 @@
 from typing import Any
 
 from bitdance.serve.model import ServedModel
-from bitdance.serve.openai_images import FORMATS
+from bitdance.serve.openai_images import FORMATS, PREVIEWS
 
 FIELDS: dict[str, dict[str, Any]] = {
     "prompt": {"type": "string", "description": "what the picture shows; of a class model leave it empty"},
@@ -15,6 +15,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "response_format": {"type": "string", "enum": ["b64_json", "url"], "description": "url is a data URL"},
     "stream": {"type": "boolean", "default": False},
     "partial_images": {"type": "integer", "minimum": 0, "maximum": 3, "default": 0},
+    "previews": {"type": "integer", "minimum": 0, "maximum": PREVIEWS, "description": "in place of partial_images, and more"},
     "seed": {"type": "integer", "minimum": 0, "description": "of the first picture; the others count up"},
     "steps": {"type": "integer", "minimum": 1},
     "guidance": {"type": "number", "minimum": 0},

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,8 @@ from fastapi import FastAPI
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CONNECTIONS = 1000  # at once; one more gets 503 before its request is read
+GRACE = 10.0  # seconds to read an answer in, when the server stops and the time limit of every request is over
+AT_ONCE = 1.0  # the same after a second signal
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
@@ -37,7 +40,7 @@ def address_of(bound: socket.socket) -> str:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, whose first signal refuses what waits and finishes what was begun; the second one leaves at once. `stopped_by` is
+    """uvicorn, whose first signal refuses what waits and finishes what was begun; the second one gives that up. `stopped_by` is
     the signal."""
 
     def __init__(self, app: FastAPI, ready: Callable[[], None] = lambda: None) -> None:
@@ -46,6 +49,7 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(app, **quiet, timeout_keep_alive=15, limit_concurrency=CONNECTIONS))
         self._queue, self._ready = app.state.queue, ready
         self.stopped_by: int | None = None
+        self._at_once = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, and say so."""
@@ -69,12 +73,27 @@ class Server(uvicorn.Server):
             for number in wanted:
                 loop.remove_signal_handler(number)
 
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let the last answers be read, but wait for no client that does not read."""
+        watch = asyncio.create_task(self._hang_up())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            watch.cancel()
+
+    async def _hang_up(self) -> None:
+        end = time.monotonic() + self._queue.limits.seconds + GRACE
+        while time.monotonic() < end and not self._at_once:
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(AT_ONCE if self._at_once else 0)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
     def stop(self, number: int | None = None) -> None:
-        """Refuse what waits, finish what was begun, end. Called again: end at once."""
-        if self.should_exit:
-            self.force_exit = True
+        """Refuse what waits, finish what was begun, end. Called again: refuse that, too."""
+        self._at_once = self.should_exit
         self.stopped_by, self.should_exit = number, True
-        self._queue.stop()
+        self._queue.stop(self._at_once)
 
 
 def serve(app: FastAPI, bound: socket.socket, ready: Callable[[], None] = lambda: None) -> int:

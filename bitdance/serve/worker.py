@@ -78,7 +78,7 @@ class Batch:
                 self.pipe.cancel(i)
                 continue
             picture.progress = share
-            wanted = picture.task.request.partial_images
+            wanted = picture.task.request.previews
             due = picture.previews < wanted and share < 1 and share * (wanted + 1) >= picture.previews + 1
             if due and self._spent <= self.limits.preview_share * (time.monotonic() - self._start):
                 self._preview(picture, i, tokens)

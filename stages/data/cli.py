@@ -1,6 +1,7 @@
 """`bitdance data`: pack captioned pictures into shards, index shards, and look into them.
 
 bitdance data pack icons shards/train --styles 3d,flat --concepts 200
+bitdance data pack scenes shards/scenes --size 128 --concepts 1000 --count 50000
 bitdance data pack folder shards/mine my-pictures --size 64
 bitdance data pack classes shards/pets my-pets --size 256       # my-pets/cat/*.jpg, my-pets/dog/*.jpg
 bitdance data pack tiles shards/photos my-photographs --size 64 --hold-out 0.2
@@ -31,9 +32,10 @@ def add_data_parser(subparsers: Any) -> argparse.ArgumentParser:
 def _add_actions(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="data_action", required=True, metavar="{pack,index,inspect}")
     sources = actions.add_parser("pack", help="write shards").add_subparsers(
-        dest="data_source", required=True, metavar="{icons,folder,classes,tiles,cifar10}"
+        dest="data_source", required=True, metavar="{icons,scenes,folder,classes,tiles,cifar10}"
     )
     _add_icons(sources.add_parser("icons", help="icons of four open sets, with captions and background colours"))
+    _add_scenes(sources.add_parser("scenes", help="several icons in a picture: counts, colours, places, with true captions"))
     _add_folder(sources.add_parser("folder", help="a folder of pictures with .txt, JSONL or CSV captions"))
     _add_folder(sources.add_parser("classes", help="folders of pictures whose names are their classes, or a table of classes"))
     _add_tiles(sources.add_parser("tiles", help="square tiles of large photographs, for a tokenizer"))
@@ -65,6 +67,22 @@ def _add_icons(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="decides hold-outs and random backgrounds (default: 0)")
     parser.add_argument("--flags", action="store_true", help="include flags")
     parser.add_argument("--skin-tones", action="store_true", help="include skin-tone variants")
+    parser.add_argument("--cache", default="~/.cache/bitdance/icons", help="where the icon archives lie or are fetched to")
+
+
+def _add_scenes(parser: argparse.ArgumentParser) -> None:
+    _add_pack(parser)
+    parser.add_argument("--size", type=int, default=128, help="side in pixels (default: 128)")
+    parser.add_argument(
+        "--styles",
+        default="3d,flat,high-contrast",
+        help="high-contrast and some of 3d, flat, noto (default: 3d,flat,high-contrast)",
+    )
+    parser.add_argument("--concepts", default="1000", help="a number, all, or a file with one label a line (default: 1000)")
+    parser.add_argument("--count", type=int, default=10_000, help="how many scenes (default: 10000)")
+    parser.add_argument("--hold-out", type=float, default=0.15, help="fraction of combinations held out (default: 0.15)")
+    parser.add_argument("--split", choices=("train", "heldout"), default="train", help="which side to write (default: train)")
+    parser.add_argument("--seed", type=int, default=0, help="decides hold-outs and scenes (default: 0)")
     parser.add_argument("--cache", default="~/.cache/bitdance/icons", help="where the icon archives lie or are fetched to")
 
 
@@ -112,7 +130,7 @@ def _pack(args: argparse.Namespace) -> int:
     from stages.data.pack import PackOptions, pack
 
     options = PackOptions(args.samples_per_shard, args.max_bad, args.overwrite, progress=True)
-    source = {"icons": _icons, "folder": _folder, "classes": _folder, "tiles": _tiles, "cifar10": _cifar}[args.data_source](args)
+    source = SOURCES[args.data_source](args)
     report = pack(source, args.out, options)
     said = f"{args.out}: {report['samples']} samples in {len(report['shards'])} shards; skipped: {counts(report['skipped'])}"
     print_page([said])
@@ -158,6 +176,13 @@ def _icons(args: argparse.Namespace) -> Any:
     return IconSource(options, args.cache)
 
 
+def _scenes(args: argparse.Namespace) -> Any:
+    from stages.data.scenes import SceneOptions, SceneSource
+
+    options = SceneOptions(args.size, _words(args.styles), args.concepts, args.count, args.hold_out, args.split, args.seed)
+    return SceneSource(options, args.cache)
+
+
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
@@ -178,6 +203,9 @@ def _cifar(args: argparse.Namespace) -> Any:
     from stages.data.cifar import CifarSource
 
     return CifarSource(args.split, args.cache)
+
+
+SOURCES = {"icons": _icons, "scenes": _scenes, "folder": _folder, "classes": _folder, "tiles": _tiles, "cifar10": _cifar}
 
 
 def _index(args: argparse.Namespace) -> int:

@@ -128,10 +128,12 @@ def _laws(pyplot: Any, results: Results) -> Any:
 
 
 def write_pictures(study: Study, path: Path) -> None:
-    """A row for each way that is done: a picture of each of the first classes, seeds 0, 1, …, at its best guidance."""
+    """A row for each way whose model is there: a picture of each of the first classes, seeds 0, 1, …, at its best guidance.
+    Nothing where there is none, as after `--done`."""
     cells = []
     for way in study.ways:
-        seed = next((seed for seed in study.seeds if result_of(study, way, seed).is_file()), None)
+        there = (seed for seed in study.seeds if result_of(study, way, seed).is_file() and folder_of(study, way, seed).is_dir())
+        seed = next(there, None)
         if seed is not None:
             row = best(read_json(result_of(study, way, seed)))
             pipe = load_pipeline(model_folder(folder_of(study, way, seed)), "cpu")
@@ -139,5 +141,7 @@ def write_pictures(study: Study, path: Path) -> None:
             classes = list(range(min(SHOWN, len(pipe.names))))
             cells += pipe(class_label=classes, seed=classes, guidance_scale=row["guidance"], **{**way.sample, **steps}).images
             columns = len(classes)
+    if not cells:
+        return
     with whole_path(path) as unfinished:
         grid(cells, columns).save(unfinished, format="png")

@@ -1,0 +1,121 @@
+"""Whether a model composes: GenEval's six tasks on scenes of icons, judged by what a detector finds in the pictures.
+
+    bitdance data pack scenes shards/scenes-heldout --size 128 --concepts all --count 600 --split heldout
+    bitdance measure composition --model MODEL --scenes shards/scenes-heldout [--grid OUT.png] [--prompts OUT.jsonl] [--json]
+
+Single object, two objects, counting, colours, position, colour attribution: `--count` held-out prompts each, in the wording that
+names everything. A picture is right where the detector finds what GenEval's line asks for; *overall* is their mean. The rows
+above the model's are its bounds: the scenes themselves, which say how far the detector is to be trusted, and the scenes
+as the model's tokenizer gives them back.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from bitdance.cli import Parser
+from bitdance.generator import load_pipeline
+from bitdance.picture import grid, write_png
+from lfq_tokenizer.files import write_text
+from stages.data.archives import DEFAULT_CACHE
+from stages.data.scenes import TASKS, Shelf
+from stages.data.shards import Sample, ShardDataset, ShardIndex
+from stages.engine.checkpoint import model_folder
+from stages.measure.detector import Detector, right
+from stages.recipes.tokenizer.feed import picture_of
+
+BATCH = 20
+
+
+def chosen(data: ShardDataset, count: int) -> list[Sample]:
+    """The first `count` scenes of every task. ValueError for shards that hold fewer, or no scenes."""
+    found: dict[str, list[Sample]] = {task: [] for task in TASKS}
+    for i in range(len(data)):
+        sample = data.readable(data.__getitem__, i)
+        same = None if sample is None else found.get(str(sample.attributes.get("task")))
+        if sample is not None and same is not None and len(same) < count:
+            same.append(sample)
+        if all(len(scenes) == count for scenes in found.values()):
+            return [sample for scenes in found.values() for sample in scenes]
+    least = min(found, key=lambda task: len(found[task]))
+    raise ValueError(
+        f"--scenes holds {len(found[least])} scenes of the task {least}, --count asks for {count} of each; "
+        "make more with `bitdance data pack scenes`"
+    )
+
+
+def score(pictures: Sequence[Image.Image], scenes: Sequence[Sample], detector: Callable[[Image.Image], Any]) -> dict[str, float]:
+    """The share of right pictures by task, and their mean."""
+    counts = dict.fromkeys(TASKS, 0)
+    for picture, scene in zip(pictures, scenes, strict=True):
+        counts[scene.attributes["task"]] += right(detector(picture), scene.attributes["geneval"])
+    shares = {task: counts[task] * len(TASKS) / len(scenes) for task in TASKS}
+    return {**shares, "overall": sum(shares.values()) / len(TASKS)}
+
+
+def generated(pipe: Any, scenes: Sequence[Sample], seed: int, size: int | None, **settings: Any) -> list[Image.Image]:
+    """A picture for the first caption of every scene, seeds from `seed` on."""
+    found: list[Image.Image] = []
+    shape = {} if size is None else {"height": size, "width": size}
+    for start in range(0, len(scenes), BATCH):
+        prompts = [scene.captions[0] for scene in scenes[start : start + BATCH]]
+        found += pipe(prompts, seed=[seed + start + i for i in range(len(prompts))], **shape, **settings).images
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """`bitdance measure composition …`."""
+    parser = Parser(prog="bitdance measure composition", description="GenEval's six tasks on scenes of icons.")
+    parser.add_argument("--model", help="a model of prompts; without one the detector alone is judged")
+    parser.add_argument("--scenes", nargs="+", required=True, help="shards of `bitdance data pack scenes`, best a held-out split")
+    parser.add_argument("--count", type=int, default=100, help="prompts of each task (default: 100)")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the model's own)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
+    parser.add_argument("--steps", type=int, help="solver steps per block; default: the model's own")
+    parser.add_argument("--guidance", type=float, help="strength of the prompt; default: the model's own")
+    parser.add_argument("--preset", help="default: the model's own")
+    parser.add_argument("--grid", type=Path, help="write the first eight pictures of every task")
+    parser.add_argument("--prompts", type=Path, help="write the prompts as GenEval's JSONL")
+    parser.add_argument("--cache", default=DEFAULT_CACHE, help="where the icon archives lie or are fetched to")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    a = parser.parse_args(argv)
+    if a.count < 1:
+        raise ValueError(f"--count {a.count}: give 1 or more")
+    scenes = chosen(ShardDataset(ShardIndex.open(list(a.scenes))), a.count)
+    if a.prompts:
+        write_text("".join(json.dumps(scene.attributes["geneval"]) + "\n" for scene in scenes), a.prompts)
+    real = [picture_of(scene) for scene in scenes]
+    detector = Detector(Shelf(_styles(scenes), "all", a.cache))
+    rows = {"scenes": score(real, scenes, detector)}
+    pictures = real
+    if a.model is not None:
+        pipe = load_pipeline(model_folder(a.model))
+        pipe.set_progress_bar_config(disable=True)
+        if pipe.names is not None:
+            raise ValueError(f"--model {a.model}: a model of classes; composition is asked for in prompts")
+        rows["through the tokenizer"] = score([pipe.decode(pipe.encode(picture))[0] for picture in real], scenes, detector)
+        settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "preset": a.preset}
+        pictures = generated(pipe, scenes, a.seed, a.size, **settings)
+        rows["generated"] = score(pictures, scenes, detector)
+    if a.grid:
+        shown = min(8, a.count)
+        write_png(grid([pictures[k * a.count + i] for k in range(len(TASKS)) for i in range(shown)], shown), a.grid)
+    if a.json:
+        print(json.dumps({"count": a.count, "seed": a.seed, **rows}))
+    else:
+        print("\n".join(table(rows)))
+    return 0
+
+
+def table(rows: dict[str, dict[str, float]]) -> list[str]:
+    """The rows as lines of Markdown."""
+    names = [*TASKS, "overall"]
+    lines = ["| pictures | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---|" + "---:|" * len(names)]
+    return lines + [f"| {name} | " + " | ".join(f"{row[task]:.1%}" for task in names) + " |" for name, row in rows.items()]
+
+
+def _styles(scenes: Sequence[Sample]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(scene.attributes["style"]) for scene in scenes))
