@@ -5,6 +5,8 @@
 # make quick  the tests that take no time, under a minute
 # make check  the formatter, ruff, mypy and the import rule
 # make gpu    on a machine with a GPU of 80 GB or more: its tests and the speed of the 14B shape, into out/gpu.json (GPU_JSON=FILE)
+# make docs   the guides as a site in out/site; a link that leads nowhere is an error
+# make dist   source archive and wheel in dist/, checked, and the wheel tried in an empty environment; nothing is published
 # PYTHON, VENV and TORCH may be overridden:  make demo PYTHON=python3.12 VENV=/path/to/venv TORCH=torch==2.13.0
 
 PYTHON ?= python3
@@ -25,7 +27,7 @@ DEMO := out/demo
 PORT ?= 8000
 GPU_JSON ?= out/gpu.json
 
-.PHONY: demo serve shell test quick check gpu clean-venv
+.PHONY: demo serve shell test quick check docs dist gpu clean-venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -49,6 +51,21 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy lfq_tokenizer bitdance bitdance_diffusers comfyui_bitdance stages distill
 	$(BIN)/python -m pytest -q tests/test_import_rule.py
+
+# What the site shows, or what its pages link to.
+PAGES := $(wildcard *.md) CITATION.cff Dockerfile LICENSE docs configs examples comfyui_bitdance
+
+docs: $(VENV)/.installed-docs
+	@rm -rf out/pages && mkdir -p out/pages && ln -s $(addprefix $(CURDIR)/,$(PAGES)) out/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "the site is in out/site; open out/site/index.html"
+
+# `build` makes the wheel out of the archive, so what the archive lacks is missing from both.
+dist: $(VENV)/.torch
+	$(PIP) build twine
+	rm -rf dist && $(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	TORCH=$(TORCH) bash dev/try_wheel.sh $(PYTHON) dist/*.whl
 
 # With what is there: whoever has a GPU has a torch that fits it, and not every package of the tests installs beside it.
 gpu:
@@ -76,6 +93,12 @@ $(VENV)/.installed-test: $(METADATA) | $(VENV)/.torch
 
 $(VENV)/.installed-dev: $(VENV)/.installed-test
 	$(PIP) -e '.[test,dev]'
+	@touch $@
+
+# The site needs neither torch nor this package.
+$(VENV)/.installed-docs: $(METADATA)
+	@$(BIN)/python -c "import pip" 2>/dev/null || { $(ENOUGH) && $(PYTHON) -m venv $(VENV); }
+	$(PIP) 'mkdocs-material>=9.5,<10'
 	@touch $@
 
 clean-venv:

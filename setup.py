@@ -26,6 +26,7 @@ QUANTIZE = [
 ]  # torchao renames its classes, and 0.18 needs a newer torch than 2.8
 COMPARE = ["vector-quantize-pytorch>=1.30,<2", "matplotlib>=3.8"]
 SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.9", "prometheus-client>=0.20"]
+DOCS = ["mkdocs-material>=9.5,<10"]  # `make docs` installs it alone
 CLIENTS = ["openai>=2", "httpx>=0.27", "playwright>=1.50", "axe-playwright-python>=0.1.4"]  # that the server is tested with
 TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6"]
 
@@ -87,6 +88,7 @@ setup(
         "numpy>=1.26",
         "Pillow>=10.3",
         "tqdm>=4.66",
+        "shtab>=1.7",
     ],
     extras_require={
         "train": TRAIN,
@@ -101,6 +103,7 @@ setup(
         "umt5": UMT5,
         "serve": SERVE,
         "test": [*TEST, *TRAIN, *REMOTE, *ICONS, *COMPARE, *GGUF, *QUANTIZE, *DIFFUSERS, *UMT5, *SERVE, *CLIENTS],
+        "docs": DOCS,
         "dev": ["ruff>=0.6", "mypy>=1.11"],
     },
     entry_points={

@@ -6,6 +6,7 @@ pipe("a red house", seed=1).images[0].save("house.png")
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from bitdance.coding import PictureCoding, check_form, generators_for
 from bitdance.folder.adapters import Adapter, restore
 from bitdance.folder.checkpoint import load_model, save_model
+from bitdance.folder.parts import DEMO
 from bitdance.folder.sizes import check_size, default_size, size_rule
 from bitdance.generate import OnBlock, generate_bits
 from bitdance.heads.diffusion.block_sampler import BlockSampler
@@ -28,8 +30,11 @@ from bitdance.networks.kernels import use_onednn
 from bitdance.networks.offload import Phase, PhaseOffload
 from bitdance.networks.precision import AUTO, DTYPES, wanted_dtype
 from bitdance.sequence.prompt import check_prompt, conditional_ids
+from bitdance.sequence.vocabulary import unknown_words
 from bitdance.values import check_number, shown
+from lfq_tokenizer.text import listed
 
+NAMED_WORDS = 1000  # at most, so that a server does not remember all that strangers ask for
 OUTPUT_TYPES = ("pil", "np", "pt", "bits")
 Callback = Callable[["BitDancePipeline", int, float, dict[str, Any]], dict[str, Any] | None]
 
@@ -68,6 +73,7 @@ class BitDancePipeline(PictureCoding):
         use_onednn(model.backbone, model.projector, model.head)
         self._progress: dict[str, Any] = {}
         self._cancelled: set[int] = set()
+        self._unknown: set[str] = set()  # words that a warning has named
         self.offload: PhaseOffload | None = None
         self._without_lora: dict[str, Tensor] | None = None  # weights that a loaded adapter has changed
 
@@ -282,8 +288,10 @@ class BitDancePipeline(PictureCoding):
         on_block: OnBlock | None = None,
     ) -> Tensor:
         """One picture per prompt → bits (B,C,h,w) in {-1,+1}: what a call does once all is checked, for callers that have checked
-        it. `on_block(done, M, bits_BChw)` as in `bitdance.generate.generate_bits`."""
+        it. `on_block(done, M, bits_BChw)` as in `bitdance.generate.generate_bits`. A warning names the words of the prompts that
+        the model was never taught, where its folder lists those that it was."""
         self._cancelled.clear()
+        self._name_unknown_words(prompts)
         s = self._tokenizer.downsampling
         return generate_bits(
             self.model,
@@ -297,6 +305,16 @@ class BitDancePipeline(PictureCoding):
             enter=self._enter,
             cancelled=self._cancelled,
         )
+
+    def _name_unknown_words(self, prompts: Sequence[str]) -> None:
+        """Warn of words that the model was never taught, each of them once, and of no more than `NAMED_WORDS`."""
+        unknown = [word for word in unknown_words(self.model.extras, prompts) if word not in self._unknown]
+        if unknown and len(self._unknown) < NAMED_WORDS:
+            self._unknown.update(unknown)
+            folder = self.model.folder
+            name = "demo" if folder == DEMO else folder
+            more = "" if folder is None else f"; `bitdance info {name} --prompts` lists what it knows"
+            warnings.warn(f"the model was never taught {listed([shown(word) for word in unknown], ', ')}{more}", stacklevel=3)
 
     def _bar(self, total: int) -> tqdm:
         return tqdm(total=total, **{"desc": "blocks", "disable": not sys.stderr.isatty(), **self._progress})

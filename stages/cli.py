@@ -90,10 +90,13 @@ def export(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(argv: list[str]) -> int:
-    parser = Parser(prog="bitdance export", description="Training checkpoint or model folder → model folder.")
+    parser = Parser(
+        prog="bitdance export",
+        description="Make a model folder of a training checkpoint, or of a model folder in another layout.",
+    )
     parser.add_argument("checkpoint", type=Path, help="a folder step_NNNNNNNN of a run, the run (its newest), or a model folder")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--format", choices=["official", "diffusers"], default="official")
+    parser.add_argument("out", type=Path, help="the new folder")
+    parser.add_argument("--format", choices=["official", "diffusers"], default="official", help="layout (default: official)")
     dtypes = ["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"]
     parser.add_argument("--dtype", choices=dtypes, help="default: that of every tensor (checkpoints: float32)")
     parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged (default), or as trained last")
@@ -141,7 +144,7 @@ def measure(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(argv: list[str]) -> int:
-    parser = Parser(prog="bitdance measure", description="Figures of a trained model.")
+    parser = Parser(prog="bitdance measure", description="How well a trained model does, in figures.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, what in MEASURES.items():
         commands.add_parser(name, help=what, add_help=False)

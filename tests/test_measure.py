@@ -1,4 +1,4 @@
-"""The figures that README quotes are computed as their docstrings say."""
+"""The figures that the guides quote are computed as their docstrings say."""
 
 import pytest
 import torch

@@ -67,7 +67,9 @@ def open_model(
 ) -> BitDanceModel:
     """The folder's weights, or random ones, which are quantised after all of them are there."""
     if config.folder:
-        return load_model(config, device, dtype, True, quantize, quantize_head)
+        model = load_model(config, device, dtype, True, quantize, quantize_head)
+        model.extras.pop("words", None)  # what is timed is no prompt of a user's: nobody needs to hear of its words
+        return model
     model = random_model(config, device, dtype)
     quantize_model(model, quantize, quantize_head, device, dtype)
     return model

@@ -12,42 +12,70 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 GROUP = "bitdance.commands"
 LONGEST = 4000  # letters of a message
 OWN = {
-    "generate": "pictures from prompts",
+    "generate": "draw pictures from prompts",
     "edit": "change a picture: where a mask is white, or where two prompts differ",
     "serve": "pictures over HTTP, in the form of OpenAI's images API",
     "info": "what a model folder holds, or how a picture was made",
-    "sizes": "picture sizes of a model",
+    "sizes": "the picture sizes that a model makes",
     "doctor": "what this machine offers, and which model fits",
-    "verify": "is a model whole, does it equal another, do two dtypes agree",
-    "convert": "published files of other systems → a model folder",
+    "verify": "check whether a model is whole, or equals another",
+    "convert": "make a model folder of what other systems published",
     "bench": "where a picture's time goes, and how fast this machine could be",
+    "completion": "a script with which bash or zsh completes these commands",
 }
 FROM_ENTRY_POINTS = {
-    "data": "captioned pictures → webdataset shards",
+    "data": "pack captioned pictures into shards for training",
     "train": "train a tokenizer or a generator from a config",
     "tokenizer": "encode, decode and evaluate pictures as bits",
-    "distill": "16 → 64 tokens per step",
-    "export": "training checkpoint → published layout",
-    "measure": "the figures that the README quotes",
-    "evaluate": "benchmarks and scores of the field: run, score, compare",
-    "card": "scores into the model card",
+    "distill": "make a model faster: larger steps, or fewer evaluations of its head",
+    "export": "make a model folder of a training checkpoint",
+    "measure": "how well a model follows prompts or classes, and what settings lose",
+    "evaluate": "the field's benchmarks and scores, such as GenEval and FID",
+    "card": "write scores into a model card",
 }
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, `bitdance: error: …`, exit code 2."""
 
+    _caught: ClassVar[list["Parser"] | None] = None
+
+    @classmethod
+    @contextmanager
+    def caught(cls) -> Iterator[list["Parser"]]:
+        """What runs inside ends at the first parser that is to read no arguments; the list holds that parser. So completion and
+        tests see the options of a command as it has them, and nothing is built for them."""
+        found: list[Parser] = []
+        Parser._caught = found
+        try:
+            yield found
+        except _Caught:
+            pass
+        finally:
+            Parser._caught = None
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse, unless this parser is to be `caught`; an empty one stands for a module that is imported when named."""
+        if Parser._caught is not None and not args and self._actions:
+            Parser._caught.append(self)
+            raise _Caught
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Caught(BaseException):
+    """Ends a command whose parser is all that was wanted."""
 
 
 class UsageError(ValueError):
@@ -120,7 +148,8 @@ def _let_go(stream: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def _foreign_commands() -> dict[str, EntryPoint]:
+def foreign_commands() -> dict[str, EntryPoint]:
+    """The commands that other installed packages bring, by name."""
     return {entry.name: entry for entry in entry_points(group=GROUP) if entry.name not in OWN}
 
 
@@ -136,8 +165,9 @@ def _parser(foreign: Sequence[str]) -> Parser:
         )
     parser = Parser(
         prog="bitdance",
-        description="Text → picture with binary tokens.",
-        epilog=commands + "\n\nbitdance COMMAND --help shows the options of a command.",
+        description="Draw pictures from text, and train the models that do it.",
+        epilog=commands + "\n\nbitdance COMMAND --help shows the options of a command. A first one:\n"
+        '  bitdance generate "a fox on blue" --seed 1 2 3 -o out --grid',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
@@ -146,7 +176,8 @@ def _parser(foreign: Sequence[str]) -> Parser:
     return parser
 
 
-def _command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequence[str]], int]:
+def load_command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequence[str]], int]:
+    """What runs the command of that name. UsageError where there is none, or where it needs an extra."""
     if name in OWN:
         run: Callable[[Sequence[str]], int] = import_module(f"bitdance.cli.{name}").run
         return run
@@ -183,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     try:
-        foreign = _foreign_commands()
+        foreign = foreign_commands()
         parser = _parser(list(foreign))
         options = parser.parse_args(argv)
         if options.version:
@@ -194,7 +225,7 @@ def _run(argv: list[str]) -> int:
         if options.command is None:
             parser.print_help()
             return 2
-        code = _command(options.command, foreign)(options.arguments)
+        code = load_command(options.command, foreign)(options.arguments)
         return _flushed(code)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 2

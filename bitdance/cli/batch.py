@@ -14,7 +14,7 @@ def add_options(parser: Parser) -> None:
     """Add the options that describe a batch."""
     group = parser.add_argument_group("what a batch of pictures takes")
     source = group.add_mutually_exclusive_group()
-    source.add_argument("--model", metavar="DIR|demo", help="of this model")
+    source.add_argument("--model", metavar="DIR|demo", help="the model in this folder")
     source.add_argument("--shape", metavar="NAME", help="of a published shape: 14b-64x, 14b-16x, or mid; no weights needed")
     group.add_argument("--height", type=number("height"), metavar="H", help="pixels; default: the model's")
     group.add_argument("--width", type=number("width"), metavar="W", help="pixels; default: the model's")
@@ -24,8 +24,10 @@ def add_options(parser: Parser) -> None:
     group.add_argument("--guidance", type=number("guidance"), metavar="G", help="1 switches guidance off, which halves the cache")
     group.add_argument("--quantize", choices=QUANTIZE, help="LLM in 8 or 4 bits")
     group.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="head in 8 bits")
-    group.add_argument("--offload", action="store_true", help="model in main memory, on the device what a phase needs")
-    group.add_argument("--measure", action="store_true", help="make such a batch too; a shape gets random weights")
+    group.add_argument(
+        "--offload", action="store_true", help="keep the model in main memory, and on the device only what a phase needs"
+    )
+    group.add_argument("--measure", action="store_true", help="also make such a batch, and compare; a shape gets random weights")
 
 
 def check_unused(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ def run(argv: Sequence[str]) -> int:
     """Measure, or with --floor compute, and print."""
     parser = Parser(
         prog="bitdance bench",
-        description="How fast pictures are made, and how fast this machine could.",
+        description="How fast pictures are made, and how fast this machine could make them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -34,7 +34,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--guidance", type=number("guidance"), help="default: the model's own; <= 1 leaves guidance out")
     parser.add_argument("--sampler", help="default euler_maruyama")
     parser.add_argument("--preset", nargs="+", default=[OWN], help="one or more; own (the default): the model's settings")
-    parser.add_argument("--batch", type=number("batch_size"), nargs="+", default=[1], metavar="N", help="pictures at once")
+    parser.add_argument(
+        "--batch", type=number("batch_size"), nargs="+", default=[1], metavar="N", help="pictures at once, one or more numbers"
+    )
     parser.add_argument("--dtype", nargs="+", choices=DTYPE_NAMES, help=f"one or more; {DTYPE_HELP}")
     parser.add_argument("--quantize", choices=QUANTIZE, help="the LLM's matrices in 8 or 4 bits")
     parser.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="the head's matrices in 8 bits")

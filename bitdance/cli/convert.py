@@ -15,14 +15,16 @@ def run(argv: Sequence[str]) -> int:
     """Read, check, write; print what was found."""
     parser = Parser(
         prog="bitdance convert",
-        description="Published files of other systems → a model folder. Nothing in them is run.",
+        description="Make a model folder of what other systems published. Nothing in the files is run.",
         epilog="parts: tokenizer (its own .pt, or a folder), classes (a classes.json), config (fields that the "
         "weights do not show)",
     )
     parser.add_argument("foreign", metavar="FOREIGN", help="the published file (.pt or .safetensors)")
     parser.add_argument("out", metavar="OUT", help="new folder")
     parser.add_argument("--family", required=True, choices=FAMILIES, help="where the file comes from")
-    parser.add_argument("--part", action="append", default=[], metavar="NAME=FILE", help="a part that lies in a file of its own")
+    parser.add_argument(
+        "--part", action="append", default=[], metavar="NAME=FILE", help="a part that lies in a file of its own; may be repeated"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     options = parser.parse_args(argv)
 

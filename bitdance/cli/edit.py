@@ -34,7 +34,7 @@ def parser() -> Parser:
     parser.add_argument("--source-prompt", metavar="TEXT", help="what the picture shows now (default: what it says itself)")
     parser.add_argument("--source-class", metavar="N|NAME", help="the same of a class model")
     parser.add_argument("--whole", action="store_true", help="let all of the picture change, whatever it shows now")
-    parser.add_argument("--strength", help="share of the steps that are taken, above 0 to 1: how far the new part may go")
+    parser.add_argument("--strength", help="share of the steps that are taken, above 0 to 1; more changes more")
     parser.add_argument("--steps", help="steps of a whole picture")
     parser.add_argument("--guidance", help="strength of the prompt; 1 switches guidance off")
     parser.add_argument("--tau", help="temperature of the labels")

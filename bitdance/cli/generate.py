@@ -106,45 +106,61 @@ def parser(prog: str = "bitdance generate") -> Parser:
     """The options that `read_spec` reads; `examples/ray_generate.py` adds its own."""
     parser = Parser(
         prog=prog,
-        description="Pictures from prompts: one PNG each, and a line in manifest.jsonl. Finished pictures are skipped.",
+        description="Draw pictures from prompts: one PNG each, and a line in manifest.jsonl. Finished pictures are skipped.",
         epilog=f"JSONL keys: {', '.join(KEYS)}; only prompt, or class, is required. A key wins over its flag.",
     )
     parser.add_argument("prompt", nargs="*", help='one or more prompts; "" is a picture without a prompt')
-    parser.add_argument("--prompts", metavar="FILE", help=".jsonl (one object per line), .txt (one prompt per line), - (stdin)")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="prompts from a file: .txt (one per line), .jsonl (one object per line), or - for standard input",
+    )
     parser.add_argument(
         "--class",
         dest="classes",
         nargs="+",
         metavar="N|NAME|all|random:COUNT",
-        help="of a class model: numbers, names, all, or COUNT at random",
+        help="classes instead of prompts, for a class model: numbers, names, all, or COUNT at random",
     )
-    parser.add_argument("--from", dest="source", metavar="PICTURE.png", help="prompt and settings of a finished picture")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="PICTURE.png",
+        help="make a finished picture again, from the prompt and settings that it carries; flags win",
+    )
     parser.add_argument("-o", "--output", metavar="DIR", default="out", help="folder for the pictures (default: out)")
     parser.add_argument("--model", metavar="DIR|demo", help="model folder; demo (default) is the bundled model")
     parser.add_argument("--height", help="pixels; default: the model's")
     parser.add_argument("--width", help="pixels; default: the model's")
-    parser.add_argument("--steps", help="solver steps per block")
-    parser.add_argument("--guidance", help="strength of the prompt; 1 switches guidance off")
+    parser.add_argument("--steps", help="solver steps per block; fewer are quicker and coarser")
+    parser.add_argument("--guidance", help="how strongly the prompt counts; 1 switches guidance off, which halves the work")
     parser.add_argument("--preset", help=f"solver and steps at once: {', '.join(PRESETS)}; flags beside it win")
     parser.add_argument("--sampler", help=f"solver: {', '.join(SAMPLERS)} (published: the first)")
     parser.add_argument(
-        "--guidance-interval", nargs=2, metavar=("LOW", "HIGH"), help="times in [0, 1] between which guidance acts"
+        "--guidance-interval",
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide only between these times of the solver, which go from 0 (noise) to 1 (bits)",
     )
-    parser.add_argument("--last-steps", help="solver steps of the last block; those between change linearly")
-    parser.add_argument("--cfg-schedule", help="of a class model: linear (guidance rises over the blocks) or constant")
+    parser.add_argument("--last-steps", help="solver steps of the last block; from --steps in the first one they change evenly")
+    parser.add_argument("--cfg-schedule", help="for a class model: linear (guidance rises from block to block) or constant")
     parser.add_argument("--tau", help="of a refinement model: temperature of the labels")
     parser.add_argument("--schedule", help="of a refinement model: linear, cosine or ramp, how fast labels settle")
-    parser.add_argument("--seed", nargs="+", metavar="S", help="each prompt is made with each seed (default: 0)")
+    parser.add_argument("--seed", nargs="+", metavar="S", help="one picture of each prompt for each seed (default: 0)")
     parser.add_argument("--images-per-prompt", metavar="K", help="pictures per prompt and seed, with seeds counting up")
     parser.add_argument("--batch-size", metavar="B", help=f"pictures made at once (default: {BATCH_SIZE})")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
-    parser.add_argument("--no-compile", action="store_true", help="on cuda: no torch.compile, no CUDA graphs")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="on cuda: leave out torch.compile and CUDA graphs, for a quicker start"
+    )
     parser.add_argument("--dtype", choices=DTYPE_NAMES, help=DTYPE_HELP)
     parser.add_argument("--quantize", choices=QUANTIZE, help="LLM in 8 or 4 bits: half or a quarter of bfloat16's memory")
-    parser.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="head in 8 bits")
-    parser.add_argument("--lora", metavar="DIR", help="folder of an adapter (bitdance export RUN DIR --adapter) to the model")
+    parser.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="diffusion head in 8 bits")
+    parser.add_argument("--lora", metavar="DIR", help="folder of a LoRA adapter, which bitdance export RUN DIR --adapter writes")
     parser.add_argument("--lora-scale", metavar="S", help="strength of the adapter; 1 (default) is as trained")
-    parser.add_argument("--offload", action="store_true", help="model in main memory, on the device what a phase needs")
+    parser.add_argument(
+        "--offload", action="store_true", help="keep the model in main memory, and on the device only what a phase needs"
+    )
     parser.add_argument("--shard", metavar="I/N", default="0/1", help="only pictures I, I+N, I+2N, … of the whole list")
     parser.add_argument("--grid", action="store_true", help="also write grid.png, all pictures on one sheet")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz, all pictures shuffled, for ADM's evaluator")

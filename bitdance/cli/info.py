@@ -17,7 +17,7 @@ def run(argv: Sequence[str]) -> int:
     parser = Parser(prog="bitdance info", description="What a model folder holds, or how a picture was made.")
     parser.add_argument("what", metavar="MODEL|PICTURE.png", nargs="?", default="demo", help="model folder, demo or a PNG")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    parser.add_argument("--prompts", action="store_true", help="only the prompts or concepts that the model knows")
+    parser.add_argument("--prompts", action="store_true", help="list the prompts that the model knows, and nothing else")
     parser.add_argument("-v", "--verbose", action="store_true", help="every fact, also those that fill a page")
     options = parser.parse_args(argv)
     path = Path(options.what)

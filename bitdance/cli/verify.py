@@ -57,17 +57,17 @@ def run(argv: Sequence[str]) -> int:
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(
         prog="bitdance verify",
-        description="Is a model folder whole and sound; does it equal another; do two renditions predict the same bits.",
+        description="Is a model folder whole and sound; does it equal another; do two versions of it predict the same bits.",
         epilog="exit codes: 0 nothing is wrong, 1 something is, 2 bad usage",
     )
     parser.add_argument("model", metavar="MODEL", help="model folder, or demo")
-    parser.add_argument("--against", metavar="OTHER", help="folder to compare with, tensor by tensor; other values are no error")
-    apart = "… unless they are more than X apart; 0: bit for bit"
+    parser.add_argument("--against", metavar="OTHER", help="model folder to compare with, tensor by tensor; values may differ")
+    apart = "… by no more than X; 0 asks for equal bits"
     parser.add_argument("--tolerance", type=number("tolerance"), metavar="X", help=apart)
     parser.add_argument("--json", action="store_true", help="one JSON object with every tensor and every file")
     parser.add_argument("-v", "--verbose", action="store_true", help="also the SHA-256 of every file")
     group = parser.add_argument_group(
-        "bits that two renditions predict, teacher-forced",
+        "how many bits two versions predict alike",
         "The reference is OTHER or, without --against, MODEL itself. It makes pictures, and both predict every block given the "
         "reference's earlier bits and the same random draws.",
     )
@@ -76,7 +76,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     group.add_argument("--quantize-head", choices=QUANTIZE_HEAD, help="MODEL's head in 8 bits")
     group.add_argument("--against-dtype", choices=DTYPE_NAMES, help="of the reference; default: bfloat16 on cuda, else float32")
     prompts = group.add_mutually_exclusive_group()
-    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="of the pictures, may be repeated")
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt of the pictures; may be repeated")
     prompts.add_argument("--prompts", metavar="FILE", help="one prompt per line; default: what the model knows, or four of ours")
     group.add_argument("--pictures", type=number("pictures"), metavar="N", help=f"default: one per prompt given, else {PICTURES}")
     group.add_argument("--seed", type=number("seed"), default=0, help="of the first picture (default: 0), counting up")

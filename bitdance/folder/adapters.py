@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bitdance.folder.fingerprint import fingerprint
 from bitdance.folder.parts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_extras
 from bitdance.model import BitDanceModel
+from bitdance.sequence.vocabulary import with_words
 from bitdance.values import Range, check_number, shown
 from lfq_tokenizer.files import check_links
 from lfq_tokenizer.json_file import read_json
@@ -148,7 +149,14 @@ class Adapter:
                 layer.weight.copy_(new_OI)  # in place: CUDA graphs hold the address
             else:
                 layer.weight = nn.Parameter(new_OI.to(layer.weight.device), requires_grad=layer.weight.requires_grad)
+        model.extras = with_words(model.extras, self._captions())
         return before
+
+    def _captions(self) -> list[str]:
+        """What the adapter says that it was trained on: the words of its captions, or some of the captions."""
+        extras = read_extras(self.folder)
+        found = extras.get("words") or extras.get("prompts")
+        return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
 
     def _pairs(self, layers: dict[str, nn.Linear], tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         names = list(dict.fromkeys(key.removeprefix(PREFIX).removesuffix(A).removesuffix(B) for key in tensors))

@@ -13,9 +13,13 @@ TITLE, AFTER = "## Evaluation", "\n## "
 
 def main(argv: Sequence[str]) -> int:
     """Write them; what an earlier call wrote is replaced, the rest of the card stays."""
-    parser = Parser(prog="bitdance card", description="Figures of `bitdance evaluate score` → the model card of a folder.")
+    parser = Parser(
+        prog="bitdance card", description="Write figures of `bitdance evaluate score` into the model card of a folder."
+    )
     parser.add_argument("model", type=Path, help="a model folder")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FIGURES.json")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FIGURES.json", help="files that `bitdance evaluate score -o` wrote"
+    )
     arguments = parser.parse_args(list(argv))
     if not arguments.model.is_dir():
         raise FileNotFoundError(f"{arguments.model} is no folder; give a model folder")

@@ -12,9 +12,9 @@ from stages.evaluate.figure import Figure, read_figures
 def main(argv: Sequence[str]) -> int:
     """A table with a column for each file, and a plot with --plot."""
     parser = Parser(prog="bitdance evaluate compare", description="Figures that `bitdance evaluate score` wrote, side by side.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
-    parser.add_argument("--plot", type=Path, metavar="OUT.png")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json", help="files that `bitdance evaluate score -o` wrote")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png", help="draw the figures, too")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     arguments = parser.parse_args(list(argv))
     rows = side_by_side({name: read_figures(file) for name, file in zip(_names(arguments.files), arguments.files, strict=True)})
     if arguments.plot is not None:

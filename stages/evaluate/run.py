@@ -87,16 +87,16 @@ def _parser() -> Parser:
         description="The pictures of a benchmark, in the layout that its scripts read. Finished pictures are skipped.",
         epilog="All further options are those of bitdance generate, for example --steps, --guidance, --batch-size, --dtype.",
     )
-    parser.add_argument("set", choices=[*BENCHMARKS, "classes"])
+    parser.add_argument("set", choices=[*BENCHMARKS, "classes"], help="the benchmark")
     parser.add_argument(
         "source", nargs="?", type=Path, help="your copy: evaluation_metadata.jsonl; a folder of .txt (dpg) or of .json (hps)"
     )
     parser.add_argument("--model", default="demo", help="model folder, or demo")
-    parser.add_argument("-o", "--output", required=True, metavar="DIR")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", help="folder for the pictures")
     parser.add_argument("--pictures", type=count, help="per prompt (4; hps: 1) or class (50)")
     parser.add_argument("--random", type=count, metavar="COUNT", help="of classes: COUNT pictures of classes at random instead")
     parser.add_argument("--first-seed", type=int, default=0, help="every picture has its own seed, from this one on (default: 0)")
-    parser.add_argument("--shard", default="0/1", metavar="I/N")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="only pictures I, I+N, I+2N, … of the whole list")
     return parser
 
 

@@ -63,8 +63,8 @@ def _parser() -> Parser:
     parser.add_argument("--part", type=count, default=PART, help=f"pictures of a part of the inception score (default: {PART})")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which parts are taken (default: 0)")
     parser.add_argument("--model", default="", help="fingerprint of the model, where the samples do not say it")
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE.json")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.json", help="write the figures to a file, too")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
 
 

@@ -1,1 +1,1 @@
-"""The figures that README quotes: how well a tokenizer reconstructs, how well a model follows its prompts."""
+"""The figures that the guides quote: how well a tokenizer reconstructs, how well a model follows its prompts."""

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitdance.cli import Parser
 from bitdance.costs.work import evaluations
 from bitdance.heads.diffusion.settings import PRESETS, Sampling, choose
 from bitdance.pipeline import BitDancePipeline
@@ -138,15 +139,15 @@ def row(name: str, f: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     """`bitdance measure solvers …`."""
-    parser = argparse.ArgumentParser(prog="bitdance measure solvers", description="What fewer sampler steps cost.")
-    parser.add_argument("--model", default="demo")
+    parser = Parser(prog="bitdance measure solvers", description="What fewer sampler steps cost.")
+    parser.add_argument("--model", default="demo", help="model folder, or demo (default)")
     parser.add_argument("--train", nargs="+", required=True, help="shards of pictures the model was taught")
     parser.add_argument("--heldout", nargs="+", required=True, help="shards of picture × background pairs it never saw")
     parser.add_argument("--try", dest="settings", action="append", default=[], metavar="A=B,…", help="default: all presets")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind that are judged")
     parser.add_argument("--captions", type=int, default=24, help="captions for the bits' probabilities")
     parser.add_argument("--seeds", type=int, default=32, help="pictures of each of these")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts, and of the pictures (default: 0)")
     parser.add_argument("-o", "--output", type=Path, help="also write OUTPUT.md and OUTPUT.json")
     a = parser.parse_args(argv)
     if a.seeds < 2 or a.captions < 2:

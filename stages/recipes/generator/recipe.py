@@ -24,6 +24,7 @@ from bitdance.model import BitDanceModel
 from bitdance.networks.kernels import use_fused_kernels
 from bitdance.picture import grid, to_pil
 from bitdance.sequence.prompt import conditional_ids, unconditional_ids
+from bitdance.sequence.vocabulary import with_words
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.text import decoded, text_lines
 from stages.config import DataConfig, GeneratorTraining, TrainingConfig
@@ -201,6 +202,12 @@ class GeneratorRecipe:
                 known.setdefault(json.dumps(shows), captions[0])
         return list(known.values())
 
+    @cached_property
+    def _words_known(self) -> dict[str, Any]:
+        """`{"words": …}` of the model that the run started from, and of the captions since; {} where that lists none."""
+        before = {name: value for name, value in self._before.items() if name == "words"}
+        return with_words(before, texts(self.sources, self.training)) if before else {}
+
     def save_model(self, module: nn.Module, folder: Path, step: int) -> None:
         model = _objective(module).whole()
         run = self.config.run
@@ -208,13 +215,14 @@ class GeneratorRecipe:
         stages = next_card(self._before, self.training.stage, self.config, step, images)
         card = {"recipe": self.config.recipe, **stages, **self.settings()}
         if self.training.lora:
-            extras = {"base": self._base, "prompts": self._prompts_known, "card": card}
+            extras = {"base": self._base, "prompts": self._prompts_known, **self._words_known, "card": card}
             save_adapter(model, folder.with_name(ADAPTER), self.training.lora, extras)
             return
         model.extras = {
             "defaults": self.defaults(),
             "sizes": [list(size) for size in self._sizes] if len(self._sizes) <= LISTED_SIZES else [],
             "prompts": self._prompts_known,
+            **self._words_known,
             "card": card,
         }
         save_model(model, folder)

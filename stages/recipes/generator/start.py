@@ -13,6 +13,7 @@ from bitdance.model import BitDanceModel
 from bitdance.networks.backbone import Backbone
 from bitdance.networks.projector import Projector
 from bitdance.sequence.prompt import add_image_tokens, build_text_tokenizer
+from bitdance.sequence.vocabulary import MOST, words_of
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.any_tokenizer import check_makes_bits
 from lfq_tokenizer.files import check_links
@@ -61,11 +62,15 @@ def start_model(training: GeneratorTraining, texts: Callable[[], Sequence[str]],
         backbone = Backbone.from_pretrained(t.pretrained, dtype)
         if backbone.vocabulary_size < len(text_tokenizer):
             backbone.grow_vocabulary(len(text_tokenizer))
+        words: list[str] = []  # an LLM knows more than anyone can list
     else:
-        text_tokenizer = add_image_tokens(build_text_tokenizer(texts(), t.text_vocabulary), sides, head.parallel_num - 1)
+        captions = texts()
+        text_tokenizer = add_image_tokens(build_text_tokenizer(captions, t.text_vocabulary), sides, head.parallel_num - 1)
+        words = sorted(words_of(captions))
         backbone = Backbone.from_config({"model_type": "qwen3", **t.backbone, "vocab_size": len(text_tokenizer)}, dtype)
     projector = Projector(head.ch_target, head.ch_cond).to(dtype)
-    return BitDanceModel(tokenizer, text_tokenizer, projector, backbone, BinaryDiffusionHead(head).to(dtype))
+    extras = {"words": words} if 0 < len(words) <= MOST else {}
+    return BitDanceModel(tokenizer, text_tokenizer, projector, backbone, BinaryDiffusionHead(head).to(dtype), extras)
 
 
 def with_sides(model: BitDanceModel, sides: int) -> BitDanceModel:

