@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from bitdance.kinds.class_patch.settings import SCHEDULES
 from bitdance.values import RANGES, Range
-from stages.config import TrainingConfig, read_config, read_values
+from stages.config import LoraTraining, TrainingConfig, read_config, read_values
 from stages.recipes.class_patch.config import ClassTrainingConfig
 from stages.schema import Checked, Choice, Steps
 
@@ -50,10 +50,12 @@ class FewStepsConfig(TrainingConfig):
         super().__post_init__()
         if not self.generator.init:
             raise ValueError("generator.init is empty; name the teacher: a run, a checkpoint or a model folder")
-        if self.generator.lora:
-            raise ValueError("generator.lora: few evaluations are taught to the whole head; leave the adapter out")
-        # only the head learns, and nothing is taught of pictures without a prompt
-        own = replace(self.generator, freeze=("backbone", "projector"), dropout=0.0)
+        # only the head learns, or an adapter to it, and nothing is taught of pictures without a prompt
+        if lora := self.generator.lora:
+            targets = ("head.net",) if lora.targets == LoraTraining().targets else lora.targets
+            own = replace(self.generator, lora=replace(lora, targets=targets), dropout=0.0)
+        else:
+            own = replace(self.generator, freeze=("backbone", "projector"), dropout=0.0)
         object.__setattr__(self, "generator", own)
         if self.few_steps.cfg_schedule:
             said = f"few_steps.cfg_schedule = {self.few_steps.cfg_schedule!r}"

@@ -16,6 +16,8 @@ from bitdance.cli import main as bitdance
 from distill.cli import main as distill
 from distill.few_steps_config import load_config
 from distill.few_steps_text import FewStepsTextObjective, build_recipe
+from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.weights import read_safetensors
 from stages.engine.checkpoint import newest
 from stages.engine.loader import step_generator
 
@@ -78,6 +80,76 @@ def test_only_the_head_learns_and_goes_on_exactly(place: Path, tmp_path: Path) -
         teacher("a red circle", preset="instant")
 
 
+def test_an_adapter_makes_a_student_of_the_teacher(place: Path, tmp_path: Path, capsys: Any) -> None:
+    """Trained, stopped and resumed, loaded, merged, taken out again; the file is small and says how it samples."""
+    pytest.importorskip("peft", reason="peft is not installed (extra train)")
+    lora = "generator.lora.rank=2", "generator.lora.dropout=0.1", "few_steps.evaluations=1"
+    said = changes(place, "optimizer.lr=1e-2", "run.sample_every=100", *lora)
+    for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        assert distill([str(CONFIG), *settings(*said, f"run.out={tmp_path / out}", f"run.steps={steps}")]) == 0
+    whole, teacher = newest(tmp_path / "whole"), newest(place / "teacher") / "model"
+    same(whole, newest(tmp_path / "parts"))
+    assert sorted(path.name for path in whole.iterdir()) == ["adapter", "manifest.json", "resume"]
+    weights = read_safetensors(whole / "adapter" / "adapter_model.safetensors")
+    assert all(".head.net." in name and "time_embed" not in name and tensor.any() for name, tensor in weights.items())
+    assert {name.split("head.net.")[1].split(".")[0] for name in weights} == {
+        "cond_embed", "input_proj", "ada_ln_blocks", "res_blocks", "final_layer",
+    }  # fmt: skip
+    own = {"guidance_scale": 1.0, "preset": "quick", "sampler": "direct", "num_inference_steps": 1}
+    assert read_json(whole / "adapter" / "bitdance.json")["defaults"] == own
+
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    assert bitdance(["export", str(tmp_path / "whole"), str(adapter), "--adapter"]) == 0
+    assert bitdance(["export", str(tmp_path / "whole"), str(merged)]) == 0
+    pipe = BitDancePipeline.from_pretrained(teacher, device="cpu", dtype="float32")
+    before = pipe("a red circle", seed=1, output_type="bits").bits
+    pipe.load_lora_weights(adapter)
+    loaded = pipe("a red circle", seed=1, output_type="bits").bits
+    student = BitDancePipeline.from_pretrained(merged, device="cpu", dtype="float32")
+    assert torch.equal(student("a red circle", seed=1, output_type="bits").bits, loaded) and not torch.equal(loaded, before)
+    assert student.model.extras["defaults"].items() >= own.items()
+    assert torch.equal(pipe("a red circle", seed=1, output_type="bits", preset="instant").bits, loaded)
+    with pytest.raises(ValueError, match="it takes 'direct' alone"):
+        pipe("a red circle", preset="fast")
+    pipe.unload_lora_weights()
+    assert torch.equal(pipe("a red circle", seed=1, output_type="bits").bits, before)
+    with pytest.raises(ValueError, match="was not: take"):
+        pipe("a red circle", preset="instant")
+    with pytest.raises(ValueError, match="lora_scale = 0.5 with the adapter .*use it whole"):
+        pipe.load_lora_weights(adapter, scale=0.5)
+
+    asked = ["generate", "a red circle", "--device", "cpu", "--dtype", "float32", "--model"]
+    for out, model in (("one", [str(teacher), "--lora", str(adapter)]), ("other", [str(merged)])):
+        assert bitdance([*asked, *model, "-o", str(tmp_path / out)]) == 0
+    (one,), (other,) = ((tmp_path / out).glob("0*.png") for out in ("one", "other"))
+    assert read_png(one) == read_png(other)
+    again = ["generate", "--from", str(one), "--device", "cpu", "--model", str(teacher), "-o", str(tmp_path / "again")]
+    assert bitdance(again) == 2 and "made with the adapter" in capsys.readouterr().err
+    assert bitdance([*again, "--lora", str(adapter)]) == 0
+    assert next((tmp_path / "again").glob("0*.png")).read_bytes() == one.read_bytes()
+
+
+def test_the_teacher_beside_an_adapter_is_the_model_as_it_was(place: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed (extra train)")
+    made, plain = recipe(place, "generator.lora.rank=2"), recipe(place)
+    teachers = [part.module.teacher.module for part in (made, plain)]
+    assert same_tensors(teachers[0], teachers[1])
+    with torch.no_grad():
+        for name, weight in made.module.model.head.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.1)
+    assert same_tensors(teachers[0], teachers[1])
+    batch = plain.feed.batch(range(3), step_generator(0, 0, 0)).batch
+    changed, before = (part.module.eval().rows(batch)[0] for part in (made, plain))
+    assert changed.shape == before.shape and not torch.allclose(changed, before, atol=1e-3)
+    assert {name for name, parameters in made.parts().items() if parameters} == {"head"}
+
+
+def same_tensors(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def recipe(place: Path, *more: str, shards: str = "bits") -> Any:
     return build_recipe(load_config(CONFIG, changes(place, "run.out=unused", *more, shards=shards)))
 
@@ -119,6 +191,7 @@ def test_what_does_not_fit_is_refused(place: Path, capsys: Any) -> None:
         (["few_steps.cfg_schedule=linear"], "one guidance for all blocks"),
         (["few_steps.steps=0"], "few_steps.steps"),
         (["few_steps.evaluations=0"], "evaluations"),
+        (['generator.lora.targets=["backbone"]'], 'name layers of it, or leave targets out for ["head.net"]'),
     ):
         assert distill([str(CONFIG), *settings(*changes(place, *wrong))]) == 2
         assert said in capsys.readouterr().err

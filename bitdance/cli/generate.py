@@ -174,6 +174,8 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
         if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')} is not for the kind of model in {model}; leave it out")
     height, width = rules.default_size
+    if adapter := _adapter(options, picture, folder):
+        rules.adapt(adapter)
     settings = rules.sampling(_overrides(options, picture, getattr(rules, "words", ())), options.preset, bool(picture))
     values: dict[str, Any] = {
         "height": height,
@@ -192,7 +194,6 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
     check_quantization(**quantized, device=device)
     if options.offload and device == "cpu":
         raise UsageError("--offload needs a device beside main memory; leave it out on cpu")
-    adapter = _adapter(options, picture, folder)
     mark = rules.fingerprint()
     if picture.get("model_fingerprint", mark) != mark:
         report(f"{options.source} was made with other weights ({picture['model_fingerprint']}, not {mark})", "warning")
