@@ -14,7 +14,7 @@ from bitdance.heads.diffusion.network import BinaryDiffusionHead
 from bitdance.heads.diffusion.settings import choose
 from bitdance.model import BitDanceModel
 from distill.documents import DistillBatch, TeacherLayout
-from distill.few_steps import ends, few_steps_loss, guided
+from distill.few_steps import drawn_guidance, ends, few_steps_loss, guided
 from distill.few_steps_config import FewSteps, FewStepsConfig
 from lfq_tokenizer.text import listed
 from stages.config import GeneratorTraining
@@ -37,6 +37,8 @@ class FewStepsTextObjective(GeneratorObjective):
     ) -> None:
         super().__init__(model, training)
         self.teacher, self.few, self.guidance = Frozen(teacher.eval().requires_grad_(False)), few, guidance
+        if few.range:
+            model.head.take_guidance(few.range[1])
 
     def rows(self, batch: GeneratorBatch) -> tuple[Tensor, Tensor]:
         """Mean squares of each token (rows,P), and the share of bits that one evaluation from noise has right."""
@@ -51,11 +53,12 @@ class FewStepsTextObjective(GeneratorObjective):
             cond_MPD = self.model.conditions(sequence, attention)
             without_MPD = view.as_student(self.model.conditions(view.seen(sequence, flipped=True), attention), 1, P)
             cond_KPD, without_KPD = (part.repeat(S, 1, 1) for part in (cond_MPD, without_MPD))
-            guidance_111 = cond_KPD.new_full((1, 1, 1), self.guidance, dtype=torch.float32)
-            predict = guided(self.teacher.module, cond_KPD, without_KPD, guidance_111)
             noise_KPC = noise.noise_SMPC.flatten(0, 1)
+            taught_K = drawn_guidance(noise_KPC, *self.few.range) if self.few.range else None
+            guidance_K = cond_KPD.new_full((1,), self.guidance, dtype=torch.float32) if taught_K is None else taught_K
+            predict = guided(self.teacher.module, cond_KPD, without_KPD, guidance_K[:, None, None])
             end_KPC = ends(predict, noise_KPC, self.few.steps, self.model.head.config.time_shift)
-        return few_steps_loss(self.model.head, cond_KPD, noise_KPC, end_KPC, noise.time_SM.flatten())
+        return few_steps_loss(self.model.head, cond_KPD, noise_KPC, end_KPC, noise.time_SM.flatten(), taught_K)
 
     def forward(self, batch: GeneratorBatch, generator: torch.Generator, step: int) -> Losses:
         self.seed_dropout(generator)
@@ -93,7 +96,7 @@ def build_recipe(config: FewStepsConfig) -> FewStepsTextRecipe:
             f"generator.lora.targets = {list(training.lora.targets) if training.lora else []} reaches {listed(other)}; few "
             'evaluations are taught to the head alone: name layers of it, or leave targets out for ["head.net"]'
         )
-    guidance = max(1.0, few.guidance or own.guidance)
+    guidance = few.folded(own.guidance)
     both = TeacherLayout.of(student, True)
     layout = dataclasses.replace(both, texts=both.texts[1:])  # the prompts are in the student's own batch
     return FewStepsTextRecipe(
@@ -103,6 +106,6 @@ def build_recipe(config: FewStepsConfig) -> FewStepsTextRecipe:
         FewStepsTextObjective(student, training, without_lora(student.head), few, guidance),
         layout,
         beside=[student],
-        defaults={"guidance_scale": 1.0, "preset": "quick", "sampler": "direct", "num_inference_steps": few.evaluations},
-        card={"few_steps": {**dataclasses.asdict(few), "guidance": guidance}},
+        defaults={"preset": "quick", **few.defaults(own.guidance)},
+        card={"few_steps": {**dataclasses.asdict(few), "guidance": few.range or guidance}},
     )

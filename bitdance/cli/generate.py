@@ -188,6 +188,9 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
     values.setdefault("seeds", (picture["seed"],) if "seed" in picture else (0,))
     jobs = Jobs(requests, JobDefaults(**values), rules.check_size, shard, rules.requests)
 
+    for guidance in jobs.guidances:
+        settings.changed(guidance=guidance)  # which the model may not take
+
     device = usable_device(options.device)
     dtype = resolve_dtype(options.dtype or picture.get("dtype"), device)
     quantized = {name: getattr(options, name) or picture.get(name) for name in ("quantize", "quantize_head")}

@@ -91,7 +91,7 @@ def evaluations(sampling: Sampling, steps: int, time_shift: float = 1.0) -> list
         return x_KPC.repeat(branches[-1], 1, 1)
 
     def velocity(x_KPC: Tensor, t: float) -> Tensor:
-        return guided_velocity(denoise, x_KPC, t, sampling.guidance, sampling.guidance_interval)
+        return guided_velocity(denoise, x_KPC, t, sampling.between_branches, sampling.guidance_interval)
 
     nothing = torch.zeros(1, 1, 1)
     SAMPLERS[sampling.sampler](velocity, nothing, steps, lambda: nothing, time_shift)
