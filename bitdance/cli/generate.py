@@ -166,7 +166,7 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
     from bitdance.generator import module_of
     from bitdance.jobs.runner import RunSpec
     from bitdance.networks.precision import resolve_dtype, usable_device
-    from bitdance.networks.quantize import check_quantization
+    from bitdance.networks.quantize import check_quantization, speed_of
 
     folder = resolve(model)
     rules = module_of(folder).rules(folder)
@@ -195,6 +195,9 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
     dtype = resolve_dtype(options.dtype or picture.get("dtype"), device)
     quantized = {name: getattr(options, name) or picture.get(name) for name in ("quantize", "quantize_head")}
     check_quantization(**quantized, device=device)
+    if device == "cpu" and not options.quiet:
+        for kind in dict.fromkeys(filter(None, quantized.values())):
+            report(speed_of(kind, dtype), "warning")
     if options.offload and device == "cpu":
         raise UsageError("--offload needs a device beside main memory; leave it out on cpu")
     mark = rules.fingerprint()
