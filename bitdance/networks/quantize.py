@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -136,16 +136,20 @@ class Int8Linear(nn.Linear):
     STRIP = 256  # rows
 
     def forward(self, input: Tensor) -> Tensor:
-        integers_OI, scale = getattr(self.weight, "qdata", None), getattr(self.weight, "scale", None)
-        known = integers_OI is not None and scale is not None and scale.numel() == len(integers_OI)  # names are torchao's
-        if not known or input.device.type != "cpu" or torch.is_grad_enabled():
-            return super().forward(input)
+        weight: Any = self.weight  # torchao's, with its names
+        known = all(isinstance(getattr(weight, name, None), Tensor) for name in ("qdata", "scale"))
+        by_row = known and weight.scale.numel() == len(weight.qdata)
+        if by_row and input.device.type == "cpu" and not torch.is_grad_enabled():
+            return self._in_strips(input, weight.qdata, weight.scale.flatten())
+        return super().forward(input)
+
+    def _in_strips(self, input: Tensor, integers_OI: Tensor, scale_O: Tensor) -> Tensor:
         out = input.new_empty(*input.shape[:-1], len(integers_OI))
         strip_SI = input.new_empty(self.STRIP, self.in_features)
         for start in range(0, len(integers_OI), self.STRIP):
             part_SI = integers_OI[start : start + self.STRIP]
             out[..., start : start + len(part_SI)] = multiplied(input, strip_SI[: len(part_SI)].copy_(part_SI))
-        out *= scale.to(out.dtype).flatten()
+        out *= scale_O.to(out.dtype)
         return out if self.bias is None else out + self.bias
 
 
@@ -185,7 +189,8 @@ def times_as_long(kind: str, dtype: torch.dtype) -> float:
     """How many times as long as with plain weights of this dtype a linear layer of the 14B's width takes with weights of this
     kind on this CPU: measured, in one thread and a few seconds, as the quickest of several products each. ValueError where
     the library is missing."""
-    check_quantization(*((kind, None) if kind in BACKBONE_SCHEMES else (None, kind)), "cpu")
+    part = "quantize" if kind in BACKBONE_SCHEMES else "quantize_head"
+    check_quantization(**{"quantize": None, "quantize_head": None, part: kind}, device="cpu")
     threads, seconds = torch.get_num_threads(), {}
     torch.set_num_threads(1)
     try:
