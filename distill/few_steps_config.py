@@ -33,7 +33,7 @@ class FewSteps(Checked):
     SECTION = "few_steps"
 
     # folded in; 0: the teacher's default; two numbers: an input of the student, within this range
-    guidance: Annotated[float | tuple[float, float], NumberOrRange(0, 1000, whole=False)] = 0.0
+    guidance: Annotated[float | tuple[float, float], NumberOrRange(0, 1000, whole=False, hint="; or two, as a range")] = 0.0
     cfg_schedule: Annotated[str, Choice(("", *SCHEDULES))] = ""  # of the guidance; empty: the teacher's default
     steps: Steps = 8  # of the teacher's solver
     evaluations: Annotated[int, Range(1, 16)] = 2  # the default of the saved model
@@ -41,13 +41,14 @@ class FewSteps(Checked):
     @property
     def range(self) -> tuple[float, float] | None:
         """Of the guidance that is an input; None where one number is folded in."""
-        return self.guidance if isinstance(self.guidance, tuple) else None
+        return None if isinstance(self.guidance, (int, float)) else guidance_range(self.guidance)
 
     def folded(self, own: float) -> float:
         """The guidance that is folded in, or the default within the range; `own` is the teacher's default."""
-        if isinstance(self.guidance, tuple):
-            return min(max(own, self.guidance[0]), self.guidance[1])
-        return max(1.0, self.guidance or own)
+        if isinstance(self.guidance, (int, float)):
+            return max(1.0, self.guidance or own)
+        low, high = guidance_range(self.guidance)
+        return min(max(own, low), high)
 
     def defaults(self, own: float) -> dict[str, Any]:
         """How the saved model samples."""

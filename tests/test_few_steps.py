@@ -238,6 +238,13 @@ def test_a_range_of_guidance_is_two_scales(wrong: list[Any]) -> None:
         FewSteps(guidance=wrong)  # type: ignore[arg-type]
 
 
+def test_a_scale_or_a_range_is_what_the_student_starts_from() -> None:
+    assert FewSteps().folded(3.0) == 3.0 and FewSteps(guidance=2.0).folded(3.0) == 2.0 and FewSteps().folded(0.0) == 1.0
+    taught = FewSteps(guidance=[1, 4])  # type: ignore[arg-type]
+    assert taught.range == (1.0, 4.0) and [taught.folded(own) for own in (0.0, 2.5, 9.0)] == [1.0, 2.5, 4.0]
+    assert taught.defaults(9.0)["guidance_range"] == [1.0, 4.0] and "guidance_range" not in FewSteps().defaults(9.0)
+
+
 def drawn_head() -> BinaryDiffusionHead:
     torch.manual_seed(0)
     head = BinaryDiffusionHead(HeadConfig(4, 8, 32, 2, 1, 4, head_dim=32)).double()

@@ -246,3 +246,9 @@ def test_what_does_not_fit_is_refused(place: Path, capsys: Any) -> None:
     assert distill([str(CONFIG), *settings(*changes(place, "data.mix={16=1}")), "--dry-run"]) == 0, capsys.readouterr().err
     trained = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:] if line.strip()}
     assert trained["backbone:"] == "frozen" != trained["head"], trained
+    pytest.importorskip("peft", reason="peft is not installed (extra train)")
+    adapter = changes(place, "data.mix={16=1}", "generator.lora.rank=2")
+    assert distill([str(CONFIG), *settings(*adapter), "--dry-run", "--json"]) == 0
+    parts = json.loads(capsys.readouterr().out)["parameters"]
+    assert [name for name, part in parts.items() if part["trained"]] == ["head"]
+    assert parts["head"]["trained"] < parts["head"]["all"] / 5
