@@ -75,7 +75,8 @@ class BitDancePipeline(PictureCoding):
         self._cancelled: set[int] = set()
         self._unknown: set[str] = set()  # words that a warning has named
         self.offload: PhaseOffload | None = None
-        self._without_lora: dict[str, Tensor] | None = None  # weights that a loaded adapter has changed
+        # weights that a loaded adapter has changed, and what the model said of itself
+        self._without_lora: tuple[dict[str, Tensor], dict[str, Any]] | None = None
 
     @classmethod
     def from_pretrained(
@@ -165,14 +166,16 @@ class BitDancePipeline(PictureCoding):
         adapter = Adapter.read(folder, scale)
         if self.model.folder is not None:
             adapter.check_base(self.model.folder)
-        self._without_lora = adapter.add_to(self.model)
+        extras = self.model.extras
+        self._without_lora = adapter.add_to(self.model), extras
 
     def unload_lora_weights(self) -> None:
         """The weights of before `load_lora_weights`, bit for bit. Nothing happens without a loaded adapter."""
         if self._without_lora is not None:
             if self.offload is not None:
                 raise ValueError("the model moves by phases; load it again, without the adapter")
-            restore(self.model, self._without_lora)
+            weights, self.model.extras = self._without_lora
+            restore(self.model, weights)
         self._without_lora = None
 
     def fuse_lora(self) -> None:

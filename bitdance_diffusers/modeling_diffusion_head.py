@@ -43,6 +43,7 @@ class BitDanceDiffusionHead(Component):
         P_std: float = 1.0,
         diff_batch_mul: int = 1,
         grad_checkpointing: bool = False,
+        guidance_max: float = 0.0,
     ) -> None:
         super().__init__()
         head = _Head(HeadConfig.from_dict({k: v for k, v in self.config.items() if not k.startswith("_")}))

@@ -73,6 +73,7 @@ def figures(studies: Mapping[str, Any], device: str, predicted: float | None) ->
     def ratio(above: float | None, below: float | None) -> float | None:
         return above / below if above and below else None
 
+    quick, instant = (run("batch-1", preset, 1) for preset in ("quick", "instant"))
     own, balanced, sixteen = run("batch-1", "own", 1), run("batch-1", "balanced", 1), run("batch-16", "balanced", 16)
     stick, eager = run("yardstick", "own", 1), run("eager", "own", 1)
     floor = own.get("phases", {}).get("total", {}).get("floor_seconds")
@@ -86,6 +87,12 @@ def figures(studies: Mapping[str, Any], device: str, predicted: float | None) ->
         figure("the same, times faster than the published procedure", stick.get("yardstick", {}).get("times_faster"), "×", "≥ 1"),
         figure("the same, bits equal to the published procedure's", stick.get("yardstick", {}).get("equal_bits"), ""),
         figure("compiled with graphs, times faster than without", ratio(eager.get("seconds"), own.get("seconds")), "×", "≥ 1"),
+        figure("preset quick (two evaluations, guidance folded in), batch 1", quick.get("seconds"), "s"),
+        figure("preset instant, batch 1", instant.get("seconds"), "s"),
+        *(
+            figure(f"preset quick, batch {batch}", run("batch-16", "quick", batch).get("images_per_s"), "pictures/s")
+            for batch in (2, 4, 16)
+        ),
         figure("preset balanced, batch 1", balanced.get("images_per_s"), "pictures/s"),
         figure("preset balanced, batch 16", sixteen.get("images_per_s"), "pictures/s"),
         figure(

@@ -19,8 +19,9 @@ part() { # NAME OPTION…
     cat "$OUT/$1.txt"
 }
 
-part batch-1 --batch 1 --preset own balanced --repeats 3
-part batch-16 --batch 16 --preset balanced --repeats 2
+# quick and instant: two and one evaluations of a head that was taught so, with guidance folded in; random weights take the same time
+part batch-1 --batch 1 --preset own balanced quick instant --repeats 3
+part batch-16 --batch 2 4 16 --preset balanced quick --repeats 2 # where arithmetic takes over: bench --floor h200 says it
 part int8 --batch 1 16 --preset balanced --quantize int8 --quantize-head int8 --repeats 2
 part yardstick --batch 1 --preset own --yardstick --repeats 1 # two models, 65 GB
 part eager --batch 1 --preset own --no-compile --repeats 1

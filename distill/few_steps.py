@@ -6,7 +6,8 @@ A head predicts the bits x̂(x_t, t) of a noisy block. With guidance g the teach
 
 leads every z to an end F(z) in {−1,+1}^(P·C). F turns noise into whole blocks: what ties the bits of a block to one another is in
 it. The student f is the same network, called once; it sees a point, a time and the condition with the prompt or class alone, so
-guidance costs it nothing. It learns its first guess, and to mend it:
+guidance costs it nothing; where one student is to serve a range of g, g is one more input of it. It learns its first guess, and
+to mend it:
 
     E|f(z, 0) − F(z)|²  +  E|f(x, t) − F(z)|²,    x = (1 − t)·z + t·f(z, 0) without gradient, t random
 
@@ -65,12 +66,23 @@ def ends(teacher: Predict, noise_KPC: Tensor, steps: int, time_shift: float = 1.
     return binarize_unchecked(SAMPLERS[SOLVER](velocity, noise_KPC, steps, _no_noise, time_shift))[0]
 
 
+def drawn_guidance(noise_KPC: Tensor, low: float, high: float) -> Tensor:
+    """A guidance scale for each row (K,), uniform from `low` to `high`: the decimals of the row's first number from the fourth
+    on, which say nothing of its size. So the scale is a function of the sample, like all that is random about it."""
+    return low + (high - low) * (1000 * noise_KPC[:, 0, 0].abs()).frac()
+
+
 def few_steps_loss(
-    head: BinaryDiffusionHead, cond_KPD: Tensor, noise_KPC: Tensor, end_KPC: Tensor, time_K: Tensor
+    head: BinaryDiffusionHead,
+    cond_KPD: Tensor,
+    noise_KPC: Tensor,
+    end_KPC: Tensor,
+    time_K: Tensor,
+    guidance_K: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean squares over the bits (2K,P), of the first guesses and then of the mended ones at the times (K,), and the share of
-    bits of the first guesses that have the sign of the end."""
-    embedded_KPW = head.prepare(cond_KPD)
+    bits of the first guesses that have the sign of the end. `guidance_K` for a head that takes it as an input."""
+    embedded_KPW = head.prepare(cond_KPD, guidance_K)
 
     def student(x_KPC: Tensor, t_K: Tensor) -> Tensor:
         x_hat: Tensor = head.net(x_KPC, head.net.time_embed(t_K), embedded_KPW)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitdance.heads.diffusion.network import BinaryDiffusionHead
 from bitdance.kinds.class_patch.model import ClassPatchModel
 from bitdance.kinds.class_patch.settings import ClassSettings, choose
-from distill.few_steps import ends, few_steps_loss, guided
+from distill.few_steps import drawn_guidance, ends, few_steps_loss, guided
 from distill.few_steps_config import DistillClassConfig, FewSteps
 from stages.recipe import Losses
 from stages.recipes.class_patch.recipe import ClassPatchRecipe
@@ -30,6 +30,9 @@ class FewStepsObjective(PictureObjective):
         self, model: ClassPatchModel, tokenizer: nn.Module, teacher: BinaryDiffusionHead, few: FewSteps, settings: ClassSettings
     ) -> None:
         super().__init__(model, tokenizer)
+        if few.range:
+            model.config = dataclasses.replace(model.config, guidance_max=few.range[1])
+            model.head.take_guidance(few.range[1])
         model.requires_grad_(False).head.requires_grad_(True)
         self.teacher, self.few = Frozen(teacher.eval().requires_grad_(False)), few
         M = model.config.num_blocks
@@ -57,10 +60,12 @@ class FewStepsObjective(PictureObjective):
                 self.model.conditions(seen_BNC, of).reshape(-1, shape.parallel_num, shape.dim).repeat(shape.diff_batch_mul, 1, 1)
                 for of in (batch.condition, nothing)
             )
-            guidance_K11 = self.guidance_M.repeat(len(bits_BNC) * shape.diff_batch_mul)[:, None, None]
-            teacher = guided(self.teacher.module, cond_KPD, uncond_KPD, guidance_K11)
+            # as an input it is taught from 1 on, so that it may rise over the blocks
+            taught_K = drawn_guidance(noise.noise_KPC, 1.0, self.few.range[1]) if self.few.range else None
+            guidance_K = self.guidance_M.repeat(len(bits_BNC) * shape.diff_batch_mul) if taught_K is None else taught_K
+            teacher = guided(self.teacher.module, cond_KPD, uncond_KPD, guidance_K[:, None, None])
             end_KPC = ends(teacher, noise.noise_KPC, self.few.steps, shape.time_shift)
-        return few_steps_loss(self.model.head, cond_KPD, noise.noise_KPC, end_KPC, noise.time_K)
+        return few_steps_loss(self.model.head, cond_KPD, noise.noise_KPC, end_KPC, noise.time_K, taught_K)
 
 
 class FewStepsRecipe(ClassPatchRecipe):
@@ -81,10 +86,10 @@ class FewStepsRecipe(ClassPatchRecipe):
             raise ValueError(
                 f"class_patch.init = {config.class_patch.init!r} was distilled to few evaluations itself; name its teacher"
             )
-        settings = ClassSettings(own.sampling.changed(guidance=few.guidance or None), few.cfg_schedule or own.cfg_schedule)
+        settings = ClassSettings(own.sampling.changed(guidance=few.folded(own.guidance)), few.cfg_schedule or own.cfg_schedule)
         self.module = FewStepsObjective(objective.model, self.tokenizer, copy.deepcopy(objective.model.head), few, settings)
-        self._evaluations = few.evaluations
-        folded = {"guidance": settings.guidance, "cfg_schedule": settings.cfg_schedule}
+        self._own = few.defaults(own.guidance) | ({"cfg_schedule": settings.cfg_schedule} if few.range else {})
+        folded = {"guidance": few.range or settings.guidance, "cfg_schedule": settings.cfg_schedule}
         self.card = {"few_steps": {**dataclasses.asdict(few), **folded}}
 
     def parts(self) -> dict[str, list[nn.Parameter]]:
@@ -93,5 +98,4 @@ class FewStepsRecipe(ClassPatchRecipe):
 
     def defaults(self) -> dict[str, object]:
         """Guidance is in the weights, and one solver fits them."""
-        own = {"num_inference_steps": self._evaluations, "sampler": "direct", "guidance_scale": 1.0}
-        return {**self.training.defaults, **own}
+        return {**self.training.defaults, **self._own}

@@ -1,10 +1,9 @@
 """Few evaluations for a model of prompts: what the engine trains, with the teacher's head beside it.
 
-Only the head learns; backbone and projector are the teacher's and stay as they are. The conditions without the prompt come of the
-same pictures laid out once more (`distill/view.py`).
+Only the head learns, or with `[generator.lora]` an adapter to it; backbone and projector are the teacher's and stay as they
+are. The conditions without the prompt come of the same pictures laid out once more (`distill/view.py`).
 """
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -15,13 +14,15 @@ from bitdance.heads.diffusion.network import BinaryDiffusionHead
 from bitdance.heads.diffusion.settings import choose
 from bitdance.model import BitDanceModel
 from distill.documents import DistillBatch, TeacherLayout
-from distill.few_steps import ends, few_steps_loss, guided
+from distill.few_steps import drawn_guidance, ends, few_steps_loss, guided
 from distill.few_steps_config import FewSteps, FewStepsConfig
+from lfq_tokenizer.text import listed
 from stages.config import GeneratorTraining
 from stages.engine.processes import mean_over_processes
 from stages.recipe import Losses
 from stages.recipes.frozen import Frozen
 from stages.recipes.generator.documents import GeneratorBatch
+from stages.recipes.generator.lora import without_lora
 from stages.recipes.generator.objective import GeneratorObjective
 from stages.recipes.generator.recipe import GeneratorRecipe, fresh_model, open_sources, texts
 from stages.recipes.generator.start import start_model
@@ -36,6 +37,8 @@ class FewStepsTextObjective(GeneratorObjective):
     ) -> None:
         super().__init__(model, training)
         self.teacher, self.few, self.guidance = Frozen(teacher.eval().requires_grad_(False)), few, guidance
+        if few.range:
+            model.head.take_guidance(few.range[1])
 
     def rows(self, batch: GeneratorBatch) -> tuple[Tensor, Tensor]:
         """Mean squares of each token (rows,P), and the share of bits that one evaluation from noise has right."""
@@ -50,13 +53,15 @@ class FewStepsTextObjective(GeneratorObjective):
             cond_MPD = self.model.conditions(sequence, attention)
             without_MPD = view.as_student(self.model.conditions(view.seen(sequence, flipped=True), attention), 1, P)
             cond_KPD, without_KPD = (part.repeat(S, 1, 1) for part in (cond_MPD, without_MPD))
-            guidance_111 = cond_KPD.new_full((1, 1, 1), self.guidance, dtype=torch.float32)
-            predict = guided(self.teacher.module, cond_KPD, without_KPD, guidance_111)
             noise_KPC = noise.noise_SMPC.flatten(0, 1)
+            taught_K = drawn_guidance(noise_KPC, *self.few.range) if self.few.range else None
+            guidance_K = cond_KPD.new_full((1,), self.guidance, dtype=torch.float32) if taught_K is None else taught_K
+            predict = guided(self.teacher.module, cond_KPD, without_KPD, guidance_K[:, None, None])
             end_KPC = ends(predict, noise_KPC, self.few.steps, self.model.head.config.time_shift)
-        return few_steps_loss(self.model.head, cond_KPD, noise_KPC, end_KPC, noise.time_SM.flatten())
+        return few_steps_loss(self.model.head, cond_KPD, noise_KPC, end_KPC, noise.time_SM.flatten(), taught_K)
 
     def forward(self, batch: GeneratorBatch, generator: torch.Generator, step: int) -> Losses:
+        self.seed_dropout(generator)
         loss_RP, right = self.rows(batch)
         own = torch.tensor(float(loss_RP.numel()), dtype=torch.float64, device=loss_RP.device)
         share = (own / mean_over_processes(own).clamp(min=1e-9)).to(loss_RP.dtype)  # as in `GeneratorObjective.forward`
@@ -86,16 +91,21 @@ def build_recipe(config: FewStepsConfig) -> FewStepsTextRecipe:
     own = choose(known)
     if own.sampler == "direct":
         raise ValueError(f"generator.init = {training.init!r} was distilled to few evaluations itself; name its teacher")
-    guidance = max(1.0, few.guidance or own.guidance)
+    if other := [name for name, p in student.named_parameters() if "lora_" in name and not name.startswith("head.")]:
+        raise ValueError(
+            f"generator.lora.targets = {list(training.lora.targets) if training.lora else []} reaches {listed(other)}; few "
+            'evaluations are taught to the head alone: name layers of it, or leave targets out for ["head.net"]'
+        )
+    guidance = few.folded(own.guidance)
     both = TeacherLayout.of(student, True)
     layout = dataclasses.replace(both, texts=both.texts[1:])  # the prompts are in the student's own batch
     return FewStepsTextRecipe(
         config,
         sources,
         student,
-        FewStepsTextObjective(student, training, copy.deepcopy(student.head), few, guidance),
+        FewStepsTextObjective(student, training, without_lora(student.head), few, guidance),
         layout,
         beside=[student],
-        defaults={"guidance_scale": 1.0, "preset": "quick", "sampler": "direct", "num_inference_steps": few.evaluations},
-        card={"few_steps": {**dataclasses.asdict(few), "guidance": guidance}},
+        defaults={"preset": "quick", **few.defaults(own.guidance)},
+        card={"few_steps": {**dataclasses.asdict(few), "guidance": few.range or guidance}},
     )

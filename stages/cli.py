@@ -19,6 +19,7 @@ MEASURES = {
     "solvers": "what fewer sampler steps cost",
     "edits": "does a changed picture show what was asked, and keep the rest",
     "classes": "how well a class-conditional model makes its classes, beside real pictures",
+    "few_steps": "a student of few evaluations beside its teacher",
 }
 
 EVALUATIONS = {
@@ -139,7 +140,7 @@ def card(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(argv: Sequence[str] | None = None) -> int:
-    """`bitdance measure prompts|composition|solvers|edits|classes`: how well a model does."""
+    """`bitdance measure prompts|composition|solvers|edits|classes|few_steps`: how well a model does."""
     return guarded("bitdance measure", _measure, argv)
 
 

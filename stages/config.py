@@ -206,8 +206,9 @@ PARTS = ("backbone", "projector", "head")
 class LoraTraining(Checked):
     """[generator.lora]: instead of the model's own weights, train low-rank changes s·B·A of its linear layers, s = alpha / rank.
 
-    `targets`: "backbone" and "head" mean all linear layers of the LLM's layers and of the head's blocks; any other name means the
-    linear layers whose name ends in it, for instance "q_proj", "attn.wqkv" or "head.net.final_layer.linear".
+    `targets`: "backbone" and "head" mean all linear layers of the LLM's layers and of the head's blocks, "head.net" all of the
+    head's but the embedding of times; any other name means the linear layers whose name ends in it, for instance "q_proj",
+    "attn.wqkv" or "head.net.final_layer.linear".
     """
 
     SECTION = "generator.lora"
@@ -301,8 +302,8 @@ class TrainingConfig:
             raise ValueError("data.train and data.sources are both given; name the shards in one of them")
         if not self.data.train and not self.data.sources:
             raise ValueError('data.train is empty; name the shards, for example data.train = ["shards/*.tar"]')
-        if self.generator.lora and self.recipe != "generator":
-            raise ValueError(f"generator.lora is not for recipe {self.recipe!r}; it belongs to recipe 'generator'")
+        if self.generator.lora and self.recipe not in ("generator", "few_steps"):
+            raise ValueError(f"generator.lora is not for recipe {self.recipe!r}; it belongs to 'generator' and 'few_steps'")
 
 
 Schema = TypeVar("Schema", bound=TrainingConfig)

@@ -22,7 +22,7 @@ from bitdance.bench.plain import generate_plain
 from bitdance.cli import main
 from bitdance.costs.peak import Peak, measure_peak
 from bitdance.costs.shapes import SHAPES
-from bitdance.costs.work import Generation, Work, evaluations, work
+from bitdance.costs.work import Generation, Work, evaluations, turning_batch, work
 from bitdance.folder.checkpoint import load_model
 from bitdance.folder.config import ModelConfig
 from bitdance.folder.parts import DEMO
@@ -285,9 +285,56 @@ def test_a_floor_needs_no_model_and_no_machine(
     assert "floor s" in capsys.readouterr().out
 
 
+def floors(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    assert main(["bench", "--shape", "14b-64x", "--json", *arguments]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_two_evaluations_on_an_h200_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
+    """51 and 2 evaluations of the published shape, guidance folded into the student: bytes set the pace of one picture."""
+    runs = floors(capsys, "--floor", "h200", "--preset", "own", "quick")["runs"]
+    layers = 40 * (2 * 5120 * 5120 + 2 * 5120 * 1024 + 3 * 5120 * 17408)  # of the LLM
+    head = 5120**2 * (6 * (3 + 1 + 3 + 1.5) + 2 * 6 + 2)  # attention and SwiGLU of 6 blocks, modulations
+    seconds = {"own": 51 * 64 * 2 * head / 4.3e12 + 64 * 2 * layers / 4.3e12}
+    seconds["quick"] = 2 * 64 * 2 * head / 4.3e12 + 64 * 2 * layers / 4.3e12
+    for run in runs:
+        found = run["phases"]["total"]["floor_seconds"]
+        assert seconds[run["preset"]] < found < 1.1 * seconds[run["preset"]]
+        assert run["sampling"]["guidance"] == (7.5 if run["preset"] == "own" else 1.0)
+    assert [round(run["phases"]["total"]["floor_seconds"], 2) for run in runs] == [3.15, 0.54]
+
+
+def test_from_which_batch_on_arithmetic_sets_the_pace(capsys: pytest.CaptureFixture[str]) -> None:
+    """A call reads 2 bytes of every weight, and computes 2 operations for each of its 64 tokens of a picture (128 with guidance):
+    790e12 / 4.3e12 = 184 tokens, so 1.4 pictures with guidance and 2.9 without, and a little more for activations."""
+    found = floors(capsys, "--floor", "h200", "--preset", "own", "quick", "--batch", "1", "2", "3", "4")
+    own, quick = found["turns"]
+    assert (own["llm"], own["head"], quick["llm"], quick["head"]) == (2, 2, 3, 4)
+    for turns in found["turns"]:
+        for run in (run for run in found["runs"] if run["preset"] == turns["preset"]):
+            for phase in ("prefill", "llm", "head", "decode"):
+                work = run["phases"][phase]
+                computing = work["flops"] / 790e12 >= work["bytes"] / 4.3e12
+                assert computing == (run["batch"] >= turns[phase]), (turns["preset"], phase, run["batch"])
+    assert turning_batch(Work(1.0, 10.0), Work(2.0, 20.0), Peak(1.0, 1.0)) is None  # every picture brings more bytes
+    assert turning_batch(Work(4.0, 9.0), Work(8.0, 10.0), Peak(1.0, 1.0)) == 3  # 4·B ≥ 8 + B
+
+
+def test_eight_gpus_make_eight_times_the_pictures_in_the_same_time(capsys: pytest.CaptureFixture[str]) -> None:
+    one, eight, said = (floors(capsys, "--floor", peak, "--batch", "2") for peak in ("h200", "8xH200", "8x790e12,4.3e12"))
+    assert eight["runs"][0]["phases"] == one["runs"][0]["phases"] == said["runs"][0]["phases"]
+    assert eight["runs"][0]["images_per_s"] == pytest.approx(8 * one["runs"][0]["images_per_s"])
+    assert eight["peaks"]["bfloat16"] == {"flops_per_s": 790e12, "bytes_per_s": 4.3e12, "kernel": "H200", "devices": 8}
+    assert main(["bench", "--shape", "mid", "--floor", "8xh200"]) == 0
+    shown = capsys.readouterr().out
+    assert "each of 8, which make pictures of their own" in shown and "| arithmetic from batch" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--floor", "0xh200"], "give h200 or h100"),
+        (["--floor", "h300"], "give h200 or h100"),
         (["--shape", "15b"], "allowed are 14b-64x, 14b-16x, mid"),
         (["--shape", "mid", "--height", "100"], "multiples of 64"),
         (["--shape", "mid", "--height", "8192"], "up to 4096"),

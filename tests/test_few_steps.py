@@ -4,8 +4,10 @@ A block of P tokens with C bits is one of a few corners of the hypercube; then t
 their posterior, and the path's end is known to any precision.
 """
 
+import dataclasses
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 
 from bitdance.heads.diffusion.network import BinaryDiffusionHead, HeadConfig
 from bitdance.heads.diffusion.sampler import SAMPLERS, guided_velocity
-from distill.few_steps import Predict, ends, few_steps_loss, guided, loss_of
+from distill.few_steps import Predict, drawn_guidance, ends, few_steps_loss, guided, loss_of
+from distill.few_steps_config import FewSteps
 
 CORNERS_MPC = torch.tensor(
     [[[1, 1], [1, -1]], [[-1, -1], [1, 1]], [[1, -1], [-1, -1]], [[-1, -1], [-1, 1]]], dtype=torch.float64
@@ -179,6 +182,67 @@ def test_the_loss_of_a_head_is_that_of_its_predictions() -> None:
     found, right = few_steps_loss(head, cond, z, end, time_K)
     expected, also = loss_of(lambda x, t: head(x, t, cond), z, end, time_K)
     assert torch.equal(found, expected) and torch.equal(right, also) and found.shape == (6, 4)
+
+
+def test_a_scale_for_each_row_is_uniform_and_says_nothing_of_the_noise() -> None:
+    z_KPC = torch.randn(ROWS, 2, 2, generator=torch.Generator().manual_seed(3))
+    found_K = drawn_guidance(z_KPC, 1.0, 5.0)
+    assert torch.equal(found_K[:7], drawn_guidance(z_KPC[:7], 1.0, 5.0))  # of a row alone
+    assert float(found_K.min()) >= 1 and float(found_K.max()) <= 5
+    counts = torch.histc(found_K, bins=10, min=1, max=5) / ROWS
+    assert (counts - 0.1).abs().max() < 4 * math.sqrt(0.09 / ROWS)
+    for other in (z_KPC[:, 0, 0], z_KPC[:, 0, 0].abs(), z_KPC[:, 1, 1]):
+        assert abs(float(torch.corrcoef(torch.stack([found_K, other]))[0, 1])) < 4 / math.sqrt(ROWS)
+
+
+def test_guidance_as_an_input_changes_nothing_until_it_is_taught_and_is_smooth_then() -> None:
+    head = drawn_head().float()
+    x, cond, t_1 = torch.randn(3, 4, 4), torch.randn(3, 4, 8), torch.full((1,), 0.3)
+    before = head(x, t_1, cond)
+    head.take_guidance(5.0)
+
+    def predicted(*guidance: float) -> Tensor:
+        return head.net(x, head.net.time_embed(t_1), head.prepare(cond, torch.tensor(guidance)))
+
+    assert torch.equal(predicted(3.0), before) and torch.equal(head(x, t_1, cond), before)
+    assert {name for name, _ in head.named_parameters() if "guidance" in name} == {"net.guidance_embed.weight"}
+    nn.init.normal_(head.net.guidance_embed.weight)
+    found = {g: predicted(g) for g in (1.0, 2.0, 2.0001, 5.0)}
+    assert (found[2.0] - found[2.0001]).abs().max() < 1e-2
+    for one, other in itertools.combinations((1.0, 2.0, 5.0), 2):
+        assert (found[one] - found[other]).abs().max() > 1e-2, (one, other)
+    by_row = torch.stack([found[g][row] for row, g in enumerate((1.0, 2.0, 5.0))])
+    torch.testing.assert_close(predicted(1.0, 2.0, 5.0), by_row, rtol=1e-5, atol=1e-6)
+    assert HeadConfig.from_dict(dataclasses.replace(head.config, head_dim=128, ch_latent=128).to_dict()).guidance_max == 5.0
+    assert "guidance_max" not in HeadConfig(4, 8, 128, 2, 1, 4).to_dict()  # published files stay as they are
+    with pytest.raises(ValueError, match="guidance_max = 1; a number above 1"):
+        dataclasses.replace(head.config, guidance_max=1)
+
+
+def test_each_row_is_taught_at_its_own_guidance() -> None:
+    head = drawn_head()
+    head.take_guidance(4.0)
+    nn.init.normal_(head.net.guidance_embed.weight)
+    z, cond = torch.randn(3, 4, 4, dtype=torch.float64), torch.randn(3, 4, 8, dtype=torch.float64)
+    end, time_K, g_K = z.sign(), torch.tensor([0.2, 0.5, 0.7], dtype=torch.float64), torch.tensor([1.0, 2.0, 4.0])
+    found, _ = few_steps_loss(head, cond, z, end, time_K, g_K)
+    for k in range(3):
+        row = slice(k, k + 1)
+        alone, _ = few_steps_loss(head, cond[row], z[row], end[row], time_K[row], g_K[row])
+        torch.testing.assert_close(found[[k, k + 3]], alone)
+
+
+@pytest.mark.parametrize("wrong", [[1.0], [1.0, 1.0], [5.0, 1.0], [0.5, 2.0], [1.0, 2.0, 3.0], ["1", 2.0], [1.0, 1e6]])
+def test_a_range_of_guidance_is_two_scales(wrong: list[Any]) -> None:
+    with pytest.raises(ValueError, match=r"few_steps.guidance: guidance_range = .*two guidance scales 1 ≤ low < high"):
+        FewSteps(guidance=wrong)  # type: ignore[arg-type]
+
+
+def test_a_scale_or_a_range_is_what_the_student_starts_from() -> None:
+    assert FewSteps().folded(3.0) == 3.0 and FewSteps(guidance=2.0).folded(3.0) == 2.0 and FewSteps().folded(0.0) == 1.0
+    taught = FewSteps(guidance=[1, 4])  # type: ignore[arg-type]
+    assert taught.range == (1.0, 4.0) and [taught.folded(own) for own in (0.0, 2.5, 9.0)] == [1.0, 2.5, 4.0]
+    assert taught.defaults(9.0)["guidance_range"] == [1.0, 4.0] and "guidance_range" not in FewSteps().defaults(9.0)
 
 
 def drawn_head() -> BinaryDiffusionHead:

@@ -69,6 +69,32 @@ def test_the_guidance_of_each_block_is_that_of_sampling(home: Path, teacher: Pat
         assert objective.guidance_M.tolist() == expected
 
 
+def test_guidance_as_an_input_rises_over_the_blocks(home: Path, teacher: Path) -> None:  # noqa: F811
+    settings = few(home, teacher, "range", FewSteps(steps=3, guidance=(1.5, 4.0)), steps=2, lr=1e-2)
+    train(FewStepsRecipe(settings), settings)
+    pipe = load_pipeline(checkpoint.model_folder(teacher.parent / "range"), "cpu")
+    weight = pipe.model.network.head.net.guidance_embed.weight
+    assert weight.any() and pipe.model.network.config.guidance_max == 4.0
+    own = {"guidance_scale": 3.0, "guidance_range": [1.5, 4.0], "cfg_schedule": "linear"}
+    assert pipe.model.defaults == own | {"num_inference_steps": 2, "sampler": "direct"}
+    torch.nn.init.normal_(weight)
+    given: list[float] = []
+    pipe.model.network.head.net.guidance_embed.register_forward_pre_hook(lambda _, scales: given.extend(scales[0].tolist()))
+
+    def made(**more: Any) -> torch.Tensor:
+        given.clear()
+        return pipe("bee", seed=1, output_type="tokens", **more).bits
+
+    three = made()
+    assert given == [1.0, 1.5, 2.0, 2.5]  # four blocks
+    assert torch.equal(made(preset="quick"), three) and torch.equal(made(guidance_scale=3.0), three)
+    assert not torch.equal(made(guidance_scale=1.5), three)
+    made(guidance_scale=4.0, cfg_schedule="constant")
+    assert given == [4.0] * 4
+    with pytest.raises(ValueError, match="guidance = 1; this model was taught guidance from 1.5 to 4"):
+        made(guidance_scale=1.0)
+
+
 def test_the_command_reads_the_recipe(home: Path, teacher: Path, capsys: Any) -> None:  # noqa: F811
     path = teacher.parent / "few.toml"
     model = ", ".join(f"{name} = {value}" for name, value in few(home, teacher, "x").class_patch.model.items())

@@ -48,7 +48,8 @@ def run(seconds: float, preset: str = "own", batch: int = 1, **more: Any) -> dic
 
 def test_every_figure_stands_beside_its_target(gpu: ModuleType) -> None:
     studies = {
-        "batch-1": study(run(4.2, peak_memory_bytes=36e9), run(1.0, "balanced")),
+        "batch-1": study(run(4.2, peak_memory_bytes=36e9), run(1.0, "balanced"), run(0.7, "quick")),
+        "batch-16": study(run(0.8, "quick", 2), run(4.0, "quick", 16)),
         "yardstick": study(run(4.3, yardstick={"times_faster": 2.5, "equal_bits": 0.99})),
         "int8": study(run(1.25, "balanced")),
     }
@@ -60,6 +61,8 @@ def test_every_figure_stands_beside_its_target(gpu: ModuleType) -> None:
     assert found["int8, batch 1, times faster than bfloat16"].met is False  # 0.8
     assert found["compiled with graphs, times faster than without"].met is None  # its part failed
     assert found["preset balanced, batch 16"].value is None
+    assert found["preset quick (two evaluations, guidance folded in), batch 1"].value == 0.7
+    assert [found[f"preset quick, batch {batch}"].value for batch in (2, 4, 16)] == [pytest.approx(2.5), None, pytest.approx(4.0)]
     slow = {entry.name: entry for entry in gpu.figures({"batch-1": study(run(5.0))}, "NVIDIA H200", None)}
     assert slow[picture].met is False and slow["the same, share of the floor reached"].met is False
     other = {entry.name: entry for entry in gpu.figures({"batch-1": study(run(5.0))}, "NVIDIA H100 80GB HBM3", None)}

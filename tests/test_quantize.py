@@ -1,6 +1,7 @@
 """Weights in 8 or 4 bits: as small as computed, and the model still does what it did."""
 
 import importlib.util
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import bitdance.networks.quantize
 from bitdance import BitDancePipeline
+from bitdance.cli import main
 from bitdance.folder.checkpoint import load_model
 from bitdance.folder.parts import DEMO
 from bitdance.generate import generate_bits
@@ -152,3 +154,43 @@ def test_a_library_that_is_missing_is_named_before_loading(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with nothing_is_read(monkeypatch), pytest.raises(ValueError, match=r"needs bitsandbytes: pip install \"bitdance\[quantize\]"):
         load_model("demo", "cpu", quantize="int4")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int8_in_strips_gives_the_numbers_of_torchao(dtype):
+    torch.manual_seed(0)
+    layer = bitdance.networks.quantize._QUANTIZERS["int8"](nn.Linear(96, 600, dtype=dtype).requires_grad_(False))
+    assert layer.STRIP < 600 and 600 % layer.STRIP  # several strips, and a smaller one at the end
+    for shape in ((1, 96), (2, 5, 96)):
+        x = torch.randn(shape, dtype=dtype)
+        with torch.inference_mode():
+            found, expected = layer(x), nn.functional.linear(x, layer.weight, layer.bias)
+        if dtype == torch.bfloat16:
+            assert torch.equal(found, expected)
+        else:  # another library, the same numbers up to rounding
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_quantised_weights_cost_in_time_is_measured_and_said(monkeypatch, capsys, tmp_path):
+    factor = bitdance.networks.quantize.times_as_long("int8", torch.float32)
+    assert 0 < factor < 1000 and factor == bitdance.networks.quantize.times_as_long("int8", torch.float32)  # once
+    monkeypatch.setattr(bitdance.networks.quantize, "times_as_long", lambda kind, dtype: 2.34 if kind == "int8" else 0.5)
+    asked = ["--device", "cpu", "--dtype", "float32", "--quantize", "int8"]
+    assert main(["doctor", "--model", "demo", *asked]) == 0
+    said = "int8 weights make a linear layer take 2.3 times as long as float32 ones on this CPU"
+    shown = capsys.readouterr().out
+    assert said in shown and "they save memory here, not time" in shown
+    picture = ["a fox", "--height", "64", "--width", "64", "--steps", "1", *asked, "--quantize-head", "fp8", "-o", str(tmp_path)]
+    assert main(["generate", *picture]) == 0
+    warned = capsys.readouterr().err
+    assert said in warned and "fp8 weights make a linear layer take 0.5 times as long" in warned
+    assert warned.count("save memory here") == 1
+
+
+def test_of_plain_weights_nothing_is_measured(monkeypatch, capsys, tmp_path):
+    def fail(*_):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(bitdance.networks.quantize, "times_as_long", fail)
+    assert main(["doctor", "--model", "demo", "--device", "cpu", "--json"]) == 0
+    assert "speed" not in json.loads(capsys.readouterr().out)

@@ -97,7 +97,8 @@ def shown(found: Mapping[str, Any]) -> str:
         lines.append(f"{machine['device']} ({machine['name']}), {threads}, torch {machine['torch']}; seconds: {machine['clock']}")
     for dtype, peak in found["peaks"].items():
         flops, copied = peak["flops_per_s"] / 1e9, peak["bytes_per_s"] / 1e9
-        lines.append(f"peak {dtype}: {flops:,.0f} GFLOP/s ({peak['kernel']}), copy {copied:,.1f} GB/s")
+        each = f", each of {peak['devices']}, which make pictures of their own" if peak["devices"] > 1 else ""
+        lines.append(f"peak {dtype}: {flops:,.0f} GFLOP/s ({peak['kernel']}), copy {copied:,.1f} GB/s{each}")
     for run in found["runs"]:
         lines += ["", f"{label(run)}, batch {run['batch']}: {_how(run['sampling'])}", "", phase_table(run["phases"])]
         if memory := run.get("peak_memory_bytes"):
@@ -107,7 +108,15 @@ def shown(found: Mapping[str, Any]) -> str:
             said = "" if equal is None else f"; {100 * equal:.4g} % of the bits equal"
             lines.append(f"{run['yardstick']['times_faster']:.2f} times as fast as the yardstick{said}")
     baselines = {row["batch"]: row for row in found["yardsticks"]}
-    return "\n".join([*lines, "", speed_table(found["runs"], baselines)])
+    turns = ["", turning_table(found["turns"])] if found.get("turns") else []
+    return "\n".join([*lines, "", speed_table(found["runs"], baselines), *turns])
+
+
+def turning_table(turns: Sequence[Mapping[str, Any]]) -> str:
+    """From which batch size on each phase is set by arithmetic instead of bytes."""
+    phases = [name for name in turns[0] if name not in ("dtype", "preset")]
+    rows = [[label(row), *("never" if row[phase] is None else str(row[phase]) for phase in phases)] for row in turns]
+    return table(["arithmetic from batch", *phases], rows)
 
 
 def _how(sampling: Mapping[str, Any]) -> str:

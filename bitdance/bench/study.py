@@ -15,7 +15,7 @@ from bitdance.bench.models import bare_model, open_model, text_tokenizer
 from bitdance.bench.report import phase_records
 from bitdance.costs.memory import GB, free_bytes
 from bitdance.costs.peak import Peak, measure_peak, on_cpu_time
-from bitdance.costs.work import Generation, work
+from bitdance.costs.work import PHASES, Generation, turning_batch, work
 from bitdance.folder.config import ModelConfig
 from bitdance.heads.diffusion.settings import Sampling
 from bitdance.networks.quantize import check_quantization, quantized_bytes
@@ -41,13 +41,16 @@ class Study:
 
     def roofline(self, peak: Peak) -> dict[str, Any]:
         """What a machine of this peak needs at least; nothing is built or run."""
-        found = self._question()
+        found = self._question() | {"turns": []}
         for dtype in self.dtypes:
             found["peaks"][dtype] = asdict(peak)
             for preset, sampling in self.presets.items():
+                one, two = (self._work(found, dtype, sampling, batch) for batch in (1, 2))
+                turns = {phase: turning_batch(one[phase], two[phase], peak) for phase in PHASES}
+                found["turns"].append({"dtype": dtype, "preset": preset, **turns})
                 for batch in self.batches:
                     phases = phase_records(self._work(found, dtype, sampling, batch), peak)
-                    speed = batch / phases["total"]["floor_seconds"]
+                    speed = peak.devices * batch / phases["total"]["floor_seconds"]
                     found["runs"].append(_setting(dtype, preset, sampling, batch) | {"images_per_s": speed, "phases": phases})
         return found
 

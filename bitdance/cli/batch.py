@@ -59,6 +59,7 @@ def _text(facts: dict[str, Any]) -> str:
     lines.append(f"needs about {facts['needs_bytes'] / GB:.2f} GB, free {free}: {'fits' if facts['fits'] else 'does not fit'}")
     if facts["main_memory_bytes"]:
         lines.append(f"and {facts['main_memory_bytes'] / GB:.1f} GB of main memory for the weights")
+    lines += facts.get("speed", [])
     if "measured_bytes" in facts:
         measured = facts["measured_bytes"]
         lines.append(f"measured {measured / GB:.3f} GB (predicted {facts['needs_bytes'] / measured - 1:+.1%})")

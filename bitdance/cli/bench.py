@@ -11,7 +11,8 @@ from bitdance.generator import module_of
 
 EPILOG = """\
 --shape needs no weights: random ones of that shape take the same time. --floor needs no machine either:
-  bitdance bench --shape 14b-64x --floor 790e12,4.3e12 --dtype bfloat16 --batch 1 16
+  bitdance bench --shape 14b-64x --floor h200 --preset own quick --batch 1 16         8xh200: eight, a batch on each
+  bitdance bench --shape 14b-64x --floor 790e12,4.3e12 --batch 1 16                  FLOP/s and bytes/s of any machine
 
 With one thread on a CPU seconds are CPU time, which a busy neighbour hardly disturbs; else they are the clock's on the wall.
 The floor of a phase is its operations at the peak of a large matrix product, or its bytes at that of a large copy."""
@@ -45,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--threads", type=count, metavar="N", help="of a CPU; default: torch's own choice")
     parser.add_argument("--repeats", type=count, default=3, metavar="N", help="runs of which the median counts, default 3")
     parser.add_argument("--yardstick", action="store_true", help="also time the published procedure, written plainly")
-    parser.add_argument("--floor", metavar="F,B", help="run nothing: the floor at F operations and B bytes per second")
+    parser.add_argument("--floor", metavar="GPU|F,B", help="run nothing: the floor of h200, 8xh200, …, or F FLOP/s and B bytes/s")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the JSON object to a file, too")
     options = parser.parse_args(argv)

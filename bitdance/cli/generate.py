@@ -182,7 +182,7 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
     from bitdance.generator import module_of
     from bitdance.jobs.runner import RunSpec
     from bitdance.networks.precision import resolve_dtype, usable_device
-    from bitdance.networks.quantize import check_quantization
+    from bitdance.networks.quantize import check_quantization, speed_of
 
     folder = resolve(model)
     rules = module_of(folder).rules(folder)
@@ -190,6 +190,8 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
         if getattr(options, name) not in (None, False):
             raise UsageError(f"--{name.replace('_', '-')} is not for the kind of model in {model}; leave it out")
     height, width = rules.default_size
+    if adapter := _adapter(options, picture, folder):
+        rules.adapt(adapter)
     settings = rules.sampling(_overrides(options, picture, getattr(rules, "words", ())), options.preset, bool(picture))
     values: dict[str, Any] = {
         "height": height,
@@ -202,13 +204,18 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
     values.setdefault("seeds", (picture["seed"],) if "seed" in picture else (0,))
     jobs = Jobs(requests, JobDefaults(**values), rules.check_size, shard, rules.requests)
 
+    for guidance in jobs.guidances:
+        settings.changed(guidance=guidance)  # which the model may not take
+
     device = usable_device(options.device)
     dtype = resolve_dtype(options.dtype or picture.get("dtype"), device)
     quantized = {name: getattr(options, name) or picture.get(name) for name in ("quantize", "quantize_head")}
     check_quantization(**quantized, device=device)
+    if device == "cpu" and not options.quiet:
+        for kind in dict.fromkeys(filter(None, quantized.values())):
+            report(speed_of(kind, dtype), "warning")
     if options.offload and device == "cpu":
         raise UsageError("--offload needs a device beside main memory; leave it out on cpu")
-    adapter = _adapter(options, picture, folder)
     mark = rules.fingerprint()
     if picture.get("model_fingerprint", mark) != mark:
         report(f"{options.source} was made with other weights ({picture['model_fingerprint']}, not {mark})", "warning")

@@ -1,5 +1,6 @@
 """What this machine gives at best: a large matrix product, and a large copy. Measured, never looked up."""
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,25 +12,38 @@ from torch.nn import functional as F
 from bitdance.networks.kernels import served_by_onednn
 from bitdance.networks.precision import slow_bfloat16
 
+# What a large product in bfloat16 and a large copy are taken to reach: 80 % of the data sheets' 989 TFLOP/s (both), 90 % of their
+# 4.8 and 3.35 TB/s.
+GPUS = {"h200": (790e12, 4.3e12), "h100": (790e12, 3.0e12)}
+_MACHINE = re.compile(r"(?:([1-9][0-9]{0,4})x)?(.+)")
+
 
 @dataclass(frozen=True)
 class Peak:
-    """`flops_per_s` by the fastest `kernel`, `bytes_per_s` read and written by a copy."""
+    """`flops_per_s` by the fastest `kernel`, `bytes_per_s` read and written by a copy, of each of so many `devices`, which make
+    pictures of their own."""
 
     flops_per_s: float
     bytes_per_s: float
     kernel: str = "given"
+    devices: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Peak":
-        """Read a peak from "FLOPS,BYTES_PER_S", for instance "790e12,4.3e12". ValueError says what is expected."""
+        """Read a peak from the name of a GPU ("h200", eight of them "8xh200") or "FLOPS,BYTES_PER_S", for instance
+        "790e12,4.3e12". ValueError says what is expected."""
+        match = _MACHINE.fullmatch(text.lower())
+        count, machine = match.groups() if match else (None, "")
         try:
-            flops, bytes_per_s = map(float, text.split(","))
+            flops, bytes_per_s = GPUS[machine] if machine in GPUS else map(float, machine.split(","))
         except ValueError:
             flops = bytes_per_s = 0.0
         if not (0 < flops < float("inf") and 0 < bytes_per_s < float("inf")):
-            raise ValueError(f"floor = {text!r}; give floating point operations and bytes per second, for instance 790e12,4.3e12")
-        return cls(flops, bytes_per_s)
+            raise ValueError(
+                f"floor = {text!r:.80}; give {' or '.join(GPUS)}, several as 8xh200, or floating point operations and bytes per "
+                "second, for instance 790e12,4.3e12"
+            )
+        return cls(flops, bytes_per_s, machine.upper() if machine in GPUS else "given", int(count or 1))
 
 
 def measure_peak(device: torch.device | str, dtype: torch.dtype, side: int | None = None, repeats: int | None = None) -> Peak:

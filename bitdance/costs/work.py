@@ -7,6 +7,7 @@ and a cache that keeps weights between two calls can go below it. Tests compare 
 B pictures, R rows of the backbone (with guidance 2B), P tokens per block, M blocks, D hidden size, W width of the head.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +43,15 @@ class Work:
     def roofline(self, peak: Peak) -> float:
         """Seconds below which a machine of this peak cannot do it (the roofline model, Williams et al. 2009)."""
         return max(self.flops / peak.flops_per_s, self.bytes / peak.bytes_per_s)
+
+
+def turning_batch(one: Work, two: Work, peak: Peak) -> int | None:
+    """From which batch size on a phase, of which the work with one and with two pictures is given, takes a machine of this peak
+    longer to compute than to read and write its numbers; None: never. Its operations and bytes grow evenly with the batch, and
+    what bytes there are without a picture are its weights."""
+    each, weights = two.bytes - one.bytes, 2 * one.bytes - two.bytes
+    ahead = one.flops / peak.flops_per_s - each / peak.bytes_per_s  # seconds by which arithmetic grows quicker, per picture
+    return max(1, math.ceil(weights / peak.bytes_per_s / ahead)) if ahead > 0 else None
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ def evaluations(sampling: Sampling, steps: int, time_shift: float = 1.0) -> list
         return x_KPC.repeat(branches[-1], 1, 1)
 
     def velocity(x_KPC: Tensor, t: float) -> Tensor:
-        return guided_velocity(denoise, x_KPC, t, sampling.guidance, sampling.guidance_interval)
+        return guided_velocity(denoise, x_KPC, t, sampling.between_branches, sampling.guidance_interval)
 
     nothing = torch.zeros(1, 1, 1)
     SAMPLERS[sampling.sampler](velocity, nothing, steps, lambda: nothing, time_shift)

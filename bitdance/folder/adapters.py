@@ -2,15 +2,16 @@
 
     adapter_config.json          rank r, alpha, names of the layers
     adapter_model.safetensors    base_model.model.LAYER.lora_A.weight (r, in) and base_model.model.LAYER.lora_B.weight (out, r)
-    bitdance.json                ours, optional: name and fingerprint of the base, what the adapter was trained on
+    bitdance.json                ours, optional: name and fingerprint of the base, what the adapter was trained on, and the
+                                 defaults that hold with it in place of the base's, as with one to few evaluations
 
 An adapter that is loaded is added to the weights: W + s·B·A, with s = alpha / r, the product and the sum in float64 on the CPU.
 So generation is as fast as without, needs no peft, and computes with the very weights that a merged and exported model holds.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from bitdance.folder.fingerprint import fingerprint
-from bitdance.folder.parts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_extras
+from bitdance.folder.parts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, EXTRAS_FILE, read_extras
+from bitdance.heads.diffusion.settings import choose
 from bitdance.model import BitDanceModel
 from bitdance.sequence.vocabulary import with_words
 from bitdance.values import Range, check_number, shown
@@ -53,6 +55,17 @@ RANK = Range(1, 1 << 16)
 ALPHA = Range(-1e6, 1e6, whole=False)
 
 
+def _checked_defaults(found: Any, path: Path) -> dict[str, Any]:
+    """ValueError where no model could have them."""
+    if not isinstance(found, dict):
+        raise ValueError(f'{path}: "defaults" is a {type(found).__name__}; expected a JSON object')
+    try:
+        choose(found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return found
+
+
 def _has_rank(name: str, shape: tuple[int, ...], rank: int) -> bool:
     """Whether A is (rank, inputs), or B (outputs, rank)."""
     return len(shape) == 2 and shape[0 if name.endswith(A) else 1] == rank
@@ -68,6 +81,7 @@ class Adapter:
     base: str  # fingerprint of the model it was trained on; "" where the folder does not say
     base_name: str
     fingerprint: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # that take the place of the base's
 
     @classmethod
     def read(cls, folder: Path | str, strength: float = 1.0) -> "Adapter":
@@ -106,10 +120,21 @@ class Adapter:
                 f"{folder / ADAPTER_WEIGHTS}: {listed(wrong)}; {where.name} says r = {rank}, so A is ({rank}, inputs) and B "
                 f"(outputs, {rank}). Weights and config must come from the same adapter."
             )
-        base = read_extras(folder).get("base", {})
+        extras = read_extras(folder)
+        base = extras.get("base", {})
         factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         mark, name = (str(base.get(key, "")) if isinstance(base, dict) else "" for key in ("fingerprint", "name"))
-        return cls(folder, factor, float(strength), mark, name, fingerprint(folder))
+        defaults = _checked_defaults(extras.get("defaults", {}), folder / EXTRAS_FILE)
+        if defaults.get("sampler") == "direct" and strength != 1:
+            raise ValueError(
+                f"lora_scale = {strength:g} with the adapter {folder}, which teaches the head to make its bits in few "
+                "evaluations; a part of it does neither: use it whole (lora_scale = 1), or leave it out"
+            )
+        return cls(folder, factor, float(strength), mark, name, fingerprint(folder), defaults)
+
+    def settled(self, extras: Mapping[str, Any]) -> dict[str, Any]:
+        """What the base's `bitdance.json` says, with the defaults of the adapter where that has any."""
+        return {**extras, "defaults": {**extras.get("defaults", {}), **self.defaults}} if self.defaults else dict(extras)
 
     @property
     def words(self) -> dict[str, Any]:
@@ -129,7 +154,7 @@ class Adapter:
     @torch.no_grad()
     def add_to(self, model: BitDanceModel, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Add the adapter to the weights, in place, and return what they were, on the CPU. With `dtype` the changed weights come
-        out in it, rounded from float32.
+        out in it, rounded from float32. The defaults of the adapter become the model's.
 
         ValueError, before a weight is changed, lists the first ten layers that the model lacks or has in another shape.
         """
@@ -149,7 +174,7 @@ class Adapter:
                 layer.weight.copy_(new_OI)  # in place: CUDA graphs hold the address
             else:
                 layer.weight = nn.Parameter(new_OI.to(layer.weight.device), requires_grad=layer.weight.requires_grad)
-        model.extras = with_words(model.extras, self._captions())
+        model.extras = with_words(self.settled(model.extras), self._captions())
         return before
 
     def _captions(self) -> list[str]:

@@ -110,7 +110,7 @@ class Jobs:
     made anew each time. `resolve` says what the model's kind makes of a request: itself, one that knows its class, several. The
     constructor checks all of it: ValueError names the request for a size that `check_size(height, width)` refuses, for two
     pictures that would share a file, and for more pictures than the limit. `sizes` are all (height, width, whether guided) that
-    occur.
+    occur, `guidances` all scales.
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class Jobs:
     ) -> None:
         self._requests, self._resolve, self._defaults, self._shard = requests, resolve, defaults, shard
         self.sizes: set[tuple[int, int, bool]] = set()
+        self.guidances: set[float] = set()
         taken: dict[int, Any] = {}
         numbered: dict[int, list[Request]] = {}
         seen: set[tuple[int, int]] = set()
@@ -136,6 +137,7 @@ class Jobs:
                     raise ValueError(f"{request.source}: {error}") from None
                 seen.add(size)
             self.sizes.add((*size, self._guidance(request) > 1))
+            self.guidances.add(self._guidance(request))
             total += self._check_seeds(request)
             if request.id is not None:
                 self._check_id(request, taken)

@@ -64,6 +64,14 @@ class OneDnnLinear(nn.Linear):
         return {**self.__dict__, "_packed": None}
 
 
+def multiplied(input: Tensor, weight: Tensor) -> Tensor:
+    """input · weightᵀ without gradients on a CPU, in oneDNN where it serves the dtype."""
+    if not (torch.backends.mkldnn.is_available() and served_by_onednn(input.dtype)):
+        return nn.functional.linear(input, weight)
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, None, "none", [], "")
+    return result
+
+
 def linear(layer: nn.Linear, input: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer with a bias that is put together from several parameters."""
     return layer.biased(input, bias) if isinstance(layer, OneDnnLinear) else nn.functional.linear(input, layer.weight, bias)

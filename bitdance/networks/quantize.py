@@ -9,22 +9,29 @@ is kept till then, main memory ever holds the whole model at full precision. Emb
 and modulations, and the decoder stay: they are few bytes, or right before the sign.
 """
 
+import copy
 import ctypes
 import importlib.util
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from bitdance.networks.kernels import multiplied, use_onednn
+from bitdance.networks.precision import DTYPES
 
 if TYPE_CHECKING:
     from bitdance.model import BitDanceModel
 
 BACKBONE_SCHEMES = ("int8", "int4")
 HEAD_SCHEMES = ("int8", "fp8")
+_WIDTH, _TOKENS = 5120, 64  # of the layer that is measured: the published 14B's, and a block of its tokens
 _LIBRARY = {"int8": "torchao", "fp8": "torchao", "int4": "bitsandbytes"}
 _NF4_GROUP, _NF4_SCALES = 64, 256  # weights that share a scale, scales that share a scale
 _NF4_TABLES = 4 * (16 + 256 + 1)  # bytes per matrix: the codes of weights and scales, and the mean scale
@@ -119,6 +126,33 @@ def _tensors(state: object) -> list[Tensor]:
     return [v for v in values if isinstance(v, Tensor)] + [t for v in values if hasattr(v, "absmax") for t in _tensors(v)]
 
 
+class Int8Linear(nn.Linear):
+    """torchao's layer with int8 weights, which on a CPU turns them into numbers of the input's dtype strip by strip.
+
+    torchao turns all of a matrix at once, and the system clears the memory for it page by page, which takes several times as long
+    as the product. A strip stays in the cache. The numbers are the same, up to rounding in float32.
+    """
+
+    STRIP = 256  # rows
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight: Any = self.weight  # torchao's, with its names
+        known = all(isinstance(getattr(weight, name, None), Tensor) for name in ("qdata", "scale"))
+        by_row = known and weight.scale.numel() == len(weight.qdata)
+        if by_row and input.device.type == "cpu" and not torch.is_grad_enabled():
+            return self._in_strips(input, weight.qdata, weight.scale.flatten())
+        return super().forward(input)
+
+    def _in_strips(self, input: Tensor, integers_OI: Tensor, scale_O: Tensor) -> Tensor:
+        out = input.new_empty(*input.shape[:-1], len(integers_OI))
+        strip_SI = input.new_empty(self.STRIP, self.in_features)
+        for start in range(0, len(integers_OI), self.STRIP):
+            part_SI = integers_OI[start : start + self.STRIP]
+            out[..., start : start + len(part_SI)] = multiplied(input, strip_SI[: len(part_SI)].copy_(part_SI))
+        out *= scale_O.to(out.dtype)
+        return out if self.bias is None else out + self.bias
+
+
 def _by_torchao(kind: str, linear: nn.Linear) -> nn.Linear:
     with quietly():
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, PerRow, quantize_
@@ -129,6 +163,8 @@ def _by_torchao(kind: str, linear: nn.Linear) -> nn.Linear:
             else Float8WeightOnlyConfig(granularity=PerRow(), set_inductor_config=False)
         )
         quantize_(linear, config, filter_fn=lambda *_: True)
+    if kind == "int8":
+        linear.__class__ = Int8Linear
     return linear
 
 
@@ -146,6 +182,44 @@ def _int4(linear: nn.Linear) -> nn.Linear:
 
 
 _QUANTIZERS = {"int8": lambda x: _by_torchao("int8", x), "fp8": lambda x: _by_torchao("fp8", x), "int4": _int4}
+
+
+@cache
+def times_as_long(kind: str, dtype: torch.dtype) -> float:
+    """How many times as long as with plain weights of this dtype a linear layer of the 14B's width takes with weights of this
+    kind on this CPU: measured, in one thread and a few seconds, as the quickest of several products each. ValueError where
+    the library is missing."""
+    part = "quantize" if kind in BACKBONE_SCHEMES else "quantize_head"
+    check_quantization(**{"quantize": None, "quantize_head": None, part: kind}, device="cpu")
+    threads, seconds = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            plain = nn.Linear(_WIDTH, _WIDTH, bias=False, dtype=dtype).requires_grad_(False)
+        quantised = _QUANTIZERS[kind](copy.deepcopy(plain))
+        use_onednn(plain)
+        x_RI = torch.ones(_TOKENS, _WIDTH, dtype=dtype)
+        with torch.inference_mode():
+            for layer in (plain, quantised):
+                layer(x_RI)  # makes what it keeps
+                seconds[layer] = min(_seconds(layer, x_RI) for _ in range(3))
+    finally:
+        torch.set_num_threads(threads)
+    return seconds[quantised] / seconds[plain]
+
+
+def _seconds(layer: nn.Module, x_RI: Tensor) -> float:
+    start = time.process_time()
+    layer(x_RI)
+    return time.process_time() - start
+
+
+def speed_of(kind: str, dtype: str) -> str:
+    """What weights of this kind cost in time on this CPU, in a sentence."""
+    factor = times_as_long(kind, DTYPES[dtype])
+    said = f"{kind} weights make a linear layer take {factor:.1f} times as long as {dtype} ones on this CPU"
+    advice = "; they save memory here, not time" if factor > 1.05 else ""
+    return f"{said} ({_WIDTH}×{_WIDTH}, {_TOKENS} tokens, one thread, measured just now){advice}"
 
 
 @contextmanager
@@ -172,4 +246,6 @@ __all__ = [
     "quantize_model",
     "quantized_bytes",
     "quietly",
+    "speed_of",
+    "times_as_long",
 ]

@@ -134,9 +134,9 @@ class ServedModel:
             self._check_names(request.said)
             settings = self.rules.sampling(dict(request.said), request.preset, False)
             jobs = self._jobs(request, label, settings)
+            settings = settings.changed(steps=jobs[0].steps, guidance=jobs[0].guidance)
         except (ValueError, TypeError) as error:
             raise bad_request(error) from None
-        settings = settings.changed(steps=jobs[0].steps, guidance=jobs[0].guidance)
         return Plan(replace(self._spec, settings=settings), jobs, self._negative(request))
 
     def plan_edit(

@@ -69,17 +69,17 @@ class Gallery:
                 pixels.append(((as_images(pictures) + 1) * 127.5).round().to(torch.uint8))
         if not self.taught or len(self.renderings) == self.taught:
             raise ValueError("--train and --heldout need one sample each that can be read; see `bitdance data inspect`")
-        self._latents_RF, self._pixels_R3HW = torch.cat(latents), torch.cat(pixels)
+        self._latents_RF, self.pixels_R3HW = torch.cat(latents), torch.cat(pixels)
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the renderings."""
-        height, width = self._pixels_R3HW.shape[2:]
+        height, width = self.pixels_R3HW.shape[2:]
         return height, width
 
     def psnr(self, picture: Image.Image, rendering: int) -> float:
         """In dB, against one rendering."""
-        difference = (as_images([picture])[0] + 1) * 127.5 - self._pixels_R3HW[rendering]
+        difference = (as_images([picture])[0] + 1) * 127.5 - self.pixels_R3HW[rendering]
         return float(10 * torch.log10(255**2 / difference.square().mean().clamp(min=1e-3)))
 
     @torch.no_grad()

@@ -105,12 +105,18 @@ class BlockSampler:
 
     def _solve(self, cond_RPD: Tensor, noise_SBPC: Tensor, sampling: Sampling, steps: int, trunk: Trunk | None) -> Tensor:
         head, B = self.head, noise_SBPC.shape[1]
-        embedded_RPW = head.prepare(cond_RPD)
+        top = 0.0 if sampling.guidance_range is None else sampling.guidance_range[1]
+        if top != head.config.guidance_max:
+            raise ValueError(
+                f"the model's defaults say guidance_range up to {top:g}, its head's config guidance_max = "
+                f"{head.config.guidance_max:g}; take bitdance.json and the head from the same model"
+            )
+        embedded_RPW = head.prepare(cond_RPD, cond_RPD.new_full((1,), sampling.guidance, dtype=torch.float32) if top else None)
 
         def denoise(x_BPC: Tensor, t: float, both: bool) -> Tensor:
             return head.denoise(x_BPC, self._time(t), embedded_RPW if both else embedded_RPW[:B], trunk)
 
-        velocity = partial(guided_velocity, denoise, guidance=sampling.guidance, interval=sampling.guidance_interval)
+        velocity = partial(guided_velocity, denoise, guidance=sampling.between_branches, interval=sampling.guidance_interval)
         solve, draws = SAMPLERS[sampling.sampler], iter(noise_SBPC)
         return solve(velocity, next(draws), steps, draws.__next__, head.config.time_shift)
 

@@ -40,6 +40,9 @@ class HeadConfig:
 
     `head_dim` width of an attention head; 0: no attention, each token of a block is denoised by itself. `squash` whether
     predicted bits pass 2·sigmoid − 1. The JSON file knows neither; both have the published value there.
+
+    `guidance_max`: the head takes the guidance scale as one more input, from 1 to this; 0, as published: it does not, and neither
+    the JSON file nor the weights know of it.
     """
 
     ch_target: int
@@ -57,6 +60,7 @@ class HeadConfig:
     grad_checkpointing: bool = False
     head_dim: int = HEAD_DIM
     squash: bool = True
+    guidance_max: float = 0.0
 
     def __post_init__(self) -> None:
         for name in (
@@ -73,6 +77,9 @@ class HeadConfig:
         for name in ("time_shift", "P_mean", "P_std"):
             allowed = Range(-1000 if name == "P_mean" else 0, 1000, whole=False, open_low=name != "P_mean")
             object.__setattr__(self, name, allowed.check(name, getattr(self, name)))
+        if self.guidance_max != 0:
+            allowed = Range(1, 1000, whole=False, open_low=True)
+            object.__setattr__(self, "guidance_max", allowed.check("guidance_max", self.guidance_max))
         object.__setattr__(self, "head_dim", Range(0, limits.WIDTH).check("head_dim", self.head_dim))
         for name in ("use_swiglu", "grad_checkpointing", "squash"):
             if not isinstance(getattr(self, name), bool):
@@ -105,7 +112,8 @@ class HeadConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `vision_head_config.json`."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in _NOT_IN_JSON}
+        absent = _NOT_IN_JSON if self.guidance_max else (*_NOT_IN_JSON, "guidance_max")
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in absent}
 
 
 class TimeEmbedding(nn.Module):
@@ -126,6 +134,23 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t_K: Tensor) -> Tensor:
         return self.mlp(self.frequencies(t_K).to(next(self.mlp.parameters()).dtype))
+
+
+class GuidanceEmbedding(nn.Module):
+    """A guidance scale g (K,) → (K, W): a smooth function of g from 1 to `top`, as the first terms of its cosine series; 0 at the
+    start. # OURS: one tensor beside the published ones."""
+
+    TERMS = 16
+
+    def __init__(self, width: int, top: float) -> None:
+        super().__init__()
+        self.top = top
+        self.weight = nn.Parameter(torch.zeros(width, self.TERMS))
+
+    def forward(self, guidance_K: Tensor) -> Tensor:
+        place_K = (guidance_K.float() - 1) / (self.top - 1)
+        cosine_KT = torch.cos(math.pi * place_K[:, None] * torch.arange(self.TERMS, device=guidance_K.device))
+        return F.linear(cosine_KT.to(self.weight.dtype), self.weight)
 
 
 class Attention(nn.Module):
@@ -213,6 +238,8 @@ class HeadNet(nn.Module):
         self.grad_checkpointing = config.grad_checkpointing
         self.time_embed = TimeEmbedding(width)
         self.cond_embed = nn.Linear(config.ch_cond, width)
+        if config.guidance_max:
+            self.guidance_embed = GuidanceEmbedding(width, config.guidance_max)
         self.input_proj = nn.Linear(config.ch_target, width)
         self.ada_ln_blocks = nn.ModuleList(nn.Linear(width, kind.MODULATIONS * width) for _ in range(config.depth_adanln))
         self.res_blocks = nn.ModuleList(kind(config) for _ in range(config.depth_latent))
@@ -268,9 +295,17 @@ class BinaryDiffusionHead(nn.Module):
         float32."""
         return self.net(x_KPC, self.net.time_embed(t_K), self.prepare(cond_KPD))
 
-    def prepare(self, cond_KPD: Tensor) -> Tensor:
-        """The embedded condition (K,P,W). It does not depend on the time: one call serves all steps of a sampler."""
-        return self.net.cond_embed(cond_KPD.to(self.net.cond_embed.weight.dtype))
+    def prepare(self, cond_KPD: Tensor, guidance_K: Tensor | None = None) -> Tensor:
+        """The embedded condition (K,P,W), of a head that takes guidance with the scale (K,) or (1,). It does not depend on the
+        time: one call serves all steps of a sampler."""
+        embedded_KPW = self.net.cond_embed(cond_KPD.to(self.net.cond_embed.weight.dtype))
+        return embedded_KPW if guidance_K is None else embedded_KPW + self.net.guidance_embed(guidance_K)[:, None]
+
+    def take_guidance(self, top: float) -> None:
+        """Let the head take the guidance scale, from 1 to `top`, as one more input, which changes nothing until it is trained."""
+        weight = self.net.cond_embed.weight
+        self.config = dataclasses.replace(self.config, guidance_max=top)
+        self.net.guidance_embed = GuidanceEmbedding(len(weight), top).to(weight)
 
     def embed_time(self, t: float) -> Tensor:
         """One time for all rows (1,W). It depends on nothing else: one call serves all blocks of all pictures."""

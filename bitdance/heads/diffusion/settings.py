@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bitdance.heads.diffusion.sampler import SAMPLERS
-from bitdance.values import check_interval, check_number, shown
+from bitdance.values import RANGES, check_interval, check_number, shown
 
 STEPS, GUIDANCE = 50, 7.5  # published defaults
 
@@ -16,7 +16,8 @@ class Sampling:
 
     `guidance_interval` are the times between which guidance acts; outside it only the conditional branch is evaluated,
     which halves the head's work there. `last_steps`: steps of the last block; those between change linearly from
-    `steps` (None: all the same). ValueError says what is allowed.
+    `steps` (None: all the same). `guidance_range`: the head takes `guidance`, which must be in this range, as an input, so there
+    is no unconditional branch. ValueError says what is allowed.
     """
 
     steps: int = STEPS
@@ -24,6 +25,7 @@ class Sampling:
     sampler: str = "euler_maruyama"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     last_steps: int | None = None
+    guidance_range: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.sampler, str) or self.sampler not in SAMPLERS:
@@ -32,11 +34,21 @@ class Sampling:
             if name != "last_steps" or self.last_steps is not None:
                 object.__setattr__(self, name, check_number(name, getattr(self, name)))
         object.__setattr__(self, "guidance_interval", check_interval(self.guidance_interval))
+        if self.guidance_range is not None:
+            low, high = guidance_range(self.guidance_range)
+            object.__setattr__(self, "guidance_range", (low, high))
+            if not low <= self.guidance <= high:
+                raise ValueError(f"guidance = {self.guidance:g}; this model was taught guidance from {low:g} to {high:g}")
 
     @property
     def guided(self) -> bool:
         """Whether there is an unconditional branch at all."""
-        return self.guidance > 1
+        return self.guidance > 1 and self.guidance_range is None
+
+    @property
+    def between_branches(self) -> float:
+        """The guidance of the velocities; 1 where the head takes it as an input."""
+        return self.guidance if self.guidance_range is None else 1.0
 
     def block_steps(self, M: int) -> list[int]:
         """Solver steps of each of the M blocks."""
@@ -84,8 +96,9 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, **overrides: 
     """The settings that hold: overrides (fields of `Sampling`, None where there is none), else the preset, else the model's
     defaults.
 
-    `defaults` of a model folder: `guidance_scale`, which fits its training and holds under every preset, and `preset` and
-    `num_inference_steps`, which hold where no preset was named. ValueError for an unknown preset.
+    `defaults` of a model folder: `guidance_scale`, which fits its training and holds under every preset, `guidance_range`, where
+    the head takes that as an input, and `preset` and `num_inference_steps`, which hold where no preset was named. ValueError for
+    an unknown preset.
     """
     name = defaults.get("preset", "published") if preset is None else preset
     if not isinstance(name, str) or name not in PRESETS:
@@ -96,9 +109,17 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, **overrides: 
         own = PRESETS[name].changed(guidance=defaults.get("guidance_scale"), steps=steps)
     except ValueError as error:
         raise ValueError(f'"defaults" of bitdance.json: {error}') from None
-    chosen = own.changed(**overrides)
+    chosen = own.changed(**overrides).changed(guidance_range=defaults.get("guidance_range"))
     check_few_steps(chosen, defaults)
     return chosen
+
+
+def guidance_range(value: Any) -> tuple[float, float]:
+    """Two guidance scales 1 ≤ low < high. ValueError for anything else."""
+    numbers = [RANGES["guidance"].number(number) for number in value] if isinstance(value, (list, tuple)) else []
+    if len(numbers) != 2 or None in numbers or not 1 <= numbers[0] < numbers[1]:  # type: ignore[operator]
+        raise ValueError(f"guidance_range = {shown(value)}; two guidance scales 1 ≤ low < high are allowed, for instance 1 and 5")
+    return float(numbers[0]), float(numbers[1])  # type: ignore[arg-type]
 
 
 def check_few_steps(sampling: Sampling, defaults: Mapping[str, Any]) -> None:

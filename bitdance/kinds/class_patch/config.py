@@ -29,7 +29,7 @@ class ClassPatchConfig:
     with "standard" P consecutive tokens of the raster order.
     `head_kind` "bits" or "values": a logit for each bit or value instead of diffusion (`heads/discrete.py`), for comparison;
     `attention` "causal": a token of a block does not see the later ones, for comparison too. `numbers`: a token is `latent_dim`
-    numbers instead of bits, which are sampled as they are, without taking their signs.
+    numbers instead of bits, which are sampled as they are, without taking their signs. `guidance_max` as in `HeadConfig`.
     Training: `class_dropout_prob` share of pictures that get the null class, `perturb_rate` largest flip probability of
     a bit, `diff_batch_mul` noise draws per block; `P_mean`, `P_std`, `time_schedule`, `time_shift` as in `HeadConfig`.
     Source: BitDance paper (arXiv 2602.14041), ImageNet models; published class-conditional code for names and values.
@@ -57,6 +57,7 @@ class ClassPatchConfig:
     head_kind: str = "diffusion"
     attention: str = "block"
     numbers: bool = False
+    guidance_max: float = 0.0
 
     def __post_init__(self) -> None:
         for names, allowed in (
@@ -126,7 +127,8 @@ class ClassPatchConfig:
     @property
     def decides(self) -> dict[str, Any]:
         """What decides pictures and does not show in the shapes of the weights."""
-        plain = {"head_kind": "diffusion", "attention": "block", "numbers": False}  # of published models, which do not say them
+        # of published models, which do not say them
+        plain = {"head_kind": "diffusion", "attention": "block", "numbers": False, "guidance_max": 0.0}
         own = [name for name, value in plain.items() if getattr(self, name) != value]
         return {name: getattr(self, name) for name in ("n_head", "parallel_num", "parallel_mode", "time_shift", *own)}
 
@@ -157,6 +159,7 @@ class ClassPatchConfig:
             diff_batch_mul=self.diff_batch_mul,
             head_dim=HEAD_WIDTH if self.parallel_num > 1 else 0,
             squash=False,
+            guidance_max=self.guidance_max,
         )
 
     @classmethod

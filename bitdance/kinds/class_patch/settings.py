@@ -58,9 +58,12 @@ class ClassSettings:
     def blocks(self, M: int) -> list[tuple[Sampling, int]]:
         """The sampling of each of the M blocks, and its solver steps."""
         g = self.sampling.guidance
-        rising = self.guided and self.cfg_schedule == "linear"
+        rising = g > 1 and self.cfg_schedule == "linear"
         guidance = [1 + (g - 1) * m / M if rising else g for m in range(M)]
-        return [(replace(self.sampling, guidance=g_m), n) for g_m, n in zip(guidance, self.sampling.block_steps(M))]
+        of_block = self.sampling
+        if of_block.guidance_range is not None:  # of the whole picture; blocks rise from 1 on
+            of_block = replace(of_block, guidance_range=(1.0, of_block.guidance_range[1]))
+        return [(replace(of_block, guidance=g_m), n) for g_m, n in zip(guidance, self.sampling.block_steps(M))]
 
 
 PRESETS = {name: ClassSettings(Sampling(STEPS, guidance)) for name, (_, guidance) in PUBLISHED.items()}
@@ -74,6 +77,9 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, cfg_schedule:
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset = {shown(preset)}; allowed are {', '.join(PRESETS)}")
         own = PRESETS[preset]
+        if preset in FEW_STEPS and defaults.get("guidance_range"):  # their guidance is the model's
+            schedule = defaults.get("cfg_schedule", "linear")
+            own = ClassSettings(own.sampling.changed(guidance=defaults.get("guidance_scale")), schedule)
     else:
         try:
             names = {"guidance": "guidance_scale", "steps": "num_inference_steps", "sampler": "sampler"}
@@ -81,6 +87,7 @@ def choose(defaults: Mapping[str, Any], preset: str | None = None, cfg_schedule:
             own = ClassSettings(sampling, defaults.get("cfg_schedule", "linear"))
         except ValueError as error:
             raise ValueError(f'"defaults" of bitdance.json: {error}') from None
-    chosen = ClassSettings(own.sampling.changed(**said), own.cfg_schedule if cfg_schedule is None else cfg_schedule)
+    sampling = own.sampling.changed(**said).changed(guidance_range=defaults.get("guidance_range"))
+    chosen = ClassSettings(sampling, own.cfg_schedule if cfg_schedule is None else cfg_schedule)
     check_few_steps(chosen.sampling, defaults)
     return chosen

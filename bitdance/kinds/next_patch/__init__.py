@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdance.costs.memory import BatchSpec, check_memory
+from bitdance.folder.adapters import Adapter
 from bitdance.folder.checkpoint import load_model
 from bitdance.folder.config import check_folder
 from bitdance.folder.fingerprint import fingerprint
@@ -42,6 +43,10 @@ class JobRules:
     def check_size(self, height: int, width: int) -> None:
         """ValueError for a size that the model does not make."""
         self._config.check_size(height, width)
+
+    def adapt(self, adapter: Adapter) -> None:
+        """Take over the defaults that come with an adapter."""
+        self._config = replace(self._config, extras=adapter.settled(self._config.extras))
 
     def sampling(self, given: dict[str, Any], preset: str | None, remade: bool) -> Sampling:
         """What was given, else the preset, else the model's defaults; without their preset where a picture is made again, which

@@ -10,7 +10,7 @@ from bitdance.costs.memory import GB, BatchSpec, free_bytes, free_main_memory, n
 from bitdance.costs.shapes import SHAPES
 from bitdance.folder.config import ModelConfig
 from bitdance.networks.precision import DTYPES, resolve_dtype, usable_device
-from bitdance.networks.quantize import check_quantization, quantize_model
+from bitdance.networks.quantize import check_quantization, quantize_model, speed_of, times_as_long
 from bitdance.pipeline import BitDancePipeline
 
 MEASURED_STEPS = 2  # the peak does not depend on their number
@@ -45,6 +45,9 @@ def needs_of_batch(options: argparse.Namespace) -> dict[str, Any]:
         "free_bytes": free,
         "fits": fits,
     }
+    if kinds := [kind for kind in dict.fromkeys(quantized.values()) if kind and device == "cpu"]:
+        facts["speed"] = [speed_of(kind, dtype) for kind in kinds]
+        facts["times_as_long"] = {kind: times_as_long(kind, DTYPES[dtype]) for kind in kinds}
     if options.measure:
         if not fits:
             raise ValueError(f"needs {found.peak / GB:.1f} GB, {(free or 0) / GB:.1f} GB free on {device}: nothing to measure")

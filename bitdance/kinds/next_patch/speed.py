@@ -27,8 +27,9 @@ def measure_speed(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     model.check_size(height, width)
     given = {"steps": options.steps, "guidance": options.guidance}
     own = choose(model.defaults, **given)
-    # weights of a shape are random: they have been taught everything, or nothing
-    taught = {name: {"sampler": "direct"} if options.shape and name in FEW_STEPS else {} for name in options.preset}
+    # weights of a shape are random: they have been taught everything, guidance too, or nothing
+    student = {"sampler": "direct", "guidance_scale": 1.0}
+    taught = {name: student if options.shape and name in FEW_STEPS else {} for name in options.preset}
     presets = {
         name: choose({**model.defaults, **own}, None if name == OWN else name, **given, sampler=options.sampler)
         for name, own in taught.items()

@@ -4,12 +4,14 @@ checkpoint/adapter/     the averaged adapter in peft's layout, see `bitdance/fol
 checkpoint/resume/      the adapter's weights, moments and averages; the frozen weights are those of `generator.init`
 """
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from bitdance.folder.adapters import PREFIX, adaptable
 from bitdance.folder.checkpoint import load_model
@@ -24,7 +26,8 @@ from lfq_tokenizer.weights import write_safetensors
 from stages.config import GeneratorTraining, LoraTraining
 from stages.engine.checkpoint import ADAPTER, model_folder
 
-WHOLE_PARTS = {"backbone": ".layers.", "head": ".res_blocks."}  # what a part's name stands for in `targets`
+WHOLE_PARTS = {"backbone": ".layers.", "head": ".res_blocks.", "head.net": ""}  # what a part's name stands for in `targets`
+Part = TypeVar("Part", bound=nn.Module)
 _NAME = ".default"  # that peft gives to a model's only adapter, inside the names of its tensors
 
 
@@ -39,6 +42,16 @@ def add_lora(model: BitDanceModel, lora: LoraTraining) -> None:
     names = _targeted([name for name, _ in adaptable(model)], lora.targets)
     model.requires_grad_(False)
     inject_adapter_in_model(_peft_config(lora, names), model)
+
+
+def without_lora(part: Part) -> Part:
+    """A copy of a part of a model, without the adapters that `add_lora` put into it."""
+    copied = copy.deepcopy(part)
+    for parent in list(copied.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(base := getattr(child, "base_layer", None), nn.Linear):
+                setattr(parent, name, base)
+    return copied
 
 
 def check_lora(training: GeneratorTraining, model: BitDanceModel, head: HeadConfig) -> None:

@@ -48,9 +48,13 @@ class GeneratorObjective(nn.Module):
         """What the head learns from: a mean over the rows of this process, and what else there is to log."""
         return losses.vision, {}
 
-    def forward(self, batch: GeneratorBatch, generator: torch.Generator, step: int) -> Losses:
-        if self._training.lora and self._training.lora.dropout:  # drawn from torch's global source
+    def seed_dropout(self, generator: torch.Generator) -> None:
+        """An adapter's dropout is drawn from torch's global source: let it belong to the step."""
+        if self._training.lora and self._training.lora.dropout:
             torch.manual_seed(int(torch.randint(2**62, (), generator=generator, device=generator.device)))
+
+    def forward(self, batch: GeneratorBatch, generator: torch.Generator, step: int) -> Losses:
+        self.seed_dropout(generator)
         losses = self.losses(batch)
         learned, more = self.vision(losses, batch, step)
         # Means over all processes: a process that happens to hold more blocks or more text counts for more. The counts are

@@ -216,6 +216,8 @@ class GeneratorRecipe:
         card = {"recipe": self.config.recipe, **stages, **self.settings()}
         if self.training.lora:
             extras = {"base": self._base, "prompts": self._prompts_known, **self._words_known, "card": card}
+            if self._changed_defaults:  # what the base's own defaults are not right for
+                extras["defaults"] = dict(self._changed_defaults)
             save_adapter(model, folder.with_name(ADAPTER), self.training.lora, extras)
             return
         model.extras = {
