@@ -82,7 +82,9 @@ def few_steps_loss(
 ) -> tuple[Tensor, Tensor]:
     """Mean squares over the bits (2K,P), of the first guesses and then of the mended ones at the times (K,), and the share of
     bits of the first guesses that have the sign of the end. `guidance_K` for a head that takes it as an input."""
-    embedded_KPW = head.prepare(cond_KPD, guidance_K)
+    embedded_KPW = head.prepare(cond_KPD)
+    if guidance_K is not None:
+        embedded_KPW = embedded_KPW + head.embed_guidance(guidance_K)
 
     def student(x_KPC: Tensor, t_K: Tensor) -> Tensor:
         x_hat: Tensor = head.net(x_KPC, head.net.time_embed(t_K), embedded_KPW)

@@ -202,7 +202,7 @@ def test_guidance_as_an_input_changes_nothing_until_it_is_taught_and_is_smooth_t
     head.take_guidance(5.0)
 
     def predicted(*guidance: float) -> Tensor:
-        return head.net(x, head.net.time_embed(t_1), head.prepare(cond, torch.tensor(guidance)))
+        return head.net(x, head.net.time_embed(t_1), head.prepare(cond) + head.embed_guidance(torch.tensor(guidance)))
 
     assert torch.equal(predicted(3.0), before) and torch.equal(head(x, t_1, cond), before)
     assert {name for name, _ in head.named_parameters() if "guidance" in name} == {"net.guidance_embed.weight"}

@@ -111,7 +111,9 @@ class BlockSampler:
                 f"the model's defaults say guidance_range up to {top:g}, its head's config guidance_max = "
                 f"{head.config.guidance_max:g}; take bitdance.json and the head from the same model"
             )
-        embedded_RPW = head.prepare(cond_RPD, cond_RPD.new_full((1,), sampling.guidance, dtype=torch.float32) if top else None)
+        embedded_RPW = head.prepare(cond_RPD)
+        if top:
+            embedded_RPW = embedded_RPW + head.embed_guidance(cond_RPD.new_full((1,), sampling.guidance, dtype=torch.float32))
 
         def denoise(x_BPC: Tensor, t: float, both: bool) -> Tensor:
             return head.denoise(x_BPC, self._time(t), embedded_RPW if both else embedded_RPW[:B], trunk)

@@ -295,11 +295,13 @@ class BinaryDiffusionHead(nn.Module):
         float32."""
         return self.net(x_KPC, self.net.time_embed(t_K), self.prepare(cond_KPD))
 
-    def prepare(self, cond_KPD: Tensor, guidance_K: Tensor | None = None) -> Tensor:
-        """The embedded condition (K,P,W), of a head that takes guidance with the scale (K,) or (1,). It does not depend on the
-        time: one call serves all steps of a sampler."""
-        embedded_KPW = self.net.cond_embed(cond_KPD.to(self.net.cond_embed.weight.dtype))
-        return embedded_KPW if guidance_K is None else embedded_KPW + self.net.guidance_embed(guidance_K)[:, None]
+    def prepare(self, cond_KPD: Tensor) -> Tensor:
+        """The embedded condition (K,P,W). It does not depend on the time: one call serves all steps of a sampler."""
+        return self.net.cond_embed(cond_KPD.to(self.net.cond_embed.weight.dtype))
+
+    def embed_guidance(self, guidance_K: Tensor) -> Tensor:
+        """The scale (K,) or (1,), of a head that takes it, as what is added to the embedded condition: (K,1,W)."""
+        return self.net.guidance_embed(guidance_K)[:, None]
 
     def take_guidance(self, top: float) -> None:
         """Let the head take the guidance scale, from 1 to `top`, as one more input, which changes nothing until it is trained."""
