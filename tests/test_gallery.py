@@ -11,13 +11,13 @@ from bitdance.picture import read_metadata, read_picture
 from stages.measure.gallery import command_of, draw, file_of, page, quoted
 
 ROOT = Path(__file__).parent.parent
-SECTIONS = tomllib.loads((ROOT / "configs/demo/gallery.toml").read_text(encoding="utf-8"))["section"]
+SECTIONS = tomllib.loads((ROOT / "docs/gallery.toml").read_text(encoding="utf-8"))["section"]
 PICTURES = [picture for section in SECTIONS for picture in section["pictures"]]
 
 
 def test_the_page_is_what_its_command_writes() -> None:
     text = (ROOT / "docs/gallery.md").read_text(encoding="utf-8")
-    command = "python -m stages.measure.gallery configs/demo/gallery.toml docs/gallery.md"
+    command = "python -m stages.measure.gallery docs/gallery.toml docs/gallery.md"
     assert text == "\n".join(page(SECTIONS, "gallery", command))
     shown = re.findall(r"\]\(gallery/([^)]+)\)", text)
     assert sorted(shown) == sorted(path.name for path in (ROOT / "docs/gallery").iterdir()) and len(shown) == len(PICTURES)

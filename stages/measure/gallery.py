@@ -1,6 +1,6 @@
 """Pictures of the bundled model with prompt, seed and command under each, the failures included.
 
-    python -m stages.measure.gallery configs/demo/gallery.toml docs/gallery.md
+    python -m stages.measure.gallery docs/gallery.toml docs/gallery.md
 
 Each picture is made by the very command that stands under it, so what a reader types gives what a reader sees.
 """
@@ -77,7 +77,7 @@ def cell(picture: Mapping[str, Any], folder: str) -> str:
 def run(argv: Sequence[str] | None = None) -> None:
     """Draw what is missing, write the page."""
     parser = Parser(prog="python -m stages.measure.gallery", description="A page of pictures with their commands.")
-    parser.add_argument("gallery", type=Path, help="a TOML file: sections of prompts; see configs/demo/gallery.toml")
+    parser.add_argument("gallery", type=Path, help="a TOML file: sections of prompts; see docs/gallery.toml")
     parser.add_argument("page", type=Path, help="the Markdown page; its pictures lie in a folder of the same name beside it")
     arguments: argparse.Namespace = parser.parse_args(argv)
     sections = tomllib.loads(arguments.gallery.read_text(encoding="utf-8"))["section"]
