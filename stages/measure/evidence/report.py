@@ -122,7 +122,7 @@ def _laws(pyplot: Any, results: Results) -> Any:
             if len(pairs) >= 3:
                 a, b, _ = power_law(*zip(*pairs, strict=True))
                 panel.loglog(x, [a * value**b for value in x], color="0.6")
-            panel.set_title(f"{group}: {AXES[axis]}", fontsize=8)
+            panel.set_title(f"{group}: {AXES[axis]}", fontsize=7)
         row[0].set_ylabel("held-out loss")
     return figure
 
