@@ -325,6 +325,7 @@ def test_a_second_signal_gives_up_what_was_begun(model: ServedModel, monkeypatch
         hold.go()
         server.thread.join(30)
         assert not server.thread.is_alive() and hold.steps == 1
+        assert server.server.last_words == "what was begun is given up, what waited was refused"
 
 
 def test_a_slow_sender_is_cut_off(model: ServedModel) -> None:

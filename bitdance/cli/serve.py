@@ -68,10 +68,10 @@ def run(argv: Sequence[str]) -> int:
         app = create_app(model, limits, key, options.cors)
         address = address_of(bound)
         lines = [f"bitdance serves {model.name} ({model.pipe.kind}, {model.pipe.device}) at {address}", "Ctrl+C ends it"]
-        code = serve(app, bound, partial(_say, lines))
-    if code:
-        report("what was begun is finished, what waited was refused", "stopped")
-    return code
+        server = serve(app, bound, partial(_say, lines))
+    if server.exit_code:
+        report(server.last_words, "stopped")
+    return server.exit_code
 
 
 def _say(lines: Sequence[str]) -> None:

@@ -89,6 +89,16 @@ class Server(uvicorn.Server):
         for connection in list(self.server_state.connections):
             connection.transport.abort()
 
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, 0 where none came."""
+        return 0 if self.stopped_by is None else 128 + self.stopped_by
+
+    @property
+    def last_words(self) -> str:
+        """What became of the requests."""
+        return f"what was begun is {'given up' if self._at_once else 'finished'}, what waited was refused"
+
     def stop(self, number: int | None = None) -> None:
         """Refuse what waits, finish what was begun, end. Called again: refuse that, too."""
         self._at_once = self.should_exit
@@ -96,9 +106,9 @@ class Server(uvicorn.Server):
         self._queue.stop(self._at_once)
 
 
-def serve(app: FastAPI, bound: socket.socket, ready: Callable[[], None] = lambda: None) -> int:
-    """Serve until a signal. The exit code: 128 + the signal's number, 0 where none came."""
+def serve(app: FastAPI, bound: socket.socket, ready: Callable[[], None] = lambda: None) -> Server:
+    """Serve until a signal. The server, which says how it ended."""
     logging.getLogger("bitdance.serve").setLevel(logging.INFO)
     server = Server(app, ready)
     server.run(sockets=[bound])
-    return 0 if server.stopped_by is None else 128 + server.stopped_by
+    return server
