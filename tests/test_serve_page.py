@@ -259,6 +259,7 @@ def test_presets_side_by_side_and_the_slider(model: ServedModel, visit: Callable
         for tick in page.locator("#gallery input").all():
             tick.check()
         page.click("#compare")
+        expect(page.locator("#slider")).to_be_visible()
         assert not np.array_equal(picture(page, "#over"), picture(page, "#under"))
         page.locator("#split").focus()
         page.keyboard.press("Home")
@@ -298,6 +299,7 @@ def test_a_brush_says_what_is_drawn_anew(editing: ServedModel, visit: Callable[.
         for paint in (True, False):
             page.locator("#gallery button").last.click()
             page.click("#edit")
+            expect(page.locator("#editor")).to_be_visible()
             box = page.locator("#mask").bounding_box()
             assert box is not None
             if paint:
@@ -365,14 +367,17 @@ def test_everybody_can_use_it(
         kept(page, 4 if kind == "text" else 2)
         clean(axe, page, "page")
         page.locator("#gallery button").first.click()
+        expect(page.locator("#detail")).to_be_visible()
         clean(axe, page, "detail")
         if kind == "refine":
             page.click("#edit")
+            expect(page.locator("#editor")).to_be_visible()
             clean(axe, page, "editor")
         page.keyboard.press("Escape")
         for tick in page.locator("#gallery input").all()[:2]:
             tick.check()
         page.click("#compare")
+        expect(page.locator("#slider")).to_be_visible()
         clean(axe, page, "slider")
         page.keyboard.press("Escape")
         page.set_viewport_size(PHONE)
