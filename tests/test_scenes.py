@@ -67,7 +67,7 @@ def cache(tmp_path_factory: Any) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         for module in (icons, scenes):
             patch.setattr(module, "STYLE_ARCHIVES", styles)
-        patch.setattr(scenes, "CAPTIONS", made["emojibase-data"])
+            patch.setattr(module, "CAPTIONS", made["emojibase-data"])
         yield folder
 
 

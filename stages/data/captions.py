@@ -29,6 +29,12 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "brown": (120, 72, 32),
 }
 
+
+def nearest_color(color: Sequence[float]) -> str:
+    """The name of the palette's colour that is nearest to red, green and blue in 0 … 255."""
+    return min(PALETTE, key=lambda name: sum((a - b) ** 2 for a, b in zip(color, PALETTE[name], strict=True)))
+
+
 _CANONICAL = "{a_concept}, {style} style, on {a_background} background"
 _FULL = (
     "{concept}, {style} style, {background} background",

@@ -235,14 +235,19 @@ class IconSource:
             yield CaptionedPicture(key, picture, captions_of(concept.label, concept.tags, style, background), attributes)
 
     def describe(self) -> dict[str, Any]:
-        archives = [CAPTIONS, *(STYLE_ARCHIVES[style] for style in self.options.styles)]
         return {
             "name": "icons",
-            "packages": {f"{archive.package}@{archive.version}": archive.sha256 for archive in archives},
+            "packages": packages_of(self.options.styles),
             "concepts": len(self.concepts),
             # a list of concepts is named without its folder: where it lies is nobody's business
             "arguments": asdict(self.options) | {"concepts": Path(self.options.concepts).name},
         }
+
+
+def packages_of(styles: Sequence[str]) -> dict[str, str]:
+    """PACKAGE@VERSION → SHA-256 of what icons of these styles and their captions are read from."""
+    archives = [CAPTIONS, *(STYLE_ARCHIVES[style] for style in styles)]
+    return {f"{archive.package}@{archive.version}": archive.sha256 for archive in archives}
 
 
 def _name(concept: Concept, style: str) -> str:

@@ -23,7 +23,7 @@ from PIL import Image
 from stages.data.archives import CAPTIONS, DEFAULT_CACHE, STYLE_ARCHIVES, fetch, read_json
 from stages.data.captions import PALETTE, captions_of
 from stages.data.concepts import Concept, choose, draw, read_concepts
-from stages.data.icons import IconStyle
+from stages.data.icons import IconStyle, packages_of
 from stages.data.pieces import box_of, pieces
 from stages.data.sample import CaptionedPicture, Skipped
 from stages.data.scene_words import LANDSCAPES, colourless, joined, one, related, several, worded
@@ -244,10 +244,9 @@ class SceneSource:
         return canvas.convert("RGB")
 
     def describe(self) -> dict[str, Any]:
-        archives = [CAPTIONS, *(STYLE_ARCHIVES[style] for style in self.options.styles)]
         return {
             "name": "scenes",
-            "packages": {f"{archive.package}@{archive.version}": archive.sha256 for archive in archives},
+            "packages": packages_of(self.options.styles),
             "concepts": len(self.shelf.concepts),
             "arguments": asdict(self.options) | {"concepts": Path(self.options.concepts).name},
         }

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from stages.data.captions import PALETTE
+from stages.data.captions import nearest_color
 from stages.data.pieces import box_of, pieces
 from stages.data.scenes import ONE_COLOUR, Shelf
 
@@ -73,9 +73,8 @@ class Detector:
         distances = np.square(drawn - piece).mean((1, 2, 3))
         distances += SHAPE_WEIGHT * np.square(self._aspect_N - np.log((right - left) / (bottom - top)))
         best = int(distances.argmin())
-        name = min(PALETTE, key=lambda name: float(np.square(color - PALETTE[name]).sum()))
         place = tuple(value / SIDE for value in box)
-        return Found(*self.names[best], name, place, float(distances[best]))  # type: ignore[arg-type]
+        return Found(*self.names[best], nearest_color(color.tolist()), place, float(distances[best]))  # type: ignore[arg-type]
 
 
 def _features(drawing: Image.Image) -> tuple[Array, Array, float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from bitdance.cli import Parser
 from bitdance.generator import load_pipeline
 from bitdance.picture import grid, write_png
-from stages.data.captions import PALETTE
+from stages.data.captions import nearest_color
 from stages.data.shards import Sample, ShardDataset, ShardIndex
 from stages.engine.checkpoint import model_folder
 from stages.recipes.tokenizer.feed import as_images
@@ -98,7 +98,7 @@ def background_of(picture: Image.Image) -> str:
     edges = (pixels[:, :2], pixels[:, -2:], pixels[:, :, :2], pixels[:, :, -2:])
     border = torch.cat([edge.flatten(1) for edge in edges], dim=1)
     median = (border.median(dim=1).values + 1) * 127.5
-    return min(PALETTE, key=lambda name: float((median - torch.tensor(PALETTE[name])).square().sum()))
+    return nearest_color(median.tolist())
 
 
 def judge(

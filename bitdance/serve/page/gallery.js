@@ -27,15 +27,16 @@ async function withStore(mode, action) {
   }
 }
 
-/** Keep a picture under its id, once. Beyond the most that are kept, the oldest are forgotten. */
-export async function keep(id, blob, note) {
-  await withStore("readwrite", (store) => store.put({ id, blob, note, time: Date.now() }));
-  for (const old of (await all()).slice(MOST)) await forget(old.id);
+/** Keep a picture under its id, once. */
+export function keep(id, blob, note) {
+  return withStore("readwrite", (store) => store.put({ id, blob, note, time: Date.now() }));
 }
 
-/** All pictures, the newest first. */
+/** All pictures, the newest first. Beyond the most that are kept, the oldest are forgotten. */
 export async function all() {
-  return (await withStore("readonly", (store) => store.getAll())).sort((a, b) => b.time - a.time);
+  const found = (await withStore("readonly", (store) => store.getAll())).sort((a, b) => b.time - a.time);
+  for (const old of found.splice(MOST)) await forget(old.id);
+  return found;
 }
 
 export function forget(id) {
