@@ -164,11 +164,11 @@ class ImageQueue:
                     picture.task.fail(failed())
             finally:
                 took = time.monotonic() - start
-                with self._condition:
-                    self._running -= len(batch)
-                    self._seconds = took if self._seconds is None else 0.7 * self._seconds + 0.3 * took
                 self.metrics.batch.observe(len(batch))
                 self.metrics.batch_seconds.observe(took)
+                with self._condition:  # last, so that nothing runs means everything is counted
+                    self._running -= len(batch)
+                    self._seconds = took if self._seconds is None else 0.7 * self._seconds + 0.3 * took
 
     def _make(self, pipe: Any, batch: list[Picture], most: int) -> int:
         """Make a batch; one that fails is halved until the broken picture stands alone. → the most pictures that fit."""
