@@ -30,9 +30,9 @@ from bitdance.networks.kernels import use_onednn
 from bitdance.networks.offload import Phase, PhaseOffload
 from bitdance.networks.precision import AUTO, DTYPES, wanted_dtype
 from bitdance.sequence.prompt import check_prompt, conditional_ids
-from bitdance.sequence.vocabulary import unknown_words
+from bitdance.sequence.vocabulary import unknown_words, with_guess
 from bitdance.values import check_number, shown
-from lfq_tokenizer.text import listed
+from lfq_tokenizer.text import SHOWN, listed
 
 NAMED_WORDS = 1000  # at most, so that a server does not remember all that strangers ask for
 OUTPUT_TYPES = ("pil", "np", "pt", "bits")
@@ -317,7 +317,8 @@ class BitDancePipeline(PictureCoding):
             folder = self.model.folder
             name = "demo" if folder == DEMO else folder
             more = "" if folder is None else f"; `bitdance info {name} --prompts` lists what it knows"
-            warnings.warn(f"the model was never taught {listed([shown(word) for word in unknown], ', ')}{more}", stacklevel=3)
+            words = [with_guess(word, self.model.extras) for word in unknown[:SHOWN]] + unknown[SHOWN:]
+            warnings.warn(f"the model was never taught {listed(words, ', ')}{more}", stacklevel=3)
 
     def _bar(self, total: int) -> tqdm:
         return tqdm(total=total, **{"desc": "blocks", "disable": not sys.stderr.isatty(), **self._progress})

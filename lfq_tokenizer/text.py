@@ -1,11 +1,13 @@
 """Text of strangers: bytes → lines → what may be shown on a terminal."""
 
+import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 _DIGITS = 4000
 SHOWN = 10  # offenders listed in an error
+_COMPARED = 100  # letters of a name that is not known
 HOUR, DAY = 3600.0, 86_400.0
 # unit, its seconds, and from how many seconds on the next one reads better
 UNITS = (
@@ -54,6 +56,18 @@ def listed(items: Sequence[str], separator: str = "; ") -> str:
     """The first ten items, and how many more there are."""
     more = f"{separator}and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
     return separator.join(items[:SHOWN]) + more
+
+
+def nearest(name: str, known: Collection[str], least: float = 0.5) -> str | None:
+    """The one of `known` that a misspelt name may mean; None where all are farther than `least`, of 1 for the same letters."""
+    near = difflib.get_close_matches(name[:_COMPARED], known, 1, least)
+    return near[0] if near else None
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """A question for an error about a name that is not known, "" where none of `known` is near."""
+    near = nearest(name, known)
+    return f"did you mean {near!r}? " if near else ""
 
 
 def decoded(data: bytes, source: str) -> str:

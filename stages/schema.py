@@ -5,7 +5,6 @@ Any], Table(…)]` for a table whose keys are no fields. Plain types allow every
 """
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from bitdance.values import Range, shown
-from lfq_tokenizer.text import check_unicode, printable
+from lfq_tokenizer.text import check_unicode, nearest, printable
 
 DEEPEST = 64  # tables within tables
 
@@ -85,8 +84,8 @@ class Table:
 def check_key(key: str, known: Collection[str], where: str = "") -> None:
     """ValueError with a suggestion for a key that is not known."""
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {where}{close[0]}?" if close else f"known are {', '.join(known)}"
+        near = nearest(key, known)
+        hint = f"did you mean {where}{near}?" if near else f"known are {', '.join(known)}"
         raise ValueError(f"unknown key {where}{printable(key)[:100]}; {hint}")
 
 

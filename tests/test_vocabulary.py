@@ -60,6 +60,11 @@ def test_each_word_is_named_once(pipe: BitDancePipeline) -> None:
     assert len(draw(pipe, "a grumpf")) == 1
 
 
+def test_a_misspelt_word_comes_with_the_one_it_may_mean(pipe: BitDancePipeline) -> None:
+    (said,) = draw(pipe, "a pengin beside strawberries")
+    assert "'pengin' (penguin?), 'beside', 'strawberries' (strawberry?)" in said
+
+
 def test_known_words_and_models_without_a_list_are_silent(pipe: BitDancePipeline) -> None:
     assert draw(pipe, "a fox, 3D style, on a blue background", "Cactus on YELLOW", "") == []
     other = BitDancePipeline(pipe.model)

@@ -7,7 +7,6 @@ Exit codes: 0 all done, 1 some jobs failed, 2 bad usage or config, 130 and 143 s
 """
 
 import argparse
-import difflib
 import io
 import os
 import sys
@@ -191,11 +190,10 @@ def load_command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequenc
             ) from error
     if name in FROM_ENTRY_POINTS:
         raise UsageError(f"command {name!r} is not registered here; install the package: pip install -e '.[train]'")
+    from lfq_tokenizer.text import did_you_mean
+
     known = [*OWN, *foreign]
-    near = difflib.get_close_matches(name, known, 1, 0.6)
-    raise UsageError(
-        f"unknown command {name!r}; " + (f"did you mean {near[0]!r}? " if near else "") + f"known: {', '.join(known)}"
-    )
+    raise UsageError(f"unknown command {name!r}; {did_you_mean(name, known)}known: {', '.join(known)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,5 @@
 """Prompts as people give them: words of a command line, or a file that is read line by line and never held whole."""
 
-import difflib
 import json
 import re
 import stat
@@ -15,7 +14,7 @@ from bitdance.values import check_number, shown
 from lfq_tokenizer import limits
 from lfq_tokenizer.files import size_text
 from lfq_tokenizer.json_file import parse_json
-from lfq_tokenizer.text import check_unicode, decoded
+from lfq_tokenizer.text import check_unicode, decoded, did_you_mean
 
 NUMBERS = ("seed", "height", "width", "guidance", "steps", "n")
 KEYS = ("prompt", "id", "class", *NUMBERS)
@@ -150,9 +149,7 @@ def _from_json(line: str, source: str) -> Request:
         raise ValueError(f'{source}: holds {type(value).__name__}, not an object; write {{"prompt": "…"}}')
     if not value.keys() <= _KEYS:
         key = next(key for key in value if key not in _KEYS)
-        near = difflib.get_close_matches(key[:100], KEYS, 1, 0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"{source}: unknown key {shown(key)}; {hint}known keys: {', '.join(KEYS)}")
+        raise ValueError(f"{source}: unknown key {shown(key)}; {did_you_mean(key, KEYS)}known keys: {', '.join(KEYS)}")
     if ("prompt" in value) == ("class" in value):
         told = 'has both "prompt" and "class"; one of them is allowed' if "prompt" in value else 'has no "prompt"'
         raise ValueError(f'{source}: {told}; only this key is required (of a class model "class")')

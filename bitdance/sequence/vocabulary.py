@@ -8,7 +8,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from bitdance.values import shown
+from lfq_tokenizer.text import nearest
+
 MOST = 20_000  # words of a list; captions with more are no small vocabulary, and get none
+LONG = 5  # letters; shorter words are near too many others
+ALIKE = 0.8  # of 1 for the same letters
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
 
 
@@ -24,6 +29,12 @@ def unknown_words(extras: Mapping[str, Any], prompts: Iterable[str]) -> list[str
         return []
     taught = set(map(str, known))
     return [word for word in words_of(prompts) if word not in taught]
+
+
+def with_guess(word: str, extras: Mapping[str, Any]) -> str:
+    """An unknown word as a warning shows it. Beside a long one stands the word of the list that it may mean."""
+    guess = nearest(word, extras["words"], ALIKE) if len(word) >= LONG else None
+    return shown(word) + (f" ({guess}?)" if guess else "")
 
 
 def with_words(extras: Mapping[str, Any], captions: Iterable[str]) -> dict[str, Any]:

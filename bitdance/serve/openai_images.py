@@ -7,7 +7,6 @@ setting that is silently left out gives another picture than the one that was as
 """
 
 import base64
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 from bitdance.serve.errors import bad_request
 from bitdance.serve.settings import Limits
 from bitdance.values import Range, check_number, shown
+from lfq_tokenizer.text import did_you_mean
 
 FORMATS = ("png", "webp", "jpeg")
 SAME = {"num_inference_steps": "steps", "guidance_scale": "guidance"}
@@ -72,8 +72,7 @@ def read_request(fields: Mapping[str, Any], words: Sequence[str], limits: Limits
     said: dict[str, Any] = {}
     for name, value in fields.items():
         if name not in known:
-            near = difflib.get_close_matches(name[:100], known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, known)
             own = [*PLAIN, *OWN, *settings, *(EDIT if edit else ())]
             raise bad_request(f"unknown field {shown(name)}; {hint}known: {', '.join(own)}", name[:100], "unknown_parameter")
         if value is None:
