@@ -22,6 +22,8 @@ from bitdance.serve.openai_images import ImageRequest, size_text
 from bitdance.serve.settings import Limits
 from bitdance.values import shown
 
+NOT_BESIDE = ("preset", "num_inference_steps", "guidance_scale")
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -100,7 +102,8 @@ class ServedModel:
         return None if names is None else [names.name(number) for number in range(len(names))]
 
     def describe(self) -> dict[str, Any]:
-        """What `/v1/models` says beside OpenAI's fields."""
+        """What `/v1/models` says beside OpenAI's fields. `settings`: those beside steps and guidance that a request may
+        have, each with the value of a picture that does not say it."""
         settings, presets = self._spec.settings, []
         for preset in self.rules.presets:
             with suppress(ValueError):  # one that needs another kind of training
@@ -118,10 +121,11 @@ class ServedModel:
             "takes_negative_prompt": self.pipe.takes_negative,
             "defaults": {
                 "size": size_text(*self.rules.default_size),
-                "steps": settings.steps,
+                **({} if "steps" in self.rules.unknown else {"steps": settings.steps}),
                 "guidance": settings.guidance,
                 **settings.words,
             },
+            "settings": {name: value for name, value in type(settings)().arguments().items() if name not in NOT_BESIDE},
             "dtype": self._spec.dtype,
             "fingerprint": self._spec.fingerprint,
         }
