@@ -216,6 +216,12 @@ def test_an_output_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[s
         ({"prompt": "a", "steps": -1}, "steps = -1"),
         ({"prompt": "a", "seed": "x"}, "seed = 'x'"),
         ({"prompt": "a", "sampler": "magic"}, "sampler 'magic'"),
+        ({"prompt": "a", "sampler": ["heun"]}, "sampler ['heun']"),
+        ({"prompt": "a", "dtype": "float8"}, "dtype 'float8'"),
+        ({"prompt": "a", "quantize": "int9"}, "quantize 'int9'"),
+        ({"prompt": "a", "model": 5}, "model = 5"),
+        ({"prompt": "a", "lora_fingerprint": 5}, "lora_fingerprint = 5"),
+        ({"prompt": "a", "negative_prompt": "b"}, "made with the negative prompt 'b'"),
     ],
 )
 def test_a_picture_with_bad_settings(refused: Any, tmp_path: Path, metadata: Any, expected: str) -> None:
