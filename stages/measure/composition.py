@@ -100,13 +100,11 @@ def main(argv: list[str]) -> int:
         settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "preset": a.preset}
         pictures = generated(pipe, scenes, a.seed, a.size, **settings)
         rows["generated"] = score(pictures, scenes, detector)
+    text = json.dumps({"count": a.count, "seed": a.seed, **rows}) if a.json else "\n".join(table(rows))
+    print(text, flush=True)  # first: shown, also where the grid cannot be written
     if a.grid:
         shown = min(8, a.count)
         write_png(grid([pictures[k * a.count + i] for k in range(len(TASKS)) for i in range(shown)], shown), a.grid)
-    if a.json:
-        print(json.dumps({"count": a.count, "seed": a.seed, **rows}))
-    else:
-        print("\n".join(table(rows)))
     return 0
 
 

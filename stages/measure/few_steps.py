@@ -160,8 +160,8 @@ class Classes:
         return {"right": float(self.probe.right(found_NF, class_N).float().mean())}
 
 
-def measure(a: argparse.Namespace) -> dict[str, Any]:
-    """All figures as JSON values, and the grid written to OUT; see the module."""
+def measure(a: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
+    """All figures as JSON values, and the grid; see the module."""
     teacher, student = (load_pipeline(model_folder(model), "cpu", a.dtype) for model in (a.teacher, a.student))
     for pipe in (teacher, student):
         pipe.set_progress_bar_config(disable=True)
@@ -183,10 +183,10 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         row |= {"bit entropy": bit_entropy(made.bits_KSN), **judge(way, found_NF), "pictures/s": made.per_second}
         rows.append(row)
         lines += [Image.fromarray(levels) for levels in made.levels_NHW3[:: a.each][:SHOWN]]
-    write_png(grid(lines, columns=len(lines) // len(rows)), Path(a.output, "few_steps.png"))
     said = {name: value for name, value in vars(a).items() if name not in ("train", "test", "output", "json")}
     counts = {"conditions": len(judge.conditions), "pictures": len(judge.conditions) * a.each, "real": len(judge.real_NF)}
-    return {**said, **counts, "date": date.today().isoformat(), "threads": torch.get_num_threads(), "rows": rows}
+    found = {**said, **counts, "date": date.today().isoformat(), "threads": torch.get_num_threads(), "rows": rows}
+    return found, grid(lines, columns=len(lines) // len(rows))
 
 
 def text(found: dict[str, Any]) -> str:
@@ -222,8 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.each < 2 or a.conditions < 1 or min(a.evaluations) < 1:
         said = f"--each {a.each}, --conditions {a.conditions}, --evaluations {min(a.evaluations)}"
         raise ValueError(f"{said}: at least 2 seeds of each, one condition and one evaluation")
-    found = measure(a)
+    found, lines = measure(a)
+    print(json.dumps(found, indent=1) if a.json else text(found), flush=True)  # first: shown, also where it cannot be written
     write_json(found, Path(a.output, "few_steps.json"))
     write_text(text(found) + "\n", Path(a.output, "few_steps.md"))
-    print(json.dumps(found, indent=1) if a.json else text(found))
+    write_png(lines, Path(a.output, "few_steps.png"))
     return 0
