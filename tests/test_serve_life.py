@@ -216,6 +216,7 @@ def test_a_job_can_be_fetched_after_its_client_left(model: ServedModel, picture_
             with waits as other:
                 state = httpx.get(f"{server.url}/v1/jobs/{other.headers['x-job-id']}").json()
                 assert state["status"] == "queued" and state["position"] == 0 and state["estimated_seconds"] >= 1
+            until(lambda: server.queue.waiting == 0)  # it has left, so it is not begun when the first one ends
         hold.go()
         state = until(lambda: (found := httpx.get(job).json())["status"] == "done" and found)
         assert pixels(state["result"]["data"][0]["b64_json"]) == picture_of_a and state["progress"] == 1
