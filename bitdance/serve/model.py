@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from bitdance.folder.config import resolve
-from bitdance.generator import module_of
+from bitdance.generator import module_of, settings_beside
 from bitdance.jobs.job import Job, JobDefaults, Jobs, Request, checked_prompt, job_hash
 from bitdance.jobs.runner import RunSpec
 from bitdance.networks.precision import resolve_dtype, usable_device
@@ -21,8 +21,6 @@ from bitdance.serve.errors import bad_request
 from bitdance.serve.openai_images import ImageRequest, size_text
 from bitdance.serve.settings import Limits
 from bitdance.values import shown
-
-NOT_BESIDE = ("preset", "num_inference_steps", "guidance_scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +123,7 @@ class ServedModel:
                 "guidance": settings.guidance,
                 **settings.words,
             },
-            "settings": {name: value for name, value in type(settings)().arguments().items() if name not in NOT_BESIDE},
+            "settings": settings_beside(self.rules),
             "dtype": self._spec.dtype,
             "fingerprint": self._spec.fingerprint,
         }
