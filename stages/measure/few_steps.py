@@ -35,9 +35,10 @@ from PIL import Image
 from torch import Tensor
 
 from bitdance.bench.report import table
-from bitdance.cli import Parser
+from bitdance.cli import Parser, count
 from bitdance.costs.peak import on_cpu_time
 from bitdance.generator import load_pipeline
+from bitdance.heads.diffusion.sampler import SAMPLERS
 from bitdance.networks.precision import quick_dtype
 from bitdance.picture import grid, to_uint8, write_png
 from lfq_tokenizer.files import write_text
@@ -208,12 +209,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help="pictures that the teacher was taught")
     parser.add_argument("--test", nargs="+", required=True, metavar="SHARDS", help="pictures, or pairs, that it never saw")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
-    parser.add_argument("--solver", default=SOLVER, help=f"of the teacher's rows (default: {SOLVER})")
+    parser.add_argument("--solver", choices=SAMPLERS, default=SOLVER, help=f"of the teacher's rows (default: {SOLVER})")
     parser.add_argument("--guidance", type=float, help="the teacher's, and a student's that takes it (default: their own)")
-    parser.add_argument("--conditions", type=int, default=32, help="captions; of a class model all classes (default: 32)")
+    parser.add_argument("--conditions", type=count, default=32, help="captions; of a class model all classes (default: 32)")
     parser.add_argument("--each", type=int, default=16, help="seeds of each (default: 16)")
-    parser.add_argument("--count", type=int, default=100, help="captions that are judged for right and PSNR (default: 100)")
-    parser.add_argument("--probe", type=int, default=10_000, help="pictures of each set of classes, at most (default: 10000)")
+    parser.add_argument("--count", type=count, default=100, help="captions that are judged for right and PSNR (default: 100)")
+    parser.add_argument("--probe", type=count, default=10_000, help="pictures of each set of classes, at most (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--dtype", default="float32", help="of the models: float32 (default), bfloat16, or auto")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder of the report")
