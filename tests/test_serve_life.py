@@ -403,7 +403,11 @@ def test_a_short_soak_keeps_every_promise(model: ServedModel, tmp_path: Path) ->
         (["--batch-size", "x"], "batch_size = 'x'"),
         (["--model", "nowhere"], "no model folder 'nowhere'"),
         (["--host", "192.0.2.1", "--port", "0"], "--host 192.0.2.1"),
+        (["--host", "a..b", "--port", "0"], "--host a..b --port 0: "),
         (["--device", "tpu"], "tpu"),
+        (["--cors", "https://a.example", "pages.example"], "--cors 'pages.example'; an origin is allowed"),
+        (["--cors", "https://a.example/"], "--cors 'https://a.example/'"),
+        (["--cors", "*"], "--cors '*'"),
     ],
 )
 def test_wrong_flags_are_one_line(flags: list[str], words: str, capsys: Any) -> None:
