@@ -231,6 +231,10 @@ def test_a_picture_with_bad_settings(refused: Any, tmp_path: Path, metadata: Any
     assert expected in refused("--from", str(tmp_path / "p.png"))
 
 
+def test_a_folder_is_no_picture(refused: Any, tmp_path: Path) -> None:
+    assert f"{tmp_path} is no file; give a PNG" in refused("--from", str(tmp_path))
+
+
 def test_a_picture_of_another_model_asks_for_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
