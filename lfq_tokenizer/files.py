@@ -95,10 +95,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
         yield temporary
         replace_folder(temporary, target)
     except OSError as error:
-        error.strerror, error.filename = (
-            text.replace(str(temporary), str(target)) if isinstance(text, str) else text
-            for text in (error.strerror, error.filename)
-        )
+        for name in ("strerror", "filename"):
+            if str(temporary) in str(text := getattr(error, name)):
+                setattr(error, name, str(text).replace(str(temporary), str(target)))
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
