@@ -65,6 +65,14 @@ def module_of(folder: Path | str) -> Any:
     return import_module(KINDS[kind_of(folder)])
 
 
+def settings_beside(rules: Any) -> dict[str, Any]:
+    """The settings of a model beside steps and guidance, each with the value of a picture that does not say it. `rules` are those
+    of its folder."""
+    plain = type(rules.sampling({}, None, False))()
+    said = ("preset", "num_inference_steps", "guidance_scale")
+    return {name: value for name, value in plain.arguments().items() if name not in said}
+
+
 def load_pipeline(folder: Path | str, device: Any = None, dtype: Any = None, **options: Any) -> Any:
     """A pipeline for a model folder of any kind, or for "demo", the bundled model. Nothing is downloaded.
 

@@ -93,7 +93,7 @@ def read_picture(path: Path | str) -> tuple[Image.Image, dict[str, Any]]:
     FileNotFoundError or ValueError name a file that is missing, broken, or larger than what is read."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a picture")
+        raise FileNotFoundError(f"{path} {_absent(path)}; give a picture")
     if path.stat().st_size > limits.PICTURE_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size:,} bytes; pictures of up to {limits.PICTURE_BYTES:,} are read")
     with path.open("rb") as file:
@@ -125,7 +125,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a PNG that `bitdance generate` wrote")
+        raise FileNotFoundError(f"{path} {_absent(path)}; give a PNG that `bitdance generate` wrote")
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             metadata = metadata_of(picture)
@@ -134,6 +134,10 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
     if metadata is None:
         raise ValueError(f"{path} holds no settings of this program (PNG text chunk {METADATA_KEY!r})")
     return metadata
+
+
+def _absent(path: Path) -> str:
+    return "is no file" if path.exists() else "does not exist"
 
 
 def metadata_of(picture: Image.Image) -> dict[str, Any] | None:

@@ -106,12 +106,14 @@ def check_interval(value: Any, source: str = "", name: str = "guidance_interval"
 
 def from_text(name: str, text: str, source: str) -> Any:
     """The number that a flag's text means, checked. Digits, sign, point and exponent only, as in JSON."""
-    value: Any = text
+    return check_number(name, read_number(text, RANGES[name].whole), source)
+
+
+def read_number(text: str, whole: bool) -> Any:
+    """The number that a text means, the text itself where it means none: digits, sign and, unless `whole`, point and exponent."""
     if _WHOLE.fullmatch(text):
-        value = whole_number(text)
-    elif not RANGES[name].whole and _DECIMAL.fullmatch(text):
-        value = float(text)
-    return check_number(name, value, source)
+        return whole_number(text)
+    return float(text) if not whole and _DECIMAL.fullmatch(text) else text
 
 
 def shown(value: Any) -> str:

@@ -85,7 +85,8 @@ def write_text(text: str, path: Path | str) -> None:
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
     """A folder to write in, beside `target`, which gets that name when the block ends. If it fails nothing is left
-    behind; what a killed command left there before is cleared first. Its mode follows the umask."""
+    behind, and the error names the file as it would have been called; what a killed command left there before is cleared first.
+    Its mode follows the umask."""
     target = target.absolute()
     clear_leftovers(target.parent, target.name)
     temporary = temporary_beside(target)
@@ -93,6 +94,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         replace_folder(temporary, target)
+    except OSError as error:
+        for name in ("strerror", "filename"):
+            if str(temporary) in str(text := getattr(error, name)):
+                setattr(error, name, str(text).replace(str(temporary), str(target)))
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

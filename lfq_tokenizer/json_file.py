@@ -61,6 +61,8 @@ def json_text(value: Any, indent: int | None = None) -> str:
 def read_bytes(path: Path | str, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes. A FIFO or device is refused and never waited for."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
     with open(descriptor, "rb") as file:
         found = os.fstat(descriptor)

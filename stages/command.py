@@ -29,6 +29,9 @@ def guarded(prog: str, body: Callable[[list[str]], int], argv: Sequence[str] | N
         # without this the interpreter would complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except KeyboardInterrupt:
+        report("SIGINT", "stopped", prog)
+        return 130
     except Exception as error:
         reason = _mistake(error)
         if reason is None:

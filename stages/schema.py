@@ -137,6 +137,8 @@ def convert(hint: Any, value: Any, name: str) -> Any:
         inner, *notes = typing.get_args(hint)
         return convert(next((note for note in notes if isinstance(note, (Range, Choice, Table))), inner), value, name)
     if isinstance(hint, types.UnionType):  # SECTION | None
+        if value is None:
+            return None
         (hint,) = (one for one in typing.get_args(hint) if one is not types.NoneType)
         return convert(hint, value, name)
     if dataclasses.is_dataclass(hint):

@@ -216,6 +216,12 @@ def test_an_output_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[s
         ({"prompt": "a", "steps": -1}, "steps = -1"),
         ({"prompt": "a", "seed": "x"}, "seed = 'x'"),
         ({"prompt": "a", "sampler": "magic"}, "sampler 'magic'"),
+        ({"prompt": "a", "sampler": ["heun"]}, "sampler ['heun']"),
+        ({"prompt": "a", "dtype": "float8"}, "dtype 'float8'"),
+        ({"prompt": "a", "quantize": "int9"}, "quantize 'int9'"),
+        ({"prompt": "a", "model": 5}, "model = 5"),
+        ({"prompt": "a", "lora_fingerprint": 5}, "lora_fingerprint = 5"),
+        ({"prompt": "a", "negative_prompt": "b"}, "made with the negative prompt 'b'"),
     ],
 )
 def test_a_picture_with_bad_settings(refused: Any, tmp_path: Path, metadata: Any, expected: str) -> None:
@@ -223,6 +229,10 @@ def test_a_picture_with_bad_settings(refused: Any, tmp_path: Path, metadata: Any
 
     write_png(Image.new("RGB", (8, 8)), tmp_path / "p.png", metadata)
     assert expected in refused("--from", str(tmp_path / "p.png"))
+
+
+def test_a_folder_is_no_picture(refused: Any, tmp_path: Path) -> None:
+    assert f"{tmp_path} is no file; give a PNG" in refused("--from", str(tmp_path))
 
 
 def test_a_picture_of_another_model_asks_for_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -570,6 +570,12 @@ def test_the_command_packs_a_folder(tmp_path, capsys):
     assert "1 samples in 1 shards; skipped: 1 format" in capsys.readouterr().out
 
 
+def test_a_destination_that_is_taken_is_told_before_the_source_is_opened(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    assert main(["pack", "folder", str(tmp_path / "out"), str(tmp_path / "nowhere")]) == 2
+    assert "is not a pack of ours" in capsys.readouterr().err and (tmp_path / "out").read_text() == "mine"
+
+
 def test_mistakes_of_the_user_exit_with_two_and_a_message(tmp_path, cache, capsys):
     for arguments, message in (
         (["inspect", str(tmp_path / "missing.tar")], "no shard at"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from bitdance.sequence.batch import ImagePiece
 from distill.growth import grow
 from distill.targets import MAGIC, Targets, cached_noise, joined, settings, with_cached_noise
 from distill.teacher import Teacher
+from distill.writing import check_same
 from stages.recipes.generator.documents import Example
 
 HEAD = grow(tiny_model(P=4, diff_batch_mul=3), 4).head.config
@@ -99,3 +101,28 @@ def test_targets_of_other_noise_or_guidance_are_refused() -> None:
         with_cached_noise(fitting, dataclasses.replace(HEAD, P_mean=-0.8), 1.0)
     with pytest.raises(ValueError, match="another size"):
         with_cached_noise(dataclasses.replace(document, targets=some((3, 2, 16, 6)).to_bytes()), HEAD, 1.0)
+
+
+def test_a_folder_that_other_arguments_wrote_is_no_part_of_the_work(tmp_path: Path) -> None:
+    """Another teacher, other steps, another --per-folder or --count: samples would be missing or come twice."""
+
+    class Source:
+        def __init__(self, **said: object) -> None:
+            self.said = {"name": "samples", "steps": 8, "guidance_interval": (0.0, 1.0), "sha256": "new", **said}
+
+        def describe(self) -> dict[str, object]:
+            return self.said
+
+    report = {"source": {**Source().said, "sha256": "old"}, "samples": 9, "skipped": {"cannot be read": 1}}
+    (tmp_path / "pack.json").write_text(json.dumps(report))
+    check_same(tmp_path, Source(), 10)  # type: ignore[arg-type]
+    for source, count, words in (
+        (Source(steps=2), 10, "steps = 8, this command says 2"),
+        (Source(teacher="other"), 10, "teacher = None, this command says 'other'"),
+        (Source(), 100, "samples = 10, this command says 100; remove it, or choose another folder"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_same(tmp_path, source, count)  # type: ignore[arg-type]
+    (tmp_path / "pack.json").write_text("[]")
+    with pytest.raises(ValueError, match="no report of this command"):
+        check_same(tmp_path, Source(), 10)  # type: ignore[arg-type]

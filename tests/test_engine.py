@@ -498,7 +498,8 @@ def test_sigterm_saves_within_a_step_and_nothing_is_ever_compiled(tmp_path: Path
         process = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + 240
-        while not (run / "metrics.jsonl").is_file() and process.poll() is None and time.monotonic() < deadline:
+        rows = run / "metrics.jsonl"
+        while not (rows.is_file() and rows.stat().st_size) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         assert process.poll() is None, (tmp_path / "output").read_text()
         process.send_signal(signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ from torch import nn
 
 from bitdance.folder.picture_model import PictureModel
 from bitdance.jobs.npz import NAME
+from bitdance.jobs.prompt_file import PromptFile
 from bitdance.kinds.class_patch.folder import LAYOUT
 from bitdance.sequence.classes import ClassEntry, ClassNames
+from lfq_tokenizer.lock import FolderLock
 from stages import cli
 from stages.evaluate import features, score
 from stages.evaluate.compare import side_by_side
@@ -156,6 +159,39 @@ def test_geneval_dpg_and_hps_are_laid_out_as_their_scripts_read_them(tmp_path: P
     ]  # fmt: skip
 
 
+def test_prompts_keep_their_letters_and_lines_their_numbers(tmp_path: Path) -> None:
+    """U+2028 and U+0085 end no line, blank lines count."""
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text('\n{"prompt": "a \u2028fox\u0085"}\n\n{"prompt": "two"}\n')
+    assert [(item.id, item.prompt) for item in BENCHMARKS["geneval"].items(path)] == [
+        ("00000", "a \u2028fox\u0085"), ("00001", "two"),
+    ]  # fmt: skip
+    path.write_text('\n{"prompt": "a"}\n\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match="line 4"):
+        BENCHMARKS["geneval"].items(path)
+
+
+def test_a_name_of_a_prompt_is_that_of_its_pictures(tmp_path: Path) -> None:
+    """Whatever the user's files are called, `bitdance generate` writes what is looked for afterwards."""
+    names = ("a b", "-x", "é", "e\u0301", "." + "y" * 200, "z" * 200)
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text("a fox")
+    (tmp_path / "long.json").write_text(json.dumps({"s" * 118: ["a fox", "a dog"]}))
+    for name, source in (("dpg", tmp_path), ("hps", tmp_path / "long.json")):
+        items = BENCHMARKS[name].items(source)
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(request_lines(items, 1, 0))
+        with path.open("rb") as stream:
+            assert [request.id for request in PromptFile(str(path), stream)] == [item.id for item in items]
+
+
+@pytest.mark.parametrize("style", ["..", "a/b", "", ".", "a b", "\ud800"])
+def test_a_style_leads_nowhere_else(style: str, tmp_path: Path) -> None:
+    (tmp_path / "styles.json").write_text(json.dumps({style: ["a fox"]}))
+    with pytest.raises(ValueError, match="style|surrogate"):
+        BENCHMARKS["hps"].items(tmp_path / "styles.json")
+
+
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "evaluation_metadata.jsonl"
@@ -194,6 +230,19 @@ def test_a_set_is_complete_without_gaps_and_never_before(
 
 
 @pytest.mark.slow
+def test_a_set_has_one_worker(tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another command for the folder of a set is refused before it touches a file of it."""
+    out = tmp_path / "out"
+    command = ["run", "geneval", str(prompts), "-o", str(out), "--pictures", "1", "--preset", "fast", "-q"]
+    out.mkdir()
+    (out / "prompts.jsonl").write_text("of the other")
+    with FolderLock(out):
+        assert cli.evaluate([*command, "--first-seed", "9"]) == 2
+    assert f"{out} is in use by process" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["prompts.jsonl"] and (out / "prompts.jsonl").read_text() == "of the other"
+
+
+@pytest.mark.slow
 def test_classes_become_a_shuffled_npz_with_a_seed_each(tmp_path: Path) -> None:
     model = tmp_path / "model"
     LAYOUT.save(PictureModel(golden_model(16), golden_tokenizer(), NAMES), model)
@@ -217,7 +266,10 @@ def test_classes_become_a_shuffled_npz_with_a_seed_each(tmp_path: Path) -> None:
         (["run", "classes", "-o", "x", "--random", "3", "--pictures", "2"], "give one of them"),
         (["run", "hps", "x", "-o", "x", "--random", "3"], "--random is for classes"),
         (["run", "dpg", "nowhere", "-o", "x"], "no folder"),
+        (["run", "geneval", ".", "-o", "x"], ". is a folder; give a file"),
         (["run", "geneval", "x", "-o", "x", "--seed", "3"], "--first-seed"),
+        (["run", "classes", "-o", "x", "--random", "3", "--see", "3"], "--first-seed"),
+        (["run", "classes", "-o", "x", "--first-seed", "1_0"], "'1_0'; a whole number"),
         (["score", "."], "nothing to look with"),
         (["score", ".", "--lite0"], "give --reference"),
         (["score", "nowhere.png", "--pairs", "x"], "does not exist"),
@@ -281,6 +333,51 @@ def test_npz_and_folder_hold_the_same_pictures(tmp_path: Path) -> None:
     for name in ("c", "d"):
         with pytest.raises(ValueError, match="no npz with pictures"):
             Pictures.of(str(tmp_path / f"{name}.npz"))
+
+
+@pytest.mark.parametrize("said", ["[]", '{"fingerprint": 3, "settings": {}}', '{"fingerprint": "f"}'])
+def test_what_says_that_a_set_is_complete_is_checked(said: str, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    folder_of(tmp_path / "set" / "pictures", 2, 0)
+    (tmp_path / "set" / "evaluation.json").write_text(said)
+    with pytest.raises(ValueError, match="evaluation.json holds"):
+        Pictures.of(str(tmp_path / "set"))
+
+
+def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
+    folder_of(tmp_path / "a", 2, 0)
+    (tmp_path / "a" / "z.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="z.png is not a readable picture"):
+        list(Pictures.of(str(tmp_path / "a")).batches())
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("arr_0.npy", "no array")
+    with pytest.raises(ValueError, match="a.npz: arr_0 is no array"):
+        Pictures.of(str(tmp_path / "a.npz"))
+    np.savez(tmp_path / "b.npz", arr_0=np.zeros((0, 4, 4, 3), np.uint8))
+    with pytest.raises(ValueError, match="b.npz: arr_0 is uint8 of shape"):
+        Pictures.of(str(tmp_path / "b.npz"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"\x93NUMPY\x01\x00"])
+def test_a_reference_that_is_no_npz_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "r.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="r.npz is no npz"):
+        score._reference(str(tmp_path / "r.npz"), SimpleNamespace(name="x"))  # type: ignore[arg-type]
+
+
+def test_prompts_of_a_manifest_keep_their_letters(tmp_path: Path) -> None:
+    folder_of(tmp_path / "a", 1, 0)
+    line = json.dumps({"file": "a.png", "prompt": "a\u2028b\u0085c"}, ensure_ascii=False).encode()
+    (tmp_path / "a" / "manifest.jsonl").write_bytes(line + b'\n\xff torn\n{"file": 3}')
+    assert Pictures.of(str(tmp_path / "a")).prompts == {"a.png": "a\u2028b\u0085c"}
+
+
+def test_figures_that_cannot_be_written_are_shown(tmp_path: Path, capsys: Any) -> None:
+    folder_of(tmp_path / "a", 2, 0)
+    samples = str(tmp_path / "a")
+    assert cli.evaluate(["score", samples, "--pairs", samples, "-o", str(tmp_path / "no" / "f.json")]) == 2
+    said = capsys.readouterr()
+    assert "| PSNR |" in said.out and "f.json" in said.err
 
 
 def test_the_statistics_of_an_npz_are_used_for_inception_alone(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -347,6 +444,46 @@ def test_only_what_was_measured_alike_stands_in_one_row(tmp_path: Path, capsys: 
     (tmp_path / "c.json").write_text('{"figures": [{"name": "FID"}]}')
     assert cli.evaluate(["compare", str(tmp_path / "c.json")]) == 2
     assert "is expected" in capsys.readouterr().err
+
+
+ODD_FIGURES = {
+    "count": ("x", True, 1.5, 10**30),
+    "value": (True, "3", [1]),
+    "name": (["a"], None),
+    "evaluator": ({"a": 1},),
+    "spread": ("x",),
+    "seed": (0.5,),
+    "command": (["x"],),
+    "settings": ([1], None),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ODD_FIGURES.items() for value in values])
+def test_a_figure_of_another_type_is_named(name: str, value: Any, tmp_path: Path, capsys: Any) -> None:
+    """At both doors: `evaluate compare` and `card`."""
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"figures": [vars(figure("FID", 3.0)) | {name: value}]}))
+    for command, words in ((cli.evaluate, ["compare"]), (cli.card, [str(tmp_path)])):
+        assert command([*words, str(path)]) == 2
+        told = capsys.readouterr().err
+        assert f"{path}: {name} = " in told and "`bitdance evaluate score` wrote" in told and told.count("\n") == 1
+    assert not (tmp_path / "README.md").exists()
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe card", b"---\nlicense: [\n---\n# A model\n", b"---\n- a\n---\n# A model\n"])
+def test_a_card_that_cannot_be_read_is_named_and_stays(text: bytes, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "README.md").write_bytes(text)
+    write_figures([figure("FID", 3.25)], tmp_path / "a.json")
+    assert cli.card([str(tmp_path), str(tmp_path / "a.json")]) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'README.md'}: " in told and told.count("\n") == 1 and (tmp_path / "README.md").read_bytes() == text
+
+
+def test_a_name_in_a_table_breaks_no_line_of_it(tmp_path: Path) -> None:
+    write_figures([figure("FID | x\n# Title\x1b[31m", 3.25)], tmp_path / "a.json")
+    assert cli.card([str(tmp_path), str(tmp_path / "a.json")]) == 0
+    text = (tmp_path / "README.md").read_text()
+    assert "| FID \\| x\\x0a# Title\\x1b[31m |" in text and "\x1b" not in text.partition("## Evaluation")[2]
 
 
 def test_the_card_takes_figures_and_keeps_the_rest(tmp_path: Path, capsys: Any) -> None:

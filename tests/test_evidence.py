@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -118,6 +119,29 @@ def test_ways_train_with_equal_operations_and_what_is_done_stays(study: Path, mo
     study.write_text(study.read_text().replace("two ways", "others"))
     with pytest.raises(ValueError, match="give a report of 'others'"):
         run.take_over(read_study(study, False), study.parent / "docs" / "study.json")
+
+
+RESULT = {"name": "patches", "group": "", "seed": 1, "parameters": 9, "operations": 2e9, "steps": 10, "pictures": 40}
+RESULT |= {"heldout": {}, "curve": [], "rows": []}
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ([], "is of []; give a report of 'two ways'"),
+        ({"study": "two ways"}, "holds None"),
+        ({"study": "two ways", "results": [RESULT, "x"]}, "holds 'x'"),
+        ({"study": "two ways", "results": [{"name": "patches", "seed": 1}]}, "no result of as much training"),
+        ({"study": "two ways", "results": [RESULT | {"operations": 2e6}]}, "no result of as much training"),  # of --smoke
+        ({"study": "two ways", "results": [RESULT | {"steps": "10"}]}, "no result of as much training"),
+    ],
+)
+def test_what_is_no_report_of_the_study_counts_for_nothing(tmp_path: Path, told: Any, words: str) -> None:
+    (tmp_path / "study.toml").write_text(STUDY.format(home=tmp_path, root=ROOT))
+    (tmp_path / "told.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        run.take_over(read_study(tmp_path / "study.toml", False), tmp_path / "told.json")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

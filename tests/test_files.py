@@ -119,6 +119,19 @@ def test_a_full_disk_is_one_message_with_the_file_and_the_sizes(tmp_path, broken
     assert [size_text(n) for n in (1, 999, 2_000_000, 33_100_000_000)] == ["1 byte", "999 bytes", "2.0 MB", "33.1 GB"]
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_a_folder_that_fails_names_the_file_as_it_would_be_called(tmp_path, number):
+    with pytest.raises(OSError) as found, whole_folder(tmp_path / "out") as folder, whole_file(folder / "x.png"):
+        raise OSError(number, os.strerror(number))
+    assert str(tmp_path / "out" / "x.png") in str(found.value) and ".incomplete" not in str(found.value)
+    with pytest.raises(OSError) as found, whole_folder(tmp_path / "out") as folder:
+        (folder / "y" / "z").write_text("no folder")
+    assert str(found.value) == f"[Errno 2] No such file or directory: '{tmp_path / 'out' / 'y' / 'z'}'"
+    with pytest.raises(OSError) as found, whole_folder(tmp_path / "out"):
+        raise OSError(number, "of no file")
+    assert str(found.value) == f"[Errno {number}] of no file" and os.listdir(tmp_path) == []
+
+
 def test_one_process_at_a_time_and_a_dead_owner_holds_nothing(tmp_path):
     code = """
         import os, sys, time

@@ -335,6 +335,16 @@ def test_what_a_user_can_mend_is_one_line(error: Exception, message: str, capsys
     assert all(part in err for part in message.split(".*"))
 
 
+def test_a_command_that_is_stopped_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Under every name that it is started by, `python -m stages.…` too."""
+
+    def body(_: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    assert stages.cli.guarded("python -m stages.x", body, []) == 130
+    assert capsys.readouterr().err == "python -m stages.x: stopped: SIGINT\n"
+
+
 def test_a_broken_weight_file_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from safetensors.torch import load_file
 

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bitdance.folder.picture_model import PictureModel
+from bitdance.generator import load_pipeline
 from bitdance.kinds.class_patch.folder import LAYOUT
 from bitdance.sequence.classes import ClassEntry, ClassNames
 from stages.cli import measure
@@ -113,6 +114,27 @@ def test_what_cannot_be_measured_is_refused(home: Path, capsys: Any) -> None:
     assert "at least 2 pictures" in capsys.readouterr().err
     assert measure(["classes", "--model", str(home / "nothing"), *rest]) == 2
     assert "nothing" in capsys.readouterr().err
+    odd = [
+        (["--set", "seed=3"], "unknown key seed; known are sampler"),
+        (["--set", "samplr=3"], "did you mean sampler?"),
+        (["--set", 'sampler="magic"'], "sampler = 'magic'"),
+        (["--guidance", "1", "nan"], "'nan'; a finite number"),
+        (["--guidance", "2000"], "guidance = 2000"),
+        (["--steps", "0"], "steps = 0"),
+        (["--preset", "magic"], "preset = 'magic'"),
+    ]
+    for more, words in odd:
+        assert measure(["classes", "--model", str(home / "model"), *rest, *more]) == 2
+        assert words in capsys.readouterr().err
+    assert not (home / "cache").exists()
+
+
+def test_pictures_of_another_dtype_are_others(home: Path) -> None:
+    """What is kept of float32 is not taken for those of bfloat16."""
+    for dtype in ("float32", "bfloat16"):
+        pipe = load_pipeline(home / "model", "cpu", dtype)
+        classes.Generated(pipe, home / "cache", "mark", 0).make(2, {"guidance_scale": 1.0})
+    assert len(list((home / "cache" / "generated-mark").iterdir())) == 2
 
 
 def test_fewer_pictures_than_features_have_a_distance_too() -> None:

@@ -72,7 +72,7 @@ def test_an_edit_is_the_command_s(classes: ServedModel, tmp_path: Path) -> None:
         found = images.edit(**more, extra_body=own)
         assert found.data is not None and same(opened(found.data[0].b64_json), wanted)
         said, told = metadata_of(opened(found.data[0].b64_json)) or {}, metadata_of(wanted) or {}
-        assert {**said, "edit": 0} == {**told, "edit": 0, "class": 1} and told["seed"] == 3
+        assert {**said, "edit": 0} == {**told, "edit": 0} and told["seed"] == 3
         events = list(images.edit(**more, extra_body=own, stream=True, partial_images=1, n=2))
         assert [event.type.partition(".")[2] for event in events] == ["partial_image"] * 2 + ["completed"] * 2
         assert events[0].type == "image_edit.partial_image" and same(opened(events[2].b64_json), wanted)
@@ -91,6 +91,8 @@ def test_an_edit_is_the_command_s(classes: ServedModel, tmp_path: Path) -> None:
         ({"image": None}, {"class_label": "bee", "size": "16x16"}, "leave it out"),
         ({"image": None}, {"class_label": "bee", "strength": "2"}, "strength = 2"),
         ({"image": None}, {"class_label": "bee", "n": "two"}, "n = 'two'"),
+        ({"image": None}, {"class_label": "bee", "guidance": "1_0"}, "guidance = '1_0'; a number from 0 to 1000"),
+        ({"image": None}, {"class_label": "bee", "tau": "٣"}, "tau = '٣'; a number above 0"),
         ({"image": None}, {"class_label": "bee", "sampler": "euler"}, "not for a model of this kind"),
         ({"image": png(Image.new("RGB", (3000, 3000)))}, {"class_label": "bee"}, "3000×3000 pixels; up to 4,194,304"),
     ],
@@ -137,6 +139,18 @@ def test_a_picture_that_says_its_prompt_is_changed_where_the_prompts_differ(text
     assert not same(found, texts.pipe.edit(image, "a pear", seed=2).images[0])
 
 
+@pytest.mark.parametrize("kind", ["classes", "texts"])
+def test_every_setting_that_is_told_is_taken(kind: str, request: pytest.FixtureRequest) -> None:
+    """What the page sends of a picture that does not say them: a setting that the server names is one that it takes."""
+    with client(request.getfixturevalue(kind)) as api:
+        (told,) = api.get("/v1/models").json()["data"]
+        asked = {"class_label": 1} if told["classes"] else {"prompt": "a pear"}
+        settings = {name: value for name, value in told["settings"].items() if value is not None} | {"adaptive": False}
+        answer = api.post(PATH, json={**asked, "steps": 2, **settings})
+        assert answer.status_code == 200, answer.text
+        assert set(told["defaults"]) <= {"size", "steps", "guidance", *told["settings"]}
+
+
 def test_scales_are_shown_as_they_grow(tmp_path: Path) -> None:
     import torch
 
@@ -145,6 +159,7 @@ def test_scales_are_shown_as_they_grow(tmp_path: Path) -> None:
     command = ["convert", str(tmp_path / "var.pth"), str(tmp_path / "model"), "--family", "var"]
     assert main([*command, "--part", f"tokenizer={tmp_path / 'vae.pth'}"]) == 0
     model = ServedModel.load(str(tmp_path / "model"), ("cpu",))
+    assert "steps" not in model.describe()["defaults"] and set(model.describe()["settings"]) == set(model.words)
     with running(model, Limits(preview_share=1e9)) as server:
         images = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60).images
         own = {"class_label": 1, "seed": 4}

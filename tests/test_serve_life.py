@@ -216,6 +216,7 @@ def test_a_job_can_be_fetched_after_its_client_left(model: ServedModel, picture_
             with waits as other:
                 state = httpx.get(f"{server.url}/v1/jobs/{other.headers['x-job-id']}").json()
                 assert state["status"] == "queued" and state["position"] == 0 and state["estimated_seconds"] >= 1
+            until(lambda: server.queue.waiting == 0)  # it has left, so it is not begun when the first one ends
         hold.go()
         state = until(lambda: (found := httpx.get(job).json())["status"] == "done" and found)
         assert pixels(state["result"]["data"][0]["b64_json"]) == picture_of_a and state["progress"] == 1
@@ -402,7 +403,11 @@ def test_a_short_soak_keeps_every_promise(model: ServedModel, tmp_path: Path) ->
         (["--batch-size", "x"], "batch_size = 'x'"),
         (["--model", "nowhere"], "no model folder 'nowhere'"),
         (["--host", "192.0.2.1", "--port", "0"], "--host 192.0.2.1"),
+        (["--host", "a..b", "--port", "0"], "--host a..b --port 0: "),
         (["--device", "tpu"], "tpu"),
+        (["--cors", "https://a.example", "pages.example"], "--cors 'pages.example'; an origin is allowed"),
+        (["--cors", "https://a.example/"], "--cors 'https://a.example/'"),
+        (["--cors", "*"], "--cors '*'"),
     ],
 )
 def test_wrong_flags_are_one_line(flags: list[str], words: str, capsys: Any) -> None:

@@ -205,6 +205,8 @@ def test_a_visitor_who_comes_back_finds_the_picture(model: ServedModel, visit: C
 def test_a_dropped_picture_gives_its_settings(model: ServedModel, visit: Callable[..., Any], tmp_path: Path) -> None:
     """Asked before it overwrites; settings that have no field are said, sent, and can be left out; a photograph is refused."""
     said = {"prompt": "a tree", "seed": 5, "width": 32, "height": 32, "steps": 2, "guidance": 2.0, "sampler": "heun"}
+    said |= {"guidance_interval": [0.3, 1.0], "last_steps": 3}  # which this model has no default of
+    as_said = {"sampler": "heun", "guidance_interval": (0.3, 1.0), "last_steps": 3}
     file, photograph = io.BytesIO(), tmp_path / "photograph.png"
     save_png(Image.new("RGB", (8, 8)), file, {**said, "model": "other", "model_fingerprint": "f00"})
     Image.new("RGB", (8, 8)).save(photograph)
@@ -218,10 +220,10 @@ def test_a_dropped_picture_gives_its_settings(model: ServedModel, visit: Callabl
         page.click("#ask-yes")
         expect(page.locator("#prompt")).to_have_value("a tree")
         expect(page.locator("#status")).to_contain_text("of another model, other")
-        expect(page.locator("#more")).to_have_text("sampler = heun")
+        expect(page.locator("#more")).to_have_text("sampler = heun, guidance_interval = [0.3,1], last_steps = 3")
         page.click("#make")
         kept(page, 1)
-        assert np.array_equal(picture(page, "#stage img"), own_picture(model, "a tree", 5, sampler="heun"))
+        assert np.array_equal(picture(page, "#stage img"), own_picture(model, "a tree", 5, **as_said))
         page.click("#forget-more")
         page.click("#make")
         kept(page, 2)
@@ -330,6 +332,24 @@ def test_classes_are_chosen_by_name(tmp_path: Path, visit: Callable[..., Any]) -
         kept(page, 1)
         page.click("#gallery button")
         expect(page.locator("#detail-settings")).to_contain_text("fox")
+        page.click("#detail .close")
+        page.select_option("#class", label="tench")
+        page.locator("#lock").uncheck()
+        page.click("#gallery button")
+        page.click("#use")
+        expect(page.locator("#class")).to_have_value("2")
+
+
+def test_a_class_that_the_model_lacks_is_no_other_class(tmp_path: Path, visit: Callable[..., Any]) -> None:
+    file = io.BytesIO()
+    save_png(Image.new("RGB", (8, 8)), file, {"class": 207, "class_name": "golden retriever", "seed": 1})
+    model = ServedModel.load(str(class_folder(tmp_path / "classes")), ("cpu",))
+    with running(model, LIMITS) as server:
+        page = ready(visit(server.url, quiet=True))
+        drop(page, file.getvalue())
+        expect(page.locator("#seed")).to_have_value("1")
+        page.click("#make")
+        expect(page.locator("#status")).to_contain_text("give class_label")
 
 
 def test_what_is_wrong_is_said(model: ServedModel, visit: Callable[..., Any]) -> None:
@@ -343,6 +363,12 @@ def test_what_is_wrong_is_said(model: ServedModel, visit: Callable[..., Any]) ->
         make(page, size="1000x1000")
         expect(page.locator("#status")).to_contain_text("nearest as size, width first")
         expect(page.locator("#stage figure")).to_have_count(0)
+        page.focus("#guidance")
+        page.keyboard.type("1e")  # no number, of which the browser tells the page nothing
+        page.keyboard.press("Control+Enter")
+        expect(page.locator("#guidance:invalid")).to_be_focused()
+        expect(page.locator("#stage figure")).to_have_count(0)
+        page.fill("#guidance", "")
         make(page, size=SIZE)
         kept(page, 1)
 

@@ -178,6 +178,19 @@ def test_a_torn_manifest_loses_no_picture(tmp_path: Path) -> None:
     assert Counter(name for name in names if isinstance(name, str)) == Counter({"0000-a-0.png": 1, "0001-b-0.png": 1})
 
 
+def test_a_disk_that_takes_half_a_line_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told, and the next run lists the picture, which is whole."""
+    folder, write = OutputFolder(tmp_path, "golden"), os.write
+    job = Job(0, "a.png", "p", 1, 64, 64, 2, 1.0)
+    with folder.held():
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:20]))
+            with pytest.raises(OSError, match="No space left on device.*manifest"):
+                folder.save(job, Image.new("RGB", (8, 8)), {"job_hash": "hash"}, 1.0)
+        assert folder.missing([job], lambda job: "hash") == []
+    assert json.loads((tmp_path / "manifest.jsonl").read_text().splitlines()[-1])["file"] == "a.png"
+
+
 def test_the_same_job_is_known_whoever_wrote_its_row(tmp_path: Path) -> None:
     folder = OutputFolder(tmp_path, "golden")
     job = Job(0, "a.png", "p", 1, 64, 64, 2, 1.0)

@@ -161,6 +161,10 @@ def test_at_most_one_batch_waits_and_the_order_stays() -> None:
 
     giver = threading.Thread(target=give, daemon=True)
     giver.start()
+    end = time.monotonic() + 20
+    while len(given) < 2:
+        assert time.monotonic() < end, given
+        time.sleep(0.002)
     time.sleep(0.2)
     assert given == [0, 1]  # one is being saved, one waits; the third has to wait outside
     for _ in range(8):
@@ -189,19 +193,24 @@ def test_what_goes_wrong_while_writing_is_raised_where_the_batches_are_made() ->
 
 def test_a_full_disk_ends_the_batch_in_the_loop(tmp_path: Path, pipe: BitDancePipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only the next batch: with large models a batch takes minutes."""
-    failed = threading.Event()
+    writers: list[BatchWriter] = []
+
+    class Seen(BatchWriter):
+        def __init__(self, *arguments: Any) -> None:
+            writers.append(self)
+            super().__init__(*arguments)
 
     def write(*_: Any) -> None:
-        failed.set()
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(bitdance.jobs.runner, "BatchWriter", Seen)
     monkeypatch.setattr(bitdance.jobs.outputs, "write_png", write)
     order = ordered(tmp_path, *"abcdef", "--batch-size", "2")
 
     def before(_: Sequence[str]) -> None:
-        if calls.batches:
-            failed.wait(20)
-            time.sleep(0.05)
+        end = time.monotonic() + 20
+        while calls.batches and writers[0]._error is None and time.monotonic() < end:
+            time.sleep(0.002)
 
     calls = Calls(pipe, before)
     maker = BatchRunner(order, OutputFolder(tmp_path, "m"))

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, NoReturn
@@ -47,6 +48,11 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, `bitdance: error: …`, exit code 2."""
 
     _caught: ClassVar[list["Parser"] | None] = None
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.register("type", int, partial(_plain, True))  # what Python reads beside, "1_0" or "nan", no other door takes
+        self.register("type", float, partial(_plain, False))
 
     @classmethod
     @contextmanager
@@ -94,6 +100,17 @@ def number(name: str) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return check
+
+
+def _plain(whole: bool, text: str) -> Any:
+    """The number that a text means, for `type=int` and `type=float`, in the letters that every other door takes."""
+    from bitdance.values import Range, read_number, shown
+
+    value = Range(-(2**63), 2**63 - 1, whole).number(read_number(text, whole))
+    if value is None:
+        kind = "whole" if whole else "finite"
+        raise argparse.ArgumentTypeError(f"{shown(text)}; a {kind} number of at most 64 bits is allowed")
+    return value
 
 
 def count(text: str) -> Any:

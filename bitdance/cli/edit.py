@@ -90,9 +90,10 @@ def run(argv: Sequence[str]) -> int:
     places = (
         [output] if output.suffix.lower() == ".png" else [output / f"{Path(options.picture).stem}-{seed}.png" for seed in seeds]
     )
+    label = None if prompt is not None else pipe.names.number(options.label)
+    words = {"prompt": prompt} if label is None else {"class": label, "class_name": pipe.names.name(label)}
     for place, image, seed in zip(places, out.images, seeds, strict=True):
         place.absolute().parent.mkdir(parents=True, exist_ok=True)
-        words = {"prompt": prompt} if prompt is not None else {"class_name": str(options.label)}
         write_png(
             image, place, {**words, "seed": seed, **settings, "model": folder.resolve().name, "edit": Path(options.picture).name}
         )

@@ -326,6 +326,9 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
     found, source = read_metadata(options.source), options.source
     if "edit" in found:
         raise UsageError(f"{source} is a changed picture ({shown(found['edit'])}); `bitdance edit` makes it again from that one")
+    if "negative_prompt" in found:
+        against = shown(found["negative_prompt"])
+        raise UsageError(f"{source} was made with the negative prompt {against}, which `bitdance serve` and Python take")
     settings: dict[str, Any] = {"said": found}
     if "class" in found:
         settings["class"] = check_number("class", found["class"], source)
@@ -336,18 +339,17 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("seed", "height", "width", "steps", "guidance", "last_steps", "lora_scale"):
         if name in found:
             settings[name] = check_number(name, found[name], source)
-    if "sampler" in found:
-        if found["sampler"] not in SAMPLERS:
-            raise UsageError(f"{source} was made with sampler {shown(found['sampler'])}; there are {', '.join(SAMPLERS)}")
-        settings["sampler"] = found["sampler"]
     if "guidance_interval" in found:
         settings["guidance_interval"] = check_interval(found["guidance_interval"], source)
-    words = ("model", "model_fingerprint", "lora", "lora_fingerprint", "cfg_schedule")
-    settings |= {name: found[name] for name in words if isinstance(found.get(name), str)}
-    for name, allowed in (("dtype", DTYPE_NAMES[:3]), ("quantize", QUANTIZE), ("quantize_head", QUANTIZE_HEAD)):
-        if found.get(name) in allowed:
-            settings[name] = found[name]
-    return settings
+    for name in ("model", "model_fingerprint", "lora", "lora_fingerprint", "cfg_schedule"):
+        if not isinstance(found.get(name, ""), str):
+            raise UsageError(f"{source}: {name} = {shown(found[name])}; a text is allowed")
+    choices = {"sampler": SAMPLERS, "dtype": DTYPE_NAMES[:3], "quantize": QUANTIZE, "quantize_head": QUANTIZE_HEAD}
+    for name, allowed in choices.items():
+        if name in found and found[name] not in allowed:
+            raise UsageError(f"{source} was made with {name} {shown(found[name])}; there are {', '.join(allowed)}")
+    words = (*choices, "model", "model_fingerprint", "lora", "lora_fingerprint", "cfg_schedule")
+    return settings | {name: found[name] for name in words if name in found}
 
 
 def _model_of(picture: dict[str, Any], source: str) -> str:

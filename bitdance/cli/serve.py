@@ -42,8 +42,9 @@ def run(argv: Sequence[str]) -> int:
     if missing := [package for name, package in NEEDS.items() if importlib.util.find_spec(name) is None]:
         raise UsageError(f"serve needs {', '.join(missing)}; install the extra: pip install 'bitdance[serve]'")
 
-    from bitdance.serve.settings import Limits
+    from bitdance.serve.settings import Limits, check_origins
 
+    check_origins(options.cors)
     names = {"queue": "queue", "batch_size": "batch_size", "time_limit": "seconds"}
     given = {name: text for name in names if (text := getattr(options, name)) is not None}
     limits = Limits(**{names[name]: from_text(name, text, f"--{name.replace('_', '-')}") for name, text in given.items()})
@@ -56,8 +57,9 @@ def run(argv: Sequence[str]) -> int:
 
     try:
         bound = listening_socket(options.host, port)
-    except OSError as error:
-        raise UsageError(f"--host {options.host} --port {port}: {error.strerror or error}") from None
+    except (OSError, UnicodeError) as error:  # the second for what is no name of a machine
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"--host {options.host} --port {port}: {why}") from None
     with bound:
         if key is None and not bound.getsockname()[0].startswith(("127.", "::1")):
             report("anyone who reaches this address can use it; --api-key KEY asks for a key", "warning")

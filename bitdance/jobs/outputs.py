@@ -1,5 +1,6 @@
 """The output folder of `bitdance generate`: PNGs, manifest, failures. A stop anywhere loses at most one picture."""
 
+import errno
 import json
 import os
 import warnings
@@ -123,7 +124,8 @@ class OutputFolder:
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
-            os.write(descriptor, line)
+            if os.write(descriptor, line) != len(line):  # as a disk takes it that is full within the line
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / MANIFEST))
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

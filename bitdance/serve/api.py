@@ -29,7 +29,7 @@ from bitdance.serve.model import Plan, ServedModel
 from bitdance.serve.openai_images import ImageRequest, from_form, read_request
 from bitdance.serve.queue import ImageQueue
 from bitdance.serve.schema import edit_schema, generation_schema
-from bitdance.serve.settings import Limits
+from bitdance.serve.settings import Limits, check_origins
 from bitdance.serve.tasks import Task
 from bitdance.serve.worker import LOG
 from bitdance.values import shown
@@ -50,7 +50,7 @@ def create_app(
 ) -> FastAPI:
     """The app of a loaded model; its worker threads live from startup to shutdown. `cors`: origins of other pages that may call.
     `page`: a folder whose index.html, if there is one, is shown at `/`. `app.state.queue` is the queue."""
-    limits, metrics = limits or Limits(), Metrics()
+    limits, metrics, cors = limits or Limits(), Metrics(), check_origins(cors)
     queue = ImageQueue(model, limits, metrics)
     uploads = asyncio.Semaphore(UPLOADS)
 
@@ -63,7 +63,7 @@ def create_app(
             queue.stop()
             await asyncio.to_thread(queue.join)
 
-    middleware = [Middleware(Gate, metrics=metrics, api_key=api_key, origins=tuple(cors))]
+    middleware = [Middleware(Gate, metrics=metrics, api_key=api_key, origins=cors)]
     if cors:
         allowed: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["x-job-id", "retry-after"]}
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=list(cors), **allowed))

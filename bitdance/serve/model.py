@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from bitdance.folder.config import resolve
-from bitdance.generator import module_of
+from bitdance.generator import module_of, settings_beside
 from bitdance.jobs.job import Job, JobDefaults, Jobs, Request, checked_prompt, job_hash
 from bitdance.jobs.runner import RunSpec
 from bitdance.networks.precision import resolve_dtype, usable_device
@@ -100,7 +100,8 @@ class ServedModel:
         return None if names is None else [names.name(number) for number in range(len(names))]
 
     def describe(self) -> dict[str, Any]:
-        """What `/v1/models` says beside OpenAI's fields."""
+        """What `/v1/models` says beside OpenAI's fields. `settings`: those beside steps and guidance that a request may
+        have, each with the value of a picture that does not say it."""
         settings, presets = self._spec.settings, []
         for preset in self.rules.presets:
             with suppress(ValueError):  # one that needs another kind of training
@@ -118,10 +119,11 @@ class ServedModel:
             "takes_negative_prompt": self.pipe.takes_negative,
             "defaults": {
                 "size": size_text(*self.rules.default_size),
-                "steps": settings.steps,
+                **({} if "steps" in self.rules.unknown else {"steps": settings.steps}),
                 "guidance": settings.guidance,
                 **settings.words,
             },
+            "settings": settings_beside(self.rules),
             "dtype": self._spec.dtype,
             "fingerprint": self._spec.fingerprint,
         }

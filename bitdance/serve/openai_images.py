@@ -14,7 +14,7 @@ from typing import Any
 
 from bitdance.serve.errors import bad_request
 from bitdance.serve.settings import Limits
-from bitdance.values import Range, check_number, shown
+from bitdance.values import Range, check_number, read_number, shown
 from lfq_tokenizer.text import did_you_mean
 
 FORMATS = ("png", "webp", "jpeg")
@@ -152,19 +152,12 @@ def from_form(fields: Mapping[str, str]) -> dict[str, Any]:
     found: dict[str, Any] = dict(fields)
     for name in ("n", "output_compression", "partial_images", "previews", "last_steps", *NUMBERS, *SAME, "tau", "top_k", "top_p"):
         if name in found:
-            found[name] = _number(found[name])
+            found[name] = read_number(found[name], whole=False)
     if isinstance(label := found.get("class_label"), str) and _FILE.fullmatch(label):
         found["class_label"] = int(label)
     if found.get("stream") in ("true", "false"):
         found["stream"] = found["stream"] == "true"
     return found
-
-
-def _number(text: str) -> Any:
-    try:
-        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,19}", text) else float(text) if len(text) < 40 else text
-    except ValueError:
-        return text
 
 
 def b64(picture: bytes) -> str:

@@ -1,9 +1,13 @@
 """How much a client may ask for, and how long things are kept. One place for the whole server."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitdance.values import RANGES as NUMBERS
-from bitdance.values import Range
+from bitdance.values import Range, shown
+
+_ORIGIN = re.compile(r"null|[a-z][a-z0-9+.-]*://[a-z0-9.\[\]:_-]+")  # of a page, an extension, or a file
 
 RANGES = {
     "queue": NUMBERS["queue"],
@@ -18,6 +22,14 @@ RANGES = {
     "kept_bytes": Range(0, 1 << 40),
     "preview_share": Range(0, 1e9, whole=False),
 }
+
+
+def check_origins(origins: Sequence[str]) -> tuple[str, ...]:
+    """The origins of pages as browsers send them. ValueError for what no browser sends, which would have no effect."""
+    for origin in origins:
+        if not _ORIGIN.fullmatch(origin):
+            raise ValueError(f"--cors {shown(origin)}; an origin is allowed, as https://pages.example or http://127.0.0.1:8000")
+    return tuple(origins)
 
 
 @dataclass(frozen=True)

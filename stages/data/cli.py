@@ -127,9 +127,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pack(args: argparse.Namespace) -> int:
-    from stages.data.pack import PackOptions, pack
+    from stages.data.pack import PackOptions, check_destination, pack
 
     options = PackOptions(args.samples_per_shard, args.max_bad, args.overwrite, progress=True)
+    check_destination(args.out, options)
     source = SOURCES[args.data_source](args)
     report = pack(source, args.out, options)
     said = f"{args.out}: {report['samples']} samples in {len(report['shards'])} shards; skipped: {counts(report['skipped'])}"

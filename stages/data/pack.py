@@ -50,9 +50,7 @@ def pack(source: PictureSource, destination: str | os.PathLike[str], options: Pa
     there is removed. Raises ValueError when the destination holds anything else, `TooManyBad` above the limit, `DiskFull` when
     there is no room; then `destination` is as before.
     """
-    target = Path(os.path.abspath(os.path.expanduser(destination)))
-    if target.exists() or target.is_symlink():
-        _check_replaceable(target, options.overwrite)
+    target = check_destination(destination, options)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with whole_folder(target) as workplace:
@@ -61,6 +59,15 @@ def pack(source: PictureSource, destination: str | os.PathLike[str], options: Pa
         if full := disk_full(error, target):
             raise full from None
         raise
+
+
+def check_destination(destination: str | os.PathLike[str], options: PackOptions) -> Path:
+    """The folder that is meant. ValueError where it holds what is not to be replaced; asked before a source is opened, too, which
+    may take minutes."""
+    target = Path(os.path.abspath(os.path.expanduser(destination)))
+    if target.exists() or target.is_symlink():
+        _check_replaceable(target, options.overwrite)
+    return target
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:

@@ -4,8 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from yaml import YAMLError
+
 from bitdance.cli import Parser, print_page
 from lfq_tokenizer.files import write_text
+from lfq_tokenizer.text import decoded, printable
 from stages.evaluate.figure import Figure, read_figures, table
 
 TITLE, AFTER = "## Evaluation", "\n## "
@@ -25,8 +28,12 @@ def main(argv: Sequence[str]) -> int:
         raise FileNotFoundError(f"{arguments.model} is no folder; give a model folder")
     figures = [one for file in arguments.files for one in read_figures(file)]
     path = arguments.model / "README.md"
-    text = path.read_text(encoding="utf-8") if path.is_file() else f"---\n---\n# {arguments.model.resolve().name}\n"
-    write_text(with_figures(text, figures, arguments.model.resolve().name), path)
+    text = decoded(path.read_bytes(), str(path)) if path.is_file() else f"---\n---\n# {arguments.model.resolve().name}\n"
+    try:
+        card = with_figures(text, figures, arguments.model.resolve().name)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"{path}: the settings between the lines --- are not readable ({error}); mend or remove them") from None
+    write_text(card, path)
     print_page([f"{len(figures)} figures in {path}"])
     return 0
 
@@ -53,6 +60,6 @@ def with_figures(text: str, figures: Sequence[Figure], name: str) -> str:
     if TITLE in body:
         before, _, rest = body.partition(TITLE)
         body = before + (rest[rest.index(AFTER) + 1 :] if AFTER in rest else "")
-    commands = "\n".join(f"    {command}" for command in dict.fromkeys(one.command for one in figures))
+    commands = "\n".join(f"    {command}" for command in dict.fromkeys(printable(one.command) for one in figures))
     card.text = f"{body.rstrip()}\n\n{TITLE}\n\n{table(figures)}\n\n{commands}\n"
     return str(card)

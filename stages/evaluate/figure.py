@@ -1,14 +1,16 @@
 """A figure with all that it stands or falls with, as JSON and as a line of a table."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from bitdance.values import shown
 from lfq_tokenizer.files import write_text
 from lfq_tokenizer.json_file import read_json
+from lfq_tokenizer.text import printable
+from stages.schema import Table, build
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Figure:
     seed: int | None
     samples: str
     model: str
-    settings: dict[str, Any]
+    settings: Annotated[Mapping[str, Any], Table(others=None)]
     command: str
     date: str
 
@@ -48,11 +50,16 @@ def read_figures(path: Path) -> list[Figure]:
     data = read_json(path)
     rows = data.get("figures") if isinstance(data, dict) else None
     known = {field.name for field in fields(Figure)}
-    for row in rows if isinstance(rows, list) else [None]:
-        if not isinstance(row, dict) or set(row) != known or not isinstance(row["value"], int | float):
-            raise ValueError(f"{path} holds {shown(row)}; a file that `bitdance evaluate score` wrote is expected")
-    assert isinstance(rows, list)
-    return [Figure(**row) for row in rows]
+    expected = "a file that `bitdance evaluate score` wrote is expected"
+    figures = []
+    for row in rows if isinstance(rows, list) and rows else [None]:
+        if not isinstance(row, dict) or set(row) != known:
+            raise ValueError(f"{path} holds {shown(row)}; {expected}")
+        try:
+            figures.append(build(Figure, row))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; {expected}") from None
+    return figures
 
 
 def table(figures: Sequence[Figure]) -> str:
@@ -62,5 +69,5 @@ def table(figures: Sequence[Figure]) -> str:
         spread = "" if one.spread is None else f" ± {one.spread:.3g}"
         order = one.order if one.seed is None else f"{one.order}, seed {one.seed}"
         cells = [one.name, f"{one.value:.4f}{spread}", one.evaluator, one.features, one.reference, f"{one.count:,}", order]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from bitdance.jobs.outputs import OutputFolder
 from bitdance.values import check_number
 from lfq_tokenizer.files import whole_folder, write_text
 from lfq_tokenizer.json_file import write_json
+from lfq_tokenizer.lock import FolderLock
 from stages.evaluate.sets import BENCHMARKS, Item, request_lines
 
 DONE, PROMPTS, PICTURES = "evaluation.json", "prompts.jsonl", "pictures"
@@ -36,12 +37,18 @@ OURS = ("--prompts", "--class", "--from", "--npz", "--images-per-prompt", "--see
 def main(argv: Sequence[str]) -> int:
     """Make what is missing. 0: the set is complete, or this shard's share is there; else the code of `bitdance generate`."""
     arguments, rest = _parser().parse_known_args(list(argv))
-    if wrong := [word for word in rest if word.split("=")[0] in OURS]:
+    if wrong := [word for word in rest if len(word) > 2 and any(own.startswith(word.split("=")[0]) for own in OURS)]:
         raise ValueError(f"{wrong[0]} is what this command says itself; --pictures, --first-seed and -o are for it")
     shard, folder = parse_shard(arguments.shard), Path(arguments.output)
     check_number("seed", arguments.first_seed, "--first-seed")
     items = _items(arguments)
     folder.mkdir(parents=True, exist_ok=True)
+    with FolderLock(folder, shared=shard[1] > 1):  # before a file of another command's is touched
+        return _make(arguments, items, rest, shard, "bitdance evaluate run " + shlex.join(argv))
+
+
+def _make(arguments: argparse.Namespace, items: Sequence[Item], rest: list[str], shard: tuple[int, int], command: str) -> int:
+    folder = Path(arguments.output)
     whole = [*_what(arguments, items, folder), "--model", arguments.model, "-o", str(folder / PICTURES), *rest]
     spec = generating.read_spec(generating.parser().parse_intermixed_args(whole))
     pictures = OutputFolder(folder / PICTURES, spec.model)
@@ -73,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         "model": spec.model,
         "fingerprint": spec.fingerprint,
         "settings": {**_settings(spec), "dtype": spec.dtype},
-        "command": "bitdance evaluate run " + shlex.join(argv),
+        "command": command,
         "date": date.today().isoformat(),
     }
     write_json(said, folder / DONE)

@@ -1,6 +1,5 @@
 """Pictures wherever they lie: the npz of ADM's evaluator, a folder, or shards; never all in memory at once."""
 
-import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lfq_tokenizer.json_file import read_json
+from bitdance.values import shown
+from lfq_tokenizer.json_file import parse_json, read_json
 from stages.data.shards import ShardDataset, ShardIndex
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
@@ -39,8 +39,11 @@ class Pictures:
         path = Path(place)
         if path.is_dir() and (path / "evaluation.json").is_file():
             said = read_json(path / "evaluation.json")
+            known = said if isinstance(said, dict) else {}
+            if not isinstance(known.get("fingerprint"), str) or not isinstance(known.get("settings"), dict):
+                raise ValueError(f"{path / 'evaluation.json'} holds {shown(said)}, not what `bitdance evaluate run` writes")
             found = cls.of(str(path / "pictures"))
-            return cls(**{**vars(found), "place": place, "model": str(said["fingerprint"]), "settings": dict(said["settings"])})
+            return cls(**{**vars(found), "place": place, "model": known["fingerprint"], "settings": known["settings"]})
         if path.is_dir() and not any(path.glob("*.tar")):
             files = tuple(sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS and p.name != "grid.png"))
             if not files:
@@ -74,8 +77,7 @@ class Pictures:
     def _each(self) -> Iterator[np.ndarray]:
         """(H,W,3) uint8."""
         for file in self.files:
-            with Image.open(file) as picture:
-                yield np.asarray(picture.convert("RGB"))
+            yield np.asarray(opened(file))
         if self.npz is not None:
             with zipfile.ZipFile(self.npz) as archive, archive.open("arr_0.npy") as member:
                 count, *shape = _header(member, self.place)
@@ -92,12 +94,24 @@ class Pictures:
                 yield np.asarray(sample.picture.convert("RGB"))
 
 
+def opened(file: Path) -> Image.Image:
+    """An RGB picture as it lies in the file. ValueError names one that cannot be read."""
+    try:
+        with Image.open(file, formats=["PNG", "JPEG", "WEBP"]) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{file} is not a readable picture ({error})") from None
+
+
 def _header(member: Any, place: str) -> tuple[int, ...]:
     """The shape (N,H,W,3) of pictures in an npy. ValueError for any other array."""
-    version = np.lib.format.read_magic(member)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(member)
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
+    try:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(member)
+    except ValueError as error:
+        raise ValueError(f"{place}: arr_0 is no array of numpy ({error}); write it again") from None
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or min(shape) < 1:
         raise ValueError(f"{place}: arr_0 is {dtype} of shape {shape}; uint8 (pictures, height, width, 3) is expected")
     return tuple(int(side) for side in shape)
 
@@ -109,9 +123,9 @@ def _batch(pictures: list[np.ndarray]) -> Tensor:
 def _prompts(folder: Path) -> dict[str, str]:
     """Of the manifest that `bitdance generate` writes beside its pictures."""
     manifest, found = folder / "manifest.jsonl", {}
-    for line in manifest.read_text(encoding="utf-8").splitlines() if manifest.is_file() else []:
+    for line in manifest.read_bytes().split(b"\n") if manifest.is_file() else []:
         try:
-            row = json.loads(line)
+            row = parse_json(line, manifest)
             found[str(row["file"])] = str(row["prompt"])
         except (ValueError, KeyError, TypeError):  # a torn line, or a class
             continue

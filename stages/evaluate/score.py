@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
-from PIL import Image
 
 from bitdance.cli import Parser, count, print_page
 from lfq_tokenizer.json_file import json_text
 from lfq_tokenizer.text import printable
 from stages.evaluate.features import Looker, Seen, clip_scores, inception, lite0
 from stages.evaluate.figure import Figure, table, write_figures
-from stages.evaluate.samples import Pictures
+from stages.evaluate.samples import Pictures, opened
 from stages.evaluate.scores import NEIGHBOUR, PART, Gaussian, frechet, inception_score, precision_recall
 from stages.measure.reconstruction import Reconstruction
 from stages.recipes.tokenizer.perceptual import LPIPS
@@ -42,12 +42,12 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("--lite0 compares; give --reference")
     pictures = Pictures.of(arguments.samples)
     found = _Scores(arguments, pictures, "bitdance evaluate score " + shlex.join(argv)).figures()
-    if arguments.output is not None:
-        write_figures(found, arguments.output)
     if arguments.json:
         print(json_text({"figures": [vars(one) for one in found]}, 2))
     else:
         print_page(table(found).splitlines())
+    if arguments.output is not None:  # last: what was found is shown, also where it cannot be written
+        write_figures(found, arguments.output)
     return 0
 
 
@@ -124,8 +124,7 @@ class _Scores:
                 f"{self.pictures.place}: the prompts of {len(self.pictures) - len(pairs)} of {len(self.pictures)} pictures are "
                 "not known; a CLIP score needs a folder that `bitdance generate` or `evaluate run` wrote"
             )
-        opened = (Image.open(file).convert("RGB") for file, _ in pairs)
-        scores = clip_scores(folder, opened, [prompt for _, prompt in pairs])
+        scores = clip_scores(folder, (opened(file) for file, _ in pairs), [prompt for _, prompt in pairs])
         return self._figure(
             "CLIP score", float(np.mean(scores)), "max(0, 100·cosine)", folder.name, "prompts", spread=float(np.std(scores))
         )
@@ -154,11 +153,14 @@ def _reference(place: str, looker: Looker) -> tuple[dict[str, Gaussian], Seen | 
     """Statistics of each sort of features, and the features of the reference's pictures where it has any."""
     statistics: dict[str, Gaussian] = {}
     if place.endswith(".npz"):
-        with np.load(place, allow_pickle=False) as file:
-            names = set(file.files)
-            for part, (mean, covariance) in STATISTICS.items():
-                if {mean, covariance} <= names and looker.name.startswith("Inception"):
-                    statistics[part] = Gaussian(file[mean].astype(np.float64), file[covariance].astype(np.float64))
+        try:
+            with np.load(place, allow_pickle=False) as file:
+                names = set(file.files)
+                for part, (mean, covariance) in STATISTICS.items():
+                    if {mean, covariance} <= names and looker.name.startswith("Inception"):
+                        statistics[part] = Gaussian(file[mean].astype(np.float64), file[covariance].astype(np.float64))
+        except (BadZipFile, EOFError, ValueError, TypeError, AttributeError) as error:  # numpy's own, which name no file
+            raise ValueError(f"{place} is no npz that can be read ({error}); fetch it again") from None
         if "arr_0" not in names and not statistics:
             raise ValueError(
                 f"{place} holds {', '.join(sorted(names))}; mu and sigma of Inception, or pictures as arr_0, are needed"

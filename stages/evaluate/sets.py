@@ -17,11 +17,12 @@ from typing import Any
 
 from PIL import Image
 
+from bitdance.jobs.prompt_file import safe_name
 from bitdance.picture import grid, write_png
 from bitdance.values import shown
 from lfq_tokenizer.files import whole_file
 from lfq_tokenizer.json_file import parse_json, read_bytes, read_json
-from lfq_tokenizer.text import decoded
+from lfq_tokenizer.text import decoded, text_lines
 
 JPEG = {"quality": 95, "subsampling": 0}  # OURS: HPSv2 reads .jpg and does not say of which quality
 PROMPT_BYTES, LIST_BYTES = 1 << 20, 1 << 28
@@ -49,11 +50,11 @@ class Benchmark:
 
 
 def _geneval_items(source: Path) -> list[Item]:
-    items = []
-    lines = decoded(read_bytes(source, LIST_BYTES), str(source)).splitlines()
-    for number, line in enumerate(line for line in lines if line.strip()):
-        data = parse_json(line, f"{source} line {number + 1}")
-        items.append(Item(f"{number:05d}", _prompt(data, f"{source} line {number + 1}"), f"{number:05d}", line.strip()))
+    items: list[Item] = []
+    for number, line in enumerate(text_lines(decoded(read_bytes(source, LIST_BYTES), str(source))), 1):
+        if line.strip():
+            where, name = f"{source} line {number}", f"{len(items):05d}"
+            items.append(Item(name, _prompt(parse_json(line, where), where), name, line.strip()))
     return _some(items, source)
 
 
@@ -70,7 +71,9 @@ def _dpg_items(source: Path) -> list[Item]:
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no folder; give the folder of prompts of DPG-Bench, one .txt each")
     files = sorted(source.glob("*.txt"))
-    return _some([Item(f.stem, decoded(read_bytes(f, PROMPT_BYTES), str(f)).strip(), f"{f.stem}.png") for f in files], source)
+    prompts = (decoded(read_bytes(file, PROMPT_BYTES), str(file)).strip() for file in files)
+    named = zip(files, prompts, strict=True)
+    return _some([Item(safe_name(file.stem, str(file)), prompt, f"{file.stem}.png") for file, prompt in named], source)
 
 
 def _dpg_files(item: Item, pictures: Sequence[Path], folder: Path) -> None:
@@ -91,7 +94,10 @@ def _hps_items(source: Path) -> list[Item]:
             raise ValueError(
                 f"{source}: {shown(style)} is no list of prompts; give HPSv2's files, a list of prompts for each style"
             )
-        items += [Item(f"{style}-{k:05d}", prompt, f"{style}/{k:05d}.jpg") for k, prompt in enumerate(prompts)]
+        if safe_name(style, f"{source}: style") != style:
+            raise ValueError(f"{source}: style {shown(style)}; a name for a folder is allowed: letters, digits, - and _")
+        names = (safe_name(f"{style}-{k:05d}", str(source)) for k in range(len(prompts)))
+        items += [Item(name, prompt, f"{style}/{k:05d}.jpg") for k, (name, prompt) in enumerate(zip(names, prompts, strict=True))]
     return _some(items, source)
 
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bitdance.cli import Parser
-from bitdance.generator import load_pipeline, module_of
+from bitdance.generator import load_pipeline, module_of, settings_beside
 from bitdance.jobs.job import slug
 from bitdance.networks.precision import quick_dtype
 from bitdance.picture import grid, to_uint8, write_png
@@ -49,6 +49,7 @@ from stages.evaluate.scores import NEIGHBOUR, Gaussian, frechet, precision_recal
 from stages.measure.frechet import FrechetFeatures, lite0_features
 from stages.measure.reconstruction import round_trip
 from stages.recipes.pictures.labels import label_of
+from stages.schema import check_key
 
 BATCH, GENERATED = 100, 250  # pictures that run through features and tokenizer, and through the model, at once
 DECAY = 1e-3  # of the probe's weights, which look at standardised features
@@ -173,7 +174,8 @@ class Generated:
         """`count` pictures, how many were made in a second (None: they were there), and the mean of their steps, where the model
         says them."""
         class_N = torch.arange(count) % len(self.pipe.names)
-        said = hashlib.sha256(json.dumps([settings, self.seed], sort_keys=True).encode()).hexdigest()[:12]
+        made_of = [settings, self.seed, *([] if self.pipe.dtype == torch.float32 else [str(self.pipe.dtype)])]
+        said = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
         (self.folder / said).mkdir(parents=True, exist_ok=True)
         levels, made, begun = [], 0, time.monotonic()
         steps: list[int] = []
@@ -202,6 +204,8 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
     names, tokenizer = getattr(pipe, "names", None), pipe.model.tokenizer
     if names is None:
         raise ValueError(f"--model {arguments.model}: a {pipe.kind} model; measure classes looks at models of classes")
+    sweep = list(_sweep(arguments))
+    _check(module_of(folder).rules(folder), [settings for _, settings in sweep])
     cache = Path(arguments.cache)
     cache.mkdir(parents=True, exist_ok=True)
     dtype = quick_dtype("cpu")
@@ -229,7 +233,7 @@ def measure(arguments: argparse.Namespace, say: Callable[[str], None]) -> dict[s
     some = Pictures(judged.levels_NHW3[::stride][:count], judged.class_N[::stride][:count])
     back = Pictures(_reconstructed(tokenizer, some.levels_NHW3), some.class_N)
     rows.append(row("reconstructions of test pictures", back, features(back.levels_NHW3)))
-    generated, sweep = Generated(pipe, cache, mark, arguments.seed), list(_sweep(arguments))
+    generated = Generated(pipe, cache, mark, arguments.seed)
     for name, settings in sweep:
         say(name)
         pictures, speed, mean = generated.make(arguments.pictures, settings)
@@ -262,6 +266,19 @@ def _sweep(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]
         settings |= {} if preset is None else {"preset": preset}
         words = [*([preset] if preset else []), *([f"{steps} steps"] if steps else []), f"guidance {guidance:g}"]
         yield ", ".join(words), settings
+
+
+def _check(rules: Any, sweep: Sequence[dict[str, Any]]) -> None:
+    """ValueError, before a picture is looked at, for a setting that the model does not have or take."""
+    known = settings_beside(rules)
+    for settings in sweep:
+        said = dict(settings)
+        preset, steps, guidance = said.pop("preset", None), said.pop("num_inference_steps", None), said.pop("guidance_scale")
+        if steps is not None and "steps" in rules.unknown:
+            raise ValueError("--steps is not for a model of this kind, whose scales follow from the size; leave it out")
+        for name in said:
+            check_key(name, known)
+        rules.sampling(said, preset, False).changed(steps=steps, guidance=guidance)
 
 
 def _extra(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -355,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--pictures {arguments.pictures}, --guidance {arguments.guidance}: at least 2 pictures and no negative guidance"
         )
     found = measure(arguments, lambda text: print(printable(text), file=sys.stderr, flush=True))
+    print(json.dumps(found, indent=1) if arguments.json else table(found), flush=True)
     if arguments.plot is not None:
         plot(found, arguments.plot)
-    print(json.dumps(found, indent=1) if arguments.json else table(found))
     return 0

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from bitdance.cli import Parser
+from bitdance.cli import Parser, count
 from bitdance.generator import load_pipeline
 from bitdance.picture import grid, write_png
 from lfq_tokenizer.files import write_text
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
     parser = Parser(prog="bitdance measure composition", description="GenEval's six tasks on scenes of icons.")
     parser.add_argument("--model", help="a model of prompts; without one the detector alone is judged")
     parser.add_argument("--scenes", nargs="+", required=True, help="shards of `bitdance data pack scenes`, best a held-out split")
-    parser.add_argument("--count", type=int, default=100, help="prompts of each task (default: 100)")
+    parser.add_argument("--count", type=count, default=100, help="prompts of each task (default: 100)")
     parser.add_argument("--size", type=int, help="side of the pictures in pixels (default: the model's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
     parser.add_argument("--steps", type=int, help="solver steps per block; default: the model's own")
@@ -82,8 +82,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cache", default=DEFAULT_CACHE, help="where the icon archives lie or are fetched to")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     a = parser.parse_args(argv)
-    if a.count < 1:
-        raise ValueError(f"--count {a.count}: give 1 or more")
     scenes = chosen(ShardDataset(ShardIndex.open(list(a.scenes))), a.count)
     if a.prompts:
         write_text("".join(json.dumps(scene.attributes["geneval"]) + "\n" for scene in scenes), a.prompts)
@@ -100,13 +98,11 @@ def main(argv: list[str]) -> int:
         settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "preset": a.preset}
         pictures = generated(pipe, scenes, a.seed, a.size, **settings)
         rows["generated"] = score(pictures, scenes, detector)
+    text = json.dumps({"count": a.count, "seed": a.seed, **rows}) if a.json else "\n".join(table(rows))
+    print(text, flush=True)  # first: shown, also where the grid cannot be written
     if a.grid:
         shown = min(8, a.count)
         write_png(grid([pictures[k * a.count + i] for k in range(len(TASKS)) for i in range(shown)], shown), a.grid)
-    if a.json:
-        print(json.dumps({"count": a.count, "seed": a.seed, **rows}))
-    else:
-        print("\n".join(table(rows)))
     return 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from bitdance.cli import Parser
+from bitdance.cli import Parser, count
 from bitdance.generator import load_pipeline
 from bitdance.picture import grid, write_png
 from stages.data.captions import PALETTE
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--model", required=True, help="a model folder, a run or a checkpoint that can edit")
     parser.add_argument("--train", nargs="+", required=True, help="shards of pictures the model was taught")
     parser.add_argument("--heldout", nargs="+", required=True, help="shards of picture × background pairs it never saw")
-    parser.add_argument("--count", type=int, default=100, help="pictures that are changed (default: 100)")
+    parser.add_argument("--count", type=count, default=100, help="pictures that are changed (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pictures, and of the changes (default: 0)")
     parser.add_argument("--strength", type=float, help="as of `bitdance edit`")
     parser.add_argument("--guidance", dest="guidance_scale", type=float, help="default: the model's own")
@@ -80,11 +80,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     arguments = parser.parse_args(argv)
     figures, pictures = measure(arguments)
-    if arguments.grid:
-        write_png(grid(pictures, columns=8), arguments.grid)
     if arguments.json:
         print(json.dumps(figures))
     else:
         shares = "  ".join(f"{name.replace('_', ' ')} {100 * figures[name]:.1f} %" for name in list(figures)[-5:])
         print(f"{figures['pictures']} taught pictures on another background: {shares}")
+    if arguments.grid:  # last: what was found is shown, also where the grid cannot be written
+        write_png(grid(pictures, columns=8), arguments.grid)
     return 0

@@ -35,9 +35,10 @@ from PIL import Image
 from torch import Tensor
 
 from bitdance.bench.report import table
-from bitdance.cli import Parser
+from bitdance.cli import Parser, count
 from bitdance.costs.peak import on_cpu_time
 from bitdance.generator import load_pipeline
+from bitdance.heads.diffusion.sampler import SAMPLERS
 from bitdance.networks.precision import quick_dtype
 from bitdance.picture import grid, to_uint8, write_png
 from lfq_tokenizer.files import write_text
@@ -160,8 +161,8 @@ class Classes:
         return {"right": float(self.probe.right(found_NF, class_N).float().mean())}
 
 
-def measure(a: argparse.Namespace) -> dict[str, Any]:
-    """All figures as JSON values, and the grid written to OUT; see the module."""
+def measure(a: argparse.Namespace) -> tuple[dict[str, Any], Image.Image]:
+    """All figures as JSON values, and the grid; see the module."""
     teacher, student = (load_pipeline(model_folder(model), "cpu", a.dtype) for model in (a.teacher, a.student))
     for pipe in (teacher, student):
         pipe.set_progress_bar_config(disable=True)
@@ -183,10 +184,10 @@ def measure(a: argparse.Namespace) -> dict[str, Any]:
         row |= {"bit entropy": bit_entropy(made.bits_KSN), **judge(way, found_NF), "pictures/s": made.per_second}
         rows.append(row)
         lines += [Image.fromarray(levels) for levels in made.levels_NHW3[:: a.each][:SHOWN]]
-    write_png(grid(lines, columns=len(lines) // len(rows)), Path(a.output, "few_steps.png"))
     said = {name: value for name, value in vars(a).items() if name not in ("train", "test", "output", "json")}
     counts = {"conditions": len(judge.conditions), "pictures": len(judge.conditions) * a.each, "real": len(judge.real_NF)}
-    return {**said, **counts, "date": date.today().isoformat(), "threads": torch.get_num_threads(), "rows": rows}
+    found = {**said, **counts, "date": date.today().isoformat(), "threads": torch.get_num_threads(), "rows": rows}
+    return found, grid(lines, columns=len(lines) // len(rows))
 
 
 def text(found: dict[str, Any]) -> str:
@@ -208,12 +209,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help="pictures that the teacher was taught")
     parser.add_argument("--test", nargs="+", required=True, metavar="SHARDS", help="pictures, or pairs, that it never saw")
     parser.add_argument("--evaluations", type=int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
-    parser.add_argument("--solver", default=SOLVER, help=f"of the teacher's rows (default: {SOLVER})")
+    parser.add_argument("--solver", choices=SAMPLERS, default=SOLVER, help=f"of the teacher's rows (default: {SOLVER})")
     parser.add_argument("--guidance", type=float, help="the teacher's, and a student's that takes it (default: their own)")
-    parser.add_argument("--conditions", type=int, default=32, help="captions; of a class model all classes (default: 32)")
+    parser.add_argument("--conditions", type=count, default=32, help="captions; of a class model all classes (default: 32)")
     parser.add_argument("--each", type=int, default=16, help="seeds of each (default: 16)")
-    parser.add_argument("--count", type=int, default=100, help="captions that are judged for right and PSNR (default: 100)")
-    parser.add_argument("--probe", type=int, default=10_000, help="pictures of each set of classes, at most (default: 10000)")
+    parser.add_argument("--count", type=count, default=100, help="captions that are judged for right and PSNR (default: 100)")
+    parser.add_argument("--probe", type=count, default=10_000, help="pictures of each set of classes, at most (default: 10000)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     parser.add_argument("--dtype", default="float32", help="of the models: float32 (default), bfloat16, or auto")
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder of the report")
@@ -222,8 +223,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if a.each < 2 or a.conditions < 1 or min(a.evaluations) < 1:
         said = f"--each {a.each}, --conditions {a.conditions}, --evaluations {min(a.evaluations)}"
         raise ValueError(f"{said}: at least 2 seeds of each, one condition and one evaluation")
-    found = measure(a)
+    found, lines = measure(a)
+    print(json.dumps(found, indent=1) if a.json else text(found), flush=True)  # first: shown, also where it cannot be written
     write_json(found, Path(a.output, "few_steps.json"))
     write_text(text(found) + "\n", Path(a.output, "few_steps.md"))
-    print(json.dumps(found, indent=1) if a.json else text(found))
+    write_png(lines, Path(a.output, "few_steps.png"))
     return 0

@@ -9,6 +9,7 @@ import argparse
 import re
 import shlex
 import shutil
+import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,9 @@ from typing import Any
 
 from bitdance.cli import Parser, main
 from bitdance.jobs.job import slug
+from bitdance.values import shown
+from lfq_tokenizer.files import whole_folder, write_text
+from lfq_tokenizer.text import decoded
 
 COLUMNS = 3
 HEAD = """# Gallery
@@ -74,21 +78,44 @@ def cell(picture: Mapping[str, Any], folder: str) -> str:
     return "<br>".join([*lines, *([picture["remark"]] if picture.get("remark") else [])])
 
 
-def run(argv: Sequence[str] | None = None) -> None:
-    """Draw what is missing, write the page."""
+def read_sections(path: Path) -> list[dict[str, Any]]:
+    """The sections of a gallery's file. ValueError names the file for what is none."""
+    try:
+        found = tomllib.loads(decoded(path.read_bytes(), str(path))).get("section")
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: {error}") from None
+    sections: list[Any] = found if isinstance(found, list) and found else [found]
+    if wrong := [section for section in sections if not _is_section(section)]:
+        raise ValueError(f"{path}: section {shown(wrong[0])}; a title, a text and pictures, each with a prompt, are needed")
+    return sections
+
+
+def _is_section(value: Any) -> bool:
+    pictures = value.get("pictures") if isinstance(value, dict) and {"title", "text"} <= set(value) else None
+    return isinstance(pictures, list) and all(isinstance(one, dict) and isinstance(one.get("prompt"), str) for one in pictures)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Draw all pictures, write the page. What stood there before stays until all of them are drawn."""
     parser = Parser(prog="python -m stages.measure.gallery", description="A page of pictures with their commands.")
     parser.add_argument("gallery", type=Path, help="a TOML file: sections of prompts; see docs/gallery.toml")
     parser.add_argument("page", type=Path, help="the Markdown page; its pictures lie in a folder of the same name beside it")
     arguments: argparse.Namespace = parser.parse_args(argv)
-    sections = tomllib.loads(arguments.gallery.read_text(encoding="utf-8"))["section"]
-    folder = arguments.page.with_suffix("")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for picture in (picture for section in sections for picture in section["pictures"]):
-        draw(picture, folder / file_of(picture))
+    sections, folder = read_sections(arguments.gallery), arguments.page.with_suffix("")
+    if arguments.page.suffix != ".md":
+        raise ValueError(f"{arguments.page}: give the page that is to be written, a name that ends in .md")
+    if others := sorted(path.name for path in folder.glob("*") if path.suffix != ".png"):
+        raise ValueError(f"{folder} holds {others[0]}, which is no picture of a gallery; give another page")
     command = f"python -m stages.measure.gallery {arguments.gallery} {arguments.page}"
-    arguments.page.write_text("\n".join(page(sections, folder.name, command)), encoding="utf-8")
+    text = "\n".join(page(sections, folder.name, command))
+    with whole_folder(folder) as working:
+        for picture in (picture for section in sections for picture in section["pictures"]):
+            draw(picture, working / file_of(picture))
+    write_text(text, arguments.page)
+    return 0
 
 
 if __name__ == "__main__":
-    run()
+    from stages.command import guarded
+
+    sys.exit(guarded("python -m stages.measure.gallery", run, None))

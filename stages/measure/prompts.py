@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitdance.cli import Parser
+from bitdance.cli import Parser, count
 from bitdance.generator import load_pipeline
 from bitdance.picture import grid, write_png
 from stages.data.captions import nearest_color
@@ -168,7 +168,7 @@ def main(argv: list[str]) -> int:
     prompts.add_argument("--model", default="demo", help="model folder, or demo (default)")
     prompts.add_argument("--train", nargs="+", required=True, help="shards of pictures the model was taught")
     prompts.add_argument("--heldout", nargs="+", required=True, help="shards of picture × background pairs it never saw")
-    prompts.add_argument("--count", type=int, default=200, help="prompts of each kind (default: 200)")
+    prompts.add_argument("--count", type=count, default=200, help="prompts of each kind (default: 200)")
     prompts.add_argument("--seed", type=int, default=0, help="of the choice of prompts, and of the pictures (default: 0)")
     prompts.add_argument("--steps", type=int, help="solver steps per block; default: the model's own")
     prompts.add_argument("--guidance", type=float, help="strength of the prompt; default: the model's own")
@@ -178,8 +178,6 @@ def main(argv: list[str]) -> int:
     a = prompts.parse_args(argv)
     settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "preset": a.preset}
     figures, pictures = measure(a.model, a.train, a.heldout, a.count, a.seed, **settings)
-    if a.grid:
-        write_png(grid(pictures, columns=8), a.grid)
     if a.json:
         print(json.dumps(figures))
     else:
@@ -188,4 +186,6 @@ def main(argv: list[str]) -> int:
             row = figures[name]
             shares = "  ".join(f"{k} {100 * v:.1f} %" for k, v in row.items() if k not in ("prompts", "psnr"))
             print(f"{name:14} {row['prompts']:4} prompts  {shares}  psnr {row['psnr']:.2f} dB")
+    if a.grid:  # last: what was found is shown, also where the grid cannot be written
+        write_png(grid(pictures, columns=8), a.grid)
     return 0

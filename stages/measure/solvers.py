@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitdance.cli import Parser
+from bitdance.cli import Parser, count
 from bitdance.costs.work import evaluations
 from bitdance.heads.diffusion.settings import PRESETS, Sampling, choose
 from bitdance.pipeline import BitDancePipeline
@@ -144,8 +144,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--train", nargs="+", required=True, help="shards of pictures the model was taught")
     parser.add_argument("--heldout", nargs="+", required=True, help="shards of picture × background pairs it never saw")
     parser.add_argument("--try", dest="settings", action="append", default=[], metavar="A=B,…", help="default: all presets")
-    parser.add_argument("--count", type=int, default=200, help="prompts of each kind that are judged")
-    parser.add_argument("--captions", type=int, default=24, help="captions for the bits' probabilities")
+    parser.add_argument("--count", type=count, default=200, help="prompts of each kind that are judged")
+    parser.add_argument("--captions", type=count, default=24, help="captions for the bits' probabilities")
     parser.add_argument("--seeds", type=int, default=32, help="pictures of each of these")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of prompts, and of the pictures (default: 0)")
     parser.add_argument("-o", "--output", type=Path, help="also write OUTPUT.md and OUTPUT.json")

@@ -18,7 +18,7 @@ export async function openEditor(picture, said, model) {
   $("edit-prompt-field").hidden = Boolean(model.class_names);
   $("edit-class-field").hidden = !model.class_names;
   $("edit-prompt").value = said?.prompt ?? "";
-  $("edit-class").value = String(said?.class_label ?? 0);
+  $("edit-class").value = String(said?.class ?? 0);
   $("editor").showModal();
 }
 

@@ -32,7 +32,7 @@ export function showDefaults() {
 /** The fields of a request. Only what the form says: everything else is the model's own. */
 export function fields() {
   const found = { n: Number($("count").value || 1), ...more };
-  if (model.class_names) found.class_label = Number($("class").value);
+  if (model.class_names) found.class_label = $("class").value === "" ? null : Number($("class").value); // null: of another model
   else found.prompt = $("prompt").value;
   if (model.takes_negative_prompt && $("negative").value) found.negative_prompt = $("negative").value;
   if ($("size").value) found.size = $("size").value;
@@ -49,7 +49,7 @@ export function written() {
 
 /** Fill the form with what a picture says → a sentence about it. */
 export function restore(said) {
-  if (model.class_names) $("class").value = String(said.class_label ?? 0);
+  if (model.class_names) $("class").value = String(said.class ?? "");
   else $("prompt").value = said.prompt ?? "";
   $("negative").value = said.negative_prompt ?? "";
   if (said.width && said.height) $("size").value = `${said.width}x${said.height}`;
@@ -57,10 +57,14 @@ export function restore(said) {
   $("lock").checked = "seed" in said;
   $("preset").value = "";
   $("count").value = 1;
-  for (const name of ["guidance", "steps"]) $(name).value = said[name] ?? "";
-  const known = Object.keys(model.defaults).filter((name) => !["size", "steps", "guidance"].includes(name));
-  more = Object.fromEntries(known.filter((name) => name in said && same(said[name]) !== same(model.defaults[name])).map((name) => [name, said[name]]));
+  for (const name of ["guidance", "steps"]) $(name).value = name in model.defaults ? (said[name] ?? "") : "";
+  // What a picture does not say it has as published, whatever the model's own defaults are.
+  const value = (table, name) => table[name] ?? model.settings[name] ?? false;
+  const others = Object.keys(model.settings).filter((name) => same(value(said, name)) !== same(value(model.defaults, name)));
+  more = Object.fromEntries(others.map((name) => [name, value(said, name)]));
   showMore();
+  if ("edit" in said) return "This is a changed picture: its settings make a new one, not this one.";
+  if ("lora_fingerprint" in said) return "This picture was made with an adapter, which is not served: it will be another one.";
   const other = said.model_fingerprint && said.model_fingerprint !== model.fingerprint;
   return other ? `These settings are of another model, ${said.model}: the picture will be another one.` : "The settings are those of the picture.";
 }

@@ -187,7 +187,7 @@ $("form").addEventListener("submit", (event) => {
 });
 $("cancel").addEventListener("click", cancelAll);
 $("preset").addEventListener("change", showDefaults);
-$("beside").addEventListener("change", () => ($("other-field").hidden = $("beside").value !== "other"));
+$("beside").addEventListener("change", () => ($("other-field").hidden = $("other").disabled = $("beside").value !== "other"));
 $("forget-more").addEventListener("click", forgetMore);
 $("lock").addEventListener("change", () => $("lock").checked && !$("seed").value && say("The seed of the next pictures will be kept."));
 $("seed").addEventListener("input", () => ($("lock").checked = Boolean($("seed").value)));
@@ -218,6 +218,7 @@ $("edit").addEventListener("click", async () => {
   await openEditor(shown.blob, shown.said, model);
 });
 $("change").addEventListener("click", async () => {
+  if (!$("strength").reportValidity()) return;
   const { fields: said, files } = await change(model);
   $("editor").close();
   const { naturalWidth, naturalHeight } = $("edit-picture");
@@ -227,7 +228,7 @@ $("change").addEventListener("click", async () => {
 $("ask-yes").addEventListener("click", () => $("ask").close("yes"));
 document.querySelectorAll("dialog .close").forEach((button) => button.addEventListener("click", () => button.closest("dialog").close()));
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) make();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) $("form").requestSubmit(); // which checks the fields
   if (event.key === "Escape" && !document.querySelector("dialog[open]")) cancelAll();
 });
 document.addEventListener("dragover", (event) => {

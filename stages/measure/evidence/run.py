@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from bitdance.values import shown
 from lfq_tokenizer.json_file import read_json, write_json
 from stages.measure.evidence.study import Study, Way, folder_of, loss_of, result_of
 
 SMALLEST_STEPS = 2
+RESULT = ("name", "group", "seed", "parameters", "operations", "steps", "pictures", "heldout", "curve", "rows")
 
 
 def run(study: Study, part: tuple[int, int]) -> None:
@@ -27,14 +29,29 @@ def run(study: Study, part: tuple[int, int]) -> None:
 def take_over(study: Study, report: Path) -> None:
     """Write the results of a report as this study's own, where a run has none yet. ValueError for a report of another study."""
     told = read_json(report)
-    if told.get("study") != study.title:
-        raise ValueError(f"{report} is of {told.get('study')!r}; give a report of {study.title!r}")
+    if not isinstance(told, dict) or told.get("study") != study.title:
+        said = told.get("study") if isinstance(told, dict) else told
+        raise ValueError(f"{report} is of {shown(said)}; give a report of {study.title!r}")
+    known = {}
+    for result in told["results"] if isinstance(told.get("results"), list) else [None]:
+        if not isinstance(result, dict) or not set(RESULT) <= set(result) or not _as_much(study, result):
+            raise ValueError(f"{report} holds {shown(result)}, no result of as much training as {study.title!r} asks for")
+        known[result["name"], result["seed"]] = result
     Path(study.out).mkdir(parents=True, exist_ok=True)
-    known = {(result["name"], result["seed"]): result for result in told["results"]}
     for way in study.ways:
         for seed in study.seeds:
             if (way.name, seed) in known and not result_of(study, way, seed).is_file():
                 write_json(known[way.name, seed], result_of(study, way, seed))
+
+
+def _as_much(study: Study, result: Mapping[str, Any]) -> bool:
+    """Whether a run took the operations or samples that the study has, which are whole steps: not those of `--smoke`."""
+    numbers = [result[name] for name in ("steps", "operations", "pictures")]
+    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+        return False
+    steps, operations, pictures = numbers
+    took, wanted = (pictures, study.samples) if study.samples else (operations, study.operations)
+    return abs(took - wanted) <= took / steps or (steps == SMALLEST_STEPS and took > wanted)
 
 
 def _result(study: Study, way: Way, seed: int) -> dict[str, Any]:
