@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.output is not None:
         write_figures(found, arguments.output)
     if arguments.json:
-        print(json_text({"figures": [vars(one) for one in found]}, 2))
+        print(json_text({"figures": [vars(one) for one in found]}))
     else:
         print_page(table(found).splitlines())
     return 0
