@@ -1,17 +1,15 @@
 """The server over refinement and next-scale models: edits, negative prompts, previews of scales."""
 
 import base64
-import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openai
 import pytest
 from PIL import Image
 from refine_model import class_model, saved, text_model
 from scale_cases import var_state
-from serve_model import client, running
+from serve_model import client, opened, running, same
 from small_files import picture_bytes
 
 from bitdance.cli import main
@@ -30,16 +28,6 @@ def classes(tmp_path_factory: Any) -> ServedModel:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: Any) -> ServedModel:
     return ServedModel.load(str(saved(text_model(), tmp_path_factory.mktemp("refine") / "texts")), ("cpu",))
-
-
-def opened(text: str | None) -> Image.Image:
-    found = Image.open(io.BytesIO(base64.b64decode(text or "")))
-    found.load()
-    return found
-
-
-def same(one: Image.Image, other: Image.Image) -> bool:
-    return bool(np.array_equal(np.asarray(one), np.asarray(other)))
 
 
 def masks(size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
