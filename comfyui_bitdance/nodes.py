@@ -69,17 +69,9 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        model: str,
-        dtype: str = OWN,
-        quantize: str = NONE,
-        quantize_head: str = NONE,
-        lora: str = NONE,
-        lora_scale: float = 1.0,
-    ) -> bool | str:
+    def validate_inputs(cls, **said: Any) -> bool | str:
         """True, or what is wrong; the weights are not read."""
-        return problem(lambda: models.check(model, _given(dtype), _loading(quantize, quantize_head, lora, lora_scale)))
+        return problem(lambda: models.check(*_loading(**said)))
 
     @classmethod
     def fingerprint_inputs(cls, model: str, lora: str = NONE, **_: Any) -> str:
@@ -88,18 +80,17 @@ class LoadModel(io.ComfyNode):
         return models.stamp(*(folders[name] for folders, name in known if name in folders))
 
     @classmethod
-    def execute(cls, model: str, dtype: str, quantize: str, quantize_head: str, lora: str, lora_scale: float) -> Any:
+    def execute(cls, **said: Any) -> Any:
         """Load it."""
-        said = _loading(quantize, quantize_head, lora, lora_scale)
-        return io.NodeOutput(models.load(model, _given(dtype), said))
+        return io.NodeOutput(models.load(*_loading(**said)))
 
 
-def _given(value: str) -> str | None:
-    return None if value in (OWN, NONE) else value
-
-
-def _loading(quantize: str, quantize_head: str, lora: str, lora_scale: float) -> dict[str, Any]:
-    return models.options(_given(lora), lora_scale, quantize=_given(quantize), quantize_head=_given(quantize_head))
+def _loading(
+    model: str, dtype: str = OWN, lora: str = NONE, lora_scale: float = 1.0, **matrices: str
+) -> tuple[str, str | None, dict[str, Any]]:
+    """What is said, as arguments of `models.check` and `models.load`. `matrices`: quantize and quantize_head."""
+    given = {name: None if value in (OWN, NONE) else value for name, value in {"dtype": dtype, "lora": lora, **matrices}.items()}
+    return model, given.pop("dtype"), models.options(given.pop("lora"), lora_scale, **given)
 
 
 class Encode(io.ComfyNode):
@@ -171,47 +162,21 @@ class Generate(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        prompt: str | None = None,
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        preset: str | None = None,
-        seed: int | None = None,
-        n: int | None = None,
-        previews: int | None = None,
-        negative: str | None = None,
-    ) -> bool | str:
-        """True, or what no model takes; a value that comes from another node is None. What this model does not take, it says
-        before it starts."""
-        numbers = {"width": width, "height": height, "steps": steps, "guidance": guidance, "seed": seed, "n": n}
-        return problem(lambda: settings.check((prompt, negative), preset, previews, **numbers))
+    def validate_inputs(cls, **said: Any) -> bool | str:
+        """True, or what no model takes; what this model does not take, it says before it starts."""
+        return problem(lambda: settings.check(**said))
 
     @classmethod
     def execute(
-        cls,
-        model: Any,
-        prompt: str,
-        width: int,
-        height: int,
-        steps: int,
-        guidance: float,
-        preset: str,
-        seed: int,
-        n: int,
-        previews: int,
-        negative: str = LEFT["negative"],
+        cls, model: Any, prompt: str, seed: int, n: int, previews: int, negative: str = LEFT["negative"], **how: Any
     ) -> Any:
-        """Generate them."""
-        numbers = {"width": width, "height": height, "steps": steps, "guidance": guidance}
-        settings.check((prompt, negative), preset, previews, seed=seed, n=n, **numbers)
+        """Generate them. `how`: width, height, steps, guidance and preset."""
+        settings.check(prompt=prompt, negative=negative, seed=seed, n=n, previews=previews, **how)
         generators, _ = generators_for(n, seed, None)
         out = model(
             **{name: [text] * n for name, text in settings.condition(model, prompt).items()},
             **settings.negative(type(model).__call__, negative),
-            **settings.arguments(preset=preset, **numbers),
+            **settings.arguments(**how),
             generator=generators,
             output_type="bits",
             callback_on_step_end=Watch(previews),
@@ -259,22 +224,9 @@ class Edit(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        prompt: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        preset: str | None = None,
-        seed: int | None = None,
-        n: int | None = None,
-        previews: int | None = None,
-        strength: float | None = None,
-        source: str | None = None,
-        negative: str | None = None,
-    ) -> bool | str:
-        """True, or what no model takes; a value that comes from another node is None."""
-        numbers = {"steps": steps, "guidance": guidance, "seed": seed, "n": n, "strength": strength}
-        return problem(lambda: settings.check((prompt, source, negative), preset, previews, **numbers))
+    def validate_inputs(cls, **said: Any) -> bool | str:
+        """True, or what no model takes."""
+        return problem(lambda: settings.check(**said))
 
     @classmethod
     def execute(
@@ -282,29 +234,25 @@ class Edit(io.ComfyNode):
         model: Any,
         bits: Bits,
         prompt: str,
-        steps: int,
-        guidance: float,
-        preset: str,
         seed: int,
         n: int,
         previews: int,
         mask: Tensor | None = None,
         source: str = "",
         strength: float = LEFT["strength"],
-        negative: str = LEFT["negative"],
+        **how: Any,
     ) -> Any:
-        """Change it. ValueError for a kind of model that cannot edit, or not so."""
-        numbers = {"steps": steps, "guidance": guidance}
-        settings.check((prompt, source, negative), preset, previews, seed=seed, n=n, strength=strength, **numbers)
-        how = settings.arguments(mask=None if mask is None else mask_picture(mask), strength=strength)
-        how |= settings.condition(model, source, "source_") if source else {}
-        _check_edit(model, bits, how)
+        """Change it. `how`: steps, guidance, preset and negative. ValueError for a kind of model that cannot edit, or not so."""
+        settings.check(prompt=prompt, source=source, seed=seed, n=n, previews=previews, strength=strength, **how)
+        change = settings.arguments(mask=None if mask is None else mask_picture(mask), strength=strength)
+        change |= settings.condition(model, source, "source_") if source else {}
+        _check_edit(model, bits, change)
         generators, _ = generators_for(n, seed, None)
         out = model.edit(
             bits.tokens,
             **settings.condition(model, prompt),
-            **how,
-            **settings.arguments(preset=preset, negative=negative, **numbers),
+            **change,
+            **settings.arguments(**how),
             num_images=n,
             generator=generators,
             output_type="bits",
@@ -313,12 +261,12 @@ class Edit(io.ComfyNode):
         return io.NodeOutput(Bits.of(out.tokens, generators))
 
 
-def _check_edit(model: Any, bits: Bits, how: dict[str, Any]) -> None:
+def _check_edit(model: Any, bits: Bits, change: dict[str, Any]) -> None:
     """ValueError where the kind of model does not take this."""
     takes = getattr(import_module(KINDS[model.kind]), "EDITS", ())
     if not takes:
         raise ValueError("this kind of model cannot edit; refinement and next-scale models can")
-    for name in how:
+    for name in change:
         if name not in takes:
             raise ValueError(f"{name} is not for this kind of model; leave it out")
     if len(bits) != 1:

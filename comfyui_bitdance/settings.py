@@ -1,18 +1,19 @@
 """What a user says of a run, and how it reaches a pipeline. A widget always holds a value: some mean "as the model has it"."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
 from bitdance.generator import DEFAULT, KINDS
 from bitdance.sequence.prompt import check_prompt
-from bitdance.values import Range, check_number, shown
+from bitdance.values import RANGES, Range, shown
 
 OWN = "model's own"
 # these leave a value to the model
 LEFT: dict[str, Any] = {"width": 0, "height": 0, "steps": 0, "guidance": -1, "strength": 0, "negative": ""}
 PREVIEWS = Range(0, 64)
+TEXTS, NUMBERS = ("prompt", "source", "negative"), {**RANGES, "previews": PREVIEWS}
 # arguments of a pipeline, where the names differ
 ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "negative": "negative_prompt"}
 
@@ -28,17 +29,16 @@ def said(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None and value != LEFT.get(name) and value != OWN}
 
 
-def check(texts: Iterable[str | None], preset: str | None, previews: int | None, **numbers: Any) -> None:
-    """ValueError, as at every door of the library, for what no model takes; None is not known yet."""
-    for text in texts:
-        if text is not None:
-            check_prompt(text)
-    for name, value in said(**numbers).items():
-        check_number(name, value)
-    if preset not in (None, OWN, *presets()):
-        raise ValueError(f"preset = {shown(preset)}; allowed are {', '.join(presets())}")
-    if previews is not None:
-        PREVIEWS.check("previews", previews)
+def check(**values: Any) -> None:
+    """ValueError, as at every door of the library, for what no model takes. A value that comes from another node is None while
+    inputs are validated, and is checked when it is there."""
+    for name, value in said(**values).items():
+        if name in TEXTS:
+            check_prompt(value)
+        elif name in NUMBERS:
+            NUMBERS[name].check(name, value)
+        elif name == "preset" and value not in presets():
+            raise ValueError(f"preset = {shown(value)}; allowed are {', '.join(presets())}")
 
 
 def arguments(**values: Any) -> dict[str, Any]:

@@ -53,9 +53,9 @@ _WITH_NAN = json.JSONDecoder(object_pairs_hook=_no_duplicates)
 _CHECKED_LATER = json.JSONDecoder(object_pairs_hook=_no_duplicates, parse_int=whole_number)
 
 
-def json_text(value: Any, indent: int | None = None) -> str:
-    """JSON to print: what could steer a terminal is written as \\uXXXX, all other letters as they are."""
-    return escaped_json(json.dumps(value, ensure_ascii=False, indent=indent, default=str))
+def json_text(value: Any) -> str:
+    """Indented JSON to print: what could steer a terminal is written as \\uXXXX, all other letters as they are."""
+    return escaped_json(json.dumps(value, ensure_ascii=False, indent=2, default=str))
 
 
 def read_bytes(path: Path | str, limit: int) -> bytes:

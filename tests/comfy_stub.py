@@ -6,6 +6,7 @@ where the node does not validate it itself, and nodes run in inference mode.
 
 import inspect
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -61,8 +62,12 @@ class Host:
     def validate(self, node_id: str, **inputs: Any) -> bool | str:
         """What ComfyUI says of these widgets before it runs anything: True or what is wrong."""
         node = self.nodes[node_id]
-        own = inspect.signature(node.validate_inputs).parameters if hasattr(node, "validate_inputs") else {}
-        for socket in node.define_schema().inputs:
+        sockets = node.define_schema().inputs
+        own: Collection[str] = ()
+        if hasattr(node, "validate_inputs"):
+            taken = inspect.getfullargspec(node.validate_inputs)
+            own = [socket.id for socket in sockets] if taken.varkw else taken.args
+        for socket in sockets:
             value = inputs.get(socket.id)
             if value is None or socket.id in own:
                 continue

@@ -1,5 +1,6 @@
 """What a test leaves behind in other people's libraries is put back; what needs a GPU is skipped where there is none."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -27,3 +28,16 @@ def linear_of_torch() -> Iterator[None]:
     torch.nn.functional.linear = LINEAR
     yield
     torch.nn.functional.linear = LINEAR
+
+
+def environment() -> Iterator[None]:
+    """The engine describes its one process in the environment, as a launcher would; others must not see it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update((name, value) for name, value in before.items() if os.environ.get(name) != value)
+
+
+environment_of_a_test = pytest.fixture(environment, autouse=True)
+environment_of_a_module = pytest.fixture(environment, autouse=True, scope="module")

@@ -1,10 +1,10 @@
 """The recorded numbers of tests/golden/grn (its PARITY.md explains each case), and the recorded models."""
 
-import json
 from functools import cache
 
+import golden_cases
 import torch
-from golden_cases import GOLDEN
+from golden_cases import GOLDEN, case, meta
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,22 +17,18 @@ from lfq_tokenizer.hbq_vae import HBQConfig, HBQTokenizer, picture_part
 FOLDER = GOLDEN / "grn"
 
 
-@cache
 def recorded() -> dict:
-    return json.loads((FOLDER / "golden.json").read_text())
-
-
-@cache
-def _tensors() -> dict[str, Tensor]:
-    return load_file(str(FOLDER / "golden.safetensors"))
+    return meta("grn")
 
 
 def grn_case(name: str) -> tuple[dict, dict[str, Tensor]]:
     """(meta, tensors without the case's prefix) of one case; integers as int64."""
-    prefix = name + "/"
-    found = {k.removeprefix(prefix): v for k, v in _tensors().items() if k.startswith(prefix)}
-    found = {k: v.long() if v.dtype == torch.int32 else v for k, v in found.items()}
-    return recorded()["cases"][name]["meta"], found
+    info, found = case(name, "grn")
+    return info, {k: v.long() if v.dtype == torch.int32 else v for k, v in found.items()}
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    golden_cases.close(found, expected, tolerance)
 
 
 def weights(name: str) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ models."""
 import json
 from functools import cache
 
+import golden_cases
 import torch
-from golden_cases import GOLDEN
+from golden_cases import GOLDEN, case, meta
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,37 +20,28 @@ VAR, INFINITY = GOLDEN / "var", GOLDEN / "infinity"
 SIDES = [(side, side) for side in (1, 2, 3, 4, 5)]  # of the recorded VAR models
 
 
-@cache
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    golden_cases.close(found, expected, tolerance)
+
+
 def var_recorded() -> dict:
-    return json.loads((VAR / "golden.json").read_text())
+    return meta("var")
 
 
-@cache
 def infinity_recorded() -> dict:
-    return json.loads((INFINITY / "golden.json").read_text())
-
-
-@cache
-def _tensors(name: str) -> dict[str, Tensor]:
-    return load_file(str(GOLDEN / name / "golden.safetensors"))
-
-
-def _case(folder: str, name: str) -> dict[str, Tensor]:
-    prefix = name + "/"
-    return {k.removeprefix(prefix): v for k, v in _tensors(folder).items() if k.startswith(prefix)}
+    return meta("infinity")
 
 
 def var_case(name: str) -> tuple[dict, dict[str, Tensor]]:
     """(meta, tensors without the case's prefix) of one case."""
-    return var_recorded()["cases"][name]["meta"], _case("var", name)
+    return case(name, "var")
 
 
 def infinity_case(name: str) -> tuple[dict, dict[str, Tensor]]:
     """The same of Infinity; the schedule as pairs."""
-    meta = dict(infinity_recorded()["cases"][name].get("meta") or {})
-    if "schedule" in meta:
-        meta["sides"] = [(h, w) for _, h, w in meta["schedule"]]
-    return meta, _case("infinity", name)
+    info, found = case(name, "infinity")
+    sides = {"sides": [(h, w) for _, h, w in info["schedule"]]} if "schedule" in info else {}
+    return info | sides, found
 
 
 def in_float32(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """Small models in folders, an app over one that a test holds at will, and a real server of it on a loopback port."""
 
+import base64
 import contextlib
+import io
 import shutil
 import threading
 import time
@@ -8,8 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from class_model import golden_model, golden_tokenizer
 from golden_cases import GOLDEN
+from PIL import Image
 from starlette.testclient import TestClient
 
 from bitdance.folder.picture_model import PictureModel
@@ -39,6 +43,17 @@ def class_folder(path: Path) -> Path:
     defaults = {"guidance_scale": 2.0, "num_inference_steps": 2, "cfg_schedule": "constant"}
     LAYOUT.save(PictureModel(golden_model(16), golden_tokenizer(), NAMES, {"defaults": defaults}), path)
     return path
+
+
+def opened(text: str | None) -> Image.Image:
+    """The picture of an answer."""
+    found = Image.open(io.BytesIO(base64.b64decode(text or "")))
+    found.load()
+    return found
+
+
+def same(one: Image.Image, other: Image.Image) -> bool:
+    return bool(np.array_equal(np.asarray(one.convert("RGB")), np.asarray(other.convert("RGB"))))
 
 
 def until(condition: Callable[[], Any], what: str = "") -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from small_files import picture_bytes
 
 from stages.data.picture import ANIMATED, BrokenPicture, decode_picture, upright_size
 
@@ -24,12 +25,6 @@ TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
 }  # fmt: skip
-
-
-def encoded(picture: Image.Image, form: str, **options: object) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format=form, **options)
-    return buffer.getvalue()
 
 
 def quarters(width: int = 48, height: int = 32) -> Image.Image:
@@ -63,7 +58,7 @@ def test_every_orientation_of_every_format_is_turned_and_the_header_tells_the_sa
     stored = quarters() if orientation == 1 else quarters().transpose(TURNED[orientation])
     tag = Image.Exif()
     tag[0x0112] = orientation
-    data = encoded(stored, form, exif=tag, **({"quality": 95} if form != "TIFF" else {}))
+    data = picture_bytes(stored, form, exif=tag, **({"quality": 95} if form != "TIFF" else {}))
     picture = decode_picture(data)
     assert close(picture, quarters()) and upright_size(data) == picture.size
 
@@ -82,7 +77,7 @@ def test_every_orientation_of_every_format_is_turned_and_the_header_tells_the_sa
 def test_a_tag_of_an_odd_type_does_not_matter(form: str, odd: tuple[int, int, int, bytes]) -> None:
     for order in "<>":
         block = exif(odd, upright(6, order), order=order)
-        data = encoded(quarters().transpose(Image.Transpose.ROTATE_90), form, exif=block, quality=95)
+        data = picture_bytes(quarters().transpose(Image.Transpose.ROTATE_90), form, exif=block, quality=95)
         assert close(decode_picture(data), quarters()) and upright_size(data) == (48, 32)
 
 
@@ -90,7 +85,7 @@ def test_random_exif_never_costs_a_picture() -> None:
     draw = np.random.default_rng(3)
     for _ in range(300):
         block = b"Exif\0\0" + [b"II*\0", b"MM\0*"][draw.integers(2)] + b"\x08\0\0\0" + draw.bytes(int(draw.integers(4, 80)))
-        data = encoded(quarters(), ("JPEG", "PNG", "WEBP")[draw.integers(3)], exif=block)
+        data = picture_bytes(quarters(), ("JPEG", "PNG", "WEBP")[draw.integers(3)], exif=block)
         assert decode_picture(data).size == upright_size(data)
 
 
@@ -132,25 +127,25 @@ def test_colours_with_a_profile_become_srgb(form: str) -> None:
     source, target = ImageCms.ImageCmsProfile(io.BytesIO(WIDE)), ImageCms.createProfile("sRGB")
     expected = ImageCms.profileToProfile(plain, source, target)
     assert not close(expected, plain, 30)  # so that the test can fail
-    data = encoded(plain, form, icc_profile=WIDE, **({"lossless": True} if form == "WEBP" else {}))
+    data = picture_bytes(plain, form, icc_profile=WIDE, **({"lossless": True} if form == "WEBP" else {}))
     assert close(decode_picture(data), expected, 6)
 
 
 @pytest.mark.parametrize("profile", [b"no profile", WIDE[:200], WIDE[:16] + b"CMYK" + WIDE[20:], bytes(5000)])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_broken_or_unfitting_profile_is_ignored(form: str, profile: bytes) -> None:
-    assert close(decode_picture(encoded(quarters(), form, icc_profile=profile)), quarters())
+    assert close(decode_picture(picture_bytes(quarters(), form, icc_profile=profile)), quarters())
 
 
 def test_transparency_and_a_profile_go_together() -> None:
     drawing = Image.new("RGBA", (8, 8), (90, 60, 40, 0))
     drawing.paste((90, 60, 40, 255), (0, 0, 4, 8))
-    picture = decode_picture(encoded(drawing, "PNG", icc_profile=WIDE))
+    picture = decode_picture(picture_bytes(drawing, "PNG", icc_profile=WIDE))
     assert picture.getpixel((6, 4)) == (255, 255, 255) and picture.getpixel((1, 4))[0] > 130
 
 
 def test_cmyk_with_and_without_adobes_mark() -> None:
-    adobe = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    adobe = picture_bytes(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
     place = adobe.index(b"\xff\xee")
     plain = adobe[:place] + adobe[place + 2 + int.from_bytes(adobe[place + 2 : place + 4], "big") :]
     red, same_numbers = decode_picture(adobe).getpixel((8, 8)), decode_picture(plain).getpixel((8, 8))
@@ -160,11 +155,11 @@ def test_cmyk_with_and_without_adobes_mark() -> None:
 
 def test_sixteen_bits_with_a_transparent_grey() -> None:
     grey = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
-    data = encoded(grey, "PNG")
+    data = picture_bytes(grey, "PNG")
     mark = struct.pack(">I", 2) + b"tRNS" + struct.pack(">H", 257 * 100)
     data = data[:33] + mark + struct.pack(">I", zlib.crc32(mark[4:])) + data[33:]
     assert [decode_picture(data).getpixel((x, 0))[0] for x in range(3)] == [0, 255, 255]
-    assert decode_picture(encoded(grey, "TIFF")).getpixel((1, 0)) == (100, 100, 100)
+    assert decode_picture(picture_bytes(grey, "TIFF")).getpixel((1, 0)) == (100, 100, 100)
 
 
 def test_sixteen_bits_of_three_colours_with_a_transparent_one() -> None:
@@ -179,7 +174,7 @@ def test_sixteen_bits_of_three_colours_with_a_transparent_one() -> None:
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "PNG"])
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB"])
 def test_pictures_of_few_colours(form: str, mode: str) -> None:
-    data = encoded(quarters().convert(mode), form)
+    data = picture_bytes(quarters().convert(mode), form)
     expected = quarters().convert(mode).convert("RGB")
     assert close(decode_picture(data), expected) and upright_size(data) == (48, 32)
 
@@ -190,15 +185,15 @@ def test_pictures_of_few_colours(form: str, mode: str) -> None:
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP", "AVIF", "TIFF"])
 def test_of_several_frames_the_first_counts_and_is_counted(form: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
-    data = encoded(frames[0], form, save_all=True, append_images=frames[1:])
+    data = picture_bytes(frames[0], form, save_all=True, append_images=frames[1:])
     notes: Counter[str] = Counter()
     assert close(decode_picture(data, notes=notes), frames[0]) and notes == {ANIMATED: 1} and upright_size(data) == (16, 16)
-    decode_picture(encoded(frames[0], form), notes=notes)
+    decode_picture(picture_bytes(frames[0], form), notes=notes)
     assert notes == {ANIMATED: 1}
 
 
 def test_the_second_picture_in_a_jpeg_of_a_phone_is_left_alone() -> None:
-    data = encoded(quarters(), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))], quality=95)
+    data = picture_bytes(quarters(), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))], quality=95)
     assert b"MPF\0" in data and close(decode_picture(data), quarters()) and upright_size(data) == (48, 32)
 
 
@@ -206,7 +201,7 @@ def test_the_second_picture_in_a_jpeg_of_a_phone_is_left_alone() -> None:
 
 
 def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
-    data = encoded(quarters(), "PNG")
+    data = picture_bytes(quarters(), "PNG")
     more = b"".join(struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
     return data[:33] + more + data[33:]
 
@@ -227,17 +222,17 @@ def test_exif_that_claims_its_bytes_many_times_costs_no_memory() -> None:
     """In a process of its own: 60,000 tags of 2 MB each would be 120 GB."""
     block = claiming(60_000, 2_000_000)
     size = 60_000
-    jpeg = encoded(quarters(), "JPEG", quality=95)
+    jpeg = picture_bytes(quarters(), "JPEG", quality=95)
     parts = [block[n : n + size] for n in range(0, len(block), size)]
     parts = [parts[0], *(b"Exif\0\0" + part for part in parts[1:])]
     jpeg = jpeg[:2] + b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 2) + part for part in parts) + jpeg[2:]
-    tiff = encoded(quarters(), "TIFF")
+    tiff = picture_bytes(quarters(), "TIFF")
     start = struct.unpack_from("<I", tiff, 4)[0]
     count = struct.unpack_from("<H", tiff, start)[0]
     extra = b"".join(struct.pack("<HHII", 1000 + n, 7, len(tiff), 0) for n in range(60_000))
     directory = struct.pack("<H", count + 60_000) + tiff[start + 2 : start + 2 + 12 * count] + extra + bytes(4)
     tiff = tiff[:4] + struct.pack("<I", len(tiff)) + tiff[8:] + directory
-    pictures = [jpeg, png_with((b"eXIf", block[6:])), encoded(quarters(), "WEBP", exif=block), tiff]
+    pictures = [jpeg, png_with((b"eXIf", block[6:])), picture_bytes(quarters(), "WEBP", exif=block), tiff]
     code = (
         "import sys, pickle\n"
         "from stages.data.picture import decode_picture, upright_size, BrokenPicture\n"
@@ -258,7 +253,7 @@ def test_exif_that_claims_its_bytes_many_times_costs_no_memory() -> None:
 
 
 def test_a_jpeg_of_scans_without_end_is_refused() -> None:
-    data = encoded(quarters(), "JPEG", progressive=True)
+    data = picture_bytes(quarters(), "JPEG", progressive=True)
     assert close(decode_picture(data), quarters())
     scan = data[data.rindex(b"\xff\xda") : -2]
     with pytest.raises(BrokenPicture, match="scans"):
@@ -266,7 +261,7 @@ def test_a_jpeg_of_scans_without_end_is_refused() -> None:
 
 
 def test_a_tiff_of_one_endless_tile_is_refused_before_it_is_decoded() -> None:
-    data = bytearray(encoded(quarters(), "TIFF", dpi=(72, 72)))
+    data = bytearray(picture_bytes(quarters(), "TIFF", dpi=(72, 72)))
     start = struct.unpack_from("<I", data, 4)[0]
     for number in range(struct.unpack_from("<H", data, start)[0]):
         place = start + 2 + 12 * number
@@ -279,7 +274,7 @@ def test_a_tiff_of_one_endless_tile_is_refused_before_it_is_decoded() -> None:
 @pytest.mark.parametrize("form", ["GIF", "BMP", "TIFF", "AVIF", "MPO"])
 def test_damaged_bytes_of_these_formats_raise_nothing_else(form: str) -> None:
     draw = np.random.default_rng(1)
-    whole = np.frombuffer(encoded(quarters(), form), dtype=np.uint8)
+    whole = np.frombuffer(picture_bytes(quarters(), form), dtype=np.uint8)
     for turn in range(60):
         data = whole.copy()
         data[draw.integers(0, len(data) if turn % 2 else min(200, len(data)), 4)] = draw.integers(0, 256, 4)

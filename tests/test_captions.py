@@ -4,13 +4,13 @@ import csv
 import io
 import json
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from small_files import picture_bytes, write_samples
 
 from bitdance.jobs.prompt_file import PromptFile
 from lfq_tokenizer import limits
@@ -20,20 +20,13 @@ from stages.data.sample import CaptionedPicture
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.recipes.tokenizer.input import TokenizerInput
 
-PICTURE = io.BytesIO()
-Image.new("RGB", (16, 16), "red").save(PICTURE, "PNG")
-PNG = PICTURE.getvalue()
+PNG = picture_bytes(Image.new("RGB", (16, 16), "red"))
 Found = list[str] | str  # captions, or the reason for there being none
 SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def shard(path: Path, samples: dict[str, dict[str, bytes]]) -> ShardDataset:
-    with tarfile.open(path, "w") as archive:
-        for key, members in samples.items():
-            for ending, data in {"png": PNG, **members}.items():
-                info = tarfile.TarInfo(f"{key}.{ending}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
+    write_samples(path, {key: {"png": PNG, **members} for key, members in samples.items()})
     return ShardDataset(ShardIndex.open(path))
 
 

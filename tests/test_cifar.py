@@ -3,12 +3,12 @@
 import hashlib
 import io
 import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from small_files import picture_bytes, tar_bytes
 
 from stages.data import cifar
 from stages.data.archives import Archive, read_members
@@ -23,20 +23,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     members: dict[str, bytes] = {}
     for split, (sheets, labels) in cifar.SPLITS.items():
         for name in sheets:
-            stream = io.BytesIO()
-            Image.fromarray(random.integers(0, 255, (2, 1024, 3), dtype=np.uint8)).save(stream, "PNG")
-            members[name] = stream.getvalue()
+            members[name] = picture_bytes(Image.fromarray(random.integers(0, 255, (2, 1024, 3), dtype=np.uint8)))
         numbers = [(3 * i + len(split)) % 10 for i in range(2 * len(sheets))]
         members[labels] = json.dumps(numbers).encode()
     archive = tmp_path / "cache" / cifar.ARCHIVE.file_name
     archive.parent.mkdir()
-    with tarfile.open(archive, "w:gz") as file:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-
-    sha256 = hashlib.sha256(archive.read_bytes()).hexdigest()
+    data = tar_bytes(members.items(), "w:gz")
+    archive.write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
     monkeypatch.setattr(cifar, "ARCHIVE", Archive(cifar.ARCHIVE.package, cifar.ARCHIVE.version, sha256))
     return archive.parent
 

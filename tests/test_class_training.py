@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from picture_training import NAMES, batch, check_resuming, draw_pictures, training_config
 from PIL import Image
-from test_engine import assert_same, environment, metrics  # noqa: F401 (a fixture)
+from test_engine import metrics
 
 from bitdance import load_pipeline
 from bitdance.kinds.class_patch.noise import ClassNoise
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.cli import export
-from stages.config import DataConfig, DeepSpeedConfig, OptimizerConfig, RunConfig, load_config
+from stages.config import DataConfig, load_config
 from stages.data.crops import square_crop
 from stages.data.folder import FolderOptions, FolderSource
 from stages.data.pack import PackOptions, pack
@@ -23,13 +24,11 @@ from stages.engine.loader import step_generator
 from stages.engine.loop import train
 from stages.recipes.class_patch.config import ClassPatchTraining, ClassTrainingConfig
 from stages.recipes.class_patch.recipe import ClassPatchRecipe
-from stages.recipes.pictures.feed import PictureFeed
 from stages.recipes.tokenizer.coding import encode_input
 from stages.recipes.tokenizer.input import TokenizerInput
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("ant", "bee", "cow")
 MODEL = {
     "dim": 32,
     "n_layer": 2,
@@ -51,38 +50,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokenizer = LFQTokenizer(TokenizerConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, z_channels=8)).eval()
     tokenizer.save_pretrained(home / "tokenizer")
-    random = np.random.default_rng(0)
-    for number in range(12):
-        folder = home / "photos" / NAMES[number % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 255, (20, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    pack(FolderSource(home / "photos", FolderOptions(size=16, classes=True)), home / "pictures", PackOptions())
+    draw_pictures(home, 24, 20)
     pack(FolderSource(home / "photos", FolderOptions(fit="none", classes=True)), home / "whole", PackOptions())
     encode_input(tokenizer, TokenizerInput([str(home / "pictures")]), home / "bits", PackOptions(), mirror=True)
     return home
 
 
 def config(home: Path, data: str = "bits", out: str = "run", **changes: Any) -> ClassTrainingConfig:
-    """`changes`: fields of DataConfig, RunConfig, OptimizerConfig or ClassPatchTraining."""
-
-    def mine(cls: type) -> dict[str, Any]:
-        return {f.name: changes.pop(f.name) for f in dataclasses.fields(cls) if f.name in changes}
-
-    places = {"train": (str(home / data),), "heldout": (str(home / data),)}
-    section = {"tokenizer": str(home / "tokenizer"), "size": 16, "model": MODEL, **mine(ClassPatchTraining)}
-    run = {"out": str(home / out), "batch_size": 4, "steps": 4, "seed": 7, "sample_every": 100, **mine(RunConfig)}
-    optimizer = {"lr": 1e-3, "eps": 1e-8, "warmup_steps": 0, **mine(OptimizerConfig)}
-    stage = DeepSpeedConfig(**mine(DeepSpeedConfig))
-    data_config = DataConfig(**places, **mine(DataConfig))
-    assert not changes
-    return ClassTrainingConfig(
-        "class_patch",
-        RunConfig(**run),
-        data_config,
-        OptimizerConfig(**optimizer),
-        stage,
-        class_patch=ClassPatchTraining(**section),
-    )
+    own = {"tokenizer": str(home / "tokenizer"), "model": MODEL}
+    return training_config(ClassTrainingConfig, "class_patch", ClassPatchTraining, home / out, home / data, changes, **own)
 
 
 def tensors(batch: Any) -> dict[str, torch.Tensor]:
@@ -96,24 +72,20 @@ def same(one: Any, other: Any) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def batch(feed: PictureFeed, samples: range) -> Any:
-    return feed.batch(samples, step_generator(0, 0, 0)).batch
-
-
 @pytest.mark.parametrize("data", ["bits", "whole"])
 def test_a_batch_is_a_function_of_its_samples_alone(home: Path, data: str) -> None:
     first, second = (ClassPatchRecipe(config(home, data, crop_share=0.7, mirror=data == "whole")) for _ in range(2))
-    far = batch(first.feed, range(100, 104))
-    batch(second.feed, range(50, 54))
-    assert same(far, batch(second.feed, range(100, 104)))
-    assert not same(far, batch(second.feed, range(101, 105)))
+    far = batch(first, range(100, 104))
+    batch(second, range(50, 54))
+    assert same(far, batch(second, range(100, 104)))
+    assert not same(far, batch(second, range(101, 105)))
 
 
 def test_the_loss_of_samples_does_not_depend_on_how_they_are_batched(home: Path) -> None:
     recipe = ClassPatchRecipe(config(home))
     with torch.no_grad():
-        whole = recipe.module.rows(batch(recipe.feed, range(0, 6))).sum()
-        parts = sum(recipe.module.rows(batch(recipe.feed, part)).sum() for part in (range(0, 2), range(2, 6)))
+        whole = recipe.module.rows(batch(recipe, range(0, 6))).sum()
+        parts = sum(recipe.module.rows(batch(recipe, part)).sum() for part in (range(0, 2), range(2, 6)))
     torch.testing.assert_close(whole, parts, rtol=1e-5, atol=0)
 
 
@@ -151,10 +123,10 @@ def test_classes_are_the_folders_in_their_order(home: Path) -> None:
 
 
 def test_the_null_class_takes_the_place_of_a_tenth_of_the_classes(home: Path) -> None:
-    feed = ClassPatchRecipe(config(home)).feed
-    dropped = torch.cat([batch(feed, range(start, start + 50)).noise.dropped_B for start in range(0, 2000, 50)])
+    recipe = ClassPatchRecipe(config(home))
+    dropped = torch.cat([batch(recipe, range(start, start + 50)).noise.dropped_B for start in range(0, 2000, 50)])
     assert 0.07 < float(dropped.float().mean()) < 0.13
-    assert feed.plain(feed.data, [0, 1]).noise.dropped_B is None
+    assert recipe.feed.plain(recipe.feed.data, [0, 1]).noise.dropped_B is None
 
 
 def test_loader_processes_get_no_weights(home: Path) -> None:
@@ -162,16 +134,11 @@ def test_loader_processes_get_no_weights(home: Path) -> None:
     assert not [name for name, value in vars(feed).items() if isinstance(value, torch.nn.Module)]
 
 
-def test_a_resumed_run_equals_an_unbroken_one(home: Path, environment: Any) -> None:  # noqa: F811
-    for name, stops in (("whole", [4]), ("broken", [2, 4])):
-        for steps in stops:
-            settings = config(home, "whole", name, steps=steps, crop_share=0.8, mirror=True, accumulation=2, ema=0.9)
-            assert train(ClassPatchRecipe(settings), settings) == 0
-    one, other = (checkpoint.step_folder(home / name, 4) for name in ("whole", "broken"))
-    assert_same(one, other)
+def test_a_resumed_run_equals_an_unbroken_one(home: Path) -> None:
+    check_resuming(ClassPatchRecipe, config, home, data="whole", crop_share=0.8, mirror=True)
 
 
-def test_what_is_saved_makes_pictures_of_its_classes(home: Path, environment: Any) -> None:  # noqa: F811
+def test_what_is_saved_makes_pictures_of_its_classes(home: Path) -> None:
     settings = config(home, "bits", "saved", steps=2, defaults={"guidance_scale": 2.5, "num_inference_steps": 3}, ema=0.5)
     train(ClassPatchRecipe(settings), settings)
     assert {"loss", "heldout/velocity", "images_per_s", "tokens_per_s"} <= set().union(*metrics(home / "saved"))
@@ -186,7 +153,7 @@ def test_what_is_saved_makes_pictures_of_its_classes(home: Path, environment: An
         assert torch.equal(recipe.module.model.state_dict()[name], tensor), name
 
 
-def test_a_run_is_exported_in_another_dtype_with_further_facts(home: Path, tmp_path: Path, environment: Any) -> None:  # noqa: F811
+def test_a_run_is_exported_in_another_dtype_with_further_facts(home: Path, tmp_path: Path) -> None:
     settings = config(home, "bits", "exported", steps=1)
     train(ClassPatchRecipe(settings), settings)
     facts = tmp_path / "facts.json"
@@ -204,7 +171,7 @@ def test_a_run_is_exported_in_another_dtype_with_further_facts(home: Path, tmp_p
     assert export([run, str(tmp_path / "other")]) == 2 and not (tmp_path / "other").exists()
 
 
-def test_zero_2_in_one_process_learns_the_same(home: Path, environment: Any) -> None:  # noqa: F811
+def test_zero_2_in_one_process_learns_the_same(home: Path) -> None:
     for stage in (0, 2):
         settings = config(home, "bits", f"zero{stage}", zero_stage=stage, ema=0.0)
         train(ClassPatchRecipe(settings), settings)
@@ -212,7 +179,7 @@ def test_zero_2_in_one_process_learns_the_same(home: Path, environment: Any) -> 
     assert plain == pytest.approx(parted, rel=1e-5)
 
 
-def test_decay_spares_vectors_and_what_is_named(home: Path, environment: Any) -> None:  # noqa: F811
+def test_decay_spares_vectors_and_what_is_named(home: Path) -> None:
     """With a learning rate of (nearly) nothing but decay, spared weights stay where they are."""
     settings = config(home, "bits", "decay", lr=1e-3, weight_decay=100.0, no_decay=("vectors", "cls_embedding"), steps=1, ema=0.0)
     recipe = ClassPatchRecipe(settings)
@@ -239,7 +206,7 @@ def test_decay_spares_vectors_and_what_is_named(home: Path, environment: Any) ->
 )
 def test_what_does_not_fit_is_refused(home: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match="^") as error:
-        batch(ClassPatchRecipe(config(home, **changes)).feed, range(2))
+        batch(ClassPatchRecipe(config(home, **changes)), range(2))
     assert words in str(error.value)
 
 
@@ -247,7 +214,7 @@ def test_a_label_without_a_class_is_refused_by_name(home: Path, tmp_path: Path) 
     names = tmp_path / "classes.json"
     names.write_text('["ant", "bee"]')
     with pytest.raises(ValueError, match=r"sample cow_.*: unknown class 'cow'"):
-        batch(ClassPatchRecipe(config(home, classes=str(names))).feed, range(12))
+        batch(ClassPatchRecipe(config(home, classes=str(names))), range(12))
     names.write_text('{"0": "cow", "1": "ant", "3": "bee"}')
     with pytest.raises(ValueError, match="classes 2 are missing"):
         ClassPatchRecipe(config(home, classes=str(names)))

@@ -1,13 +1,12 @@
 """Conditions keep the samples that meet them, count the others by reason, and run nothing."""
 
-import io
 import json
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_files import picture_bytes, write_tar
 
 from stages.data.bits import pack_bits
 from stages.data.conditions import Condition, first_failure
@@ -15,20 +14,9 @@ from stages.data.metadata import Shape
 from stages.data.shards import ShardDataset, ShardIndex
 
 
-def write_tar(path, members):
-    with tarfile.open(path, "w") as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
-
-
 def picture(width, height, kind="PNG", noise=False, **options):
-    buffer = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256 if noise else 1, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, format=kind, **options)
-    return buffer.getvalue()
+    return picture_bytes(Image.fromarray(pixels), kind, **options)
 
 
 def sample(key, data=None, **attributes):

@@ -1,14 +1,13 @@
 """Packing: the destination is whole or untouched, bad pictures are counted, captions say which rendering is meant."""
 
 import hashlib
-import io
 import json
 import os
-import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
+from small_files import picture_bytes, tar_bytes
 
 from stages.data import archives, icons
 from stages.data.archives import Archive, fetch
@@ -267,20 +266,15 @@ def test_another_seed_holds_out_others():
 
 
 def tgz(path, members):
-    with tarfile.open(path, "w:gz") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(f"package/{name}")
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    data = tar_bytes(((f"package/{name}", member) for name, member in members.items()), "w:gz")
+    path.write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def webp(colour):
     drawing = Image.new("RGBA", (64, 64))
     drawing.paste(colour, (16, 16, 48, 48))
-    buffer = io.BytesIO()
-    drawing.save(buffer, format="WEBP", lossless=True)
-    return buffer.getvalue()
+    return picture_bytes(drawing, "WEBP", lossless=True)
 
 
 LABELS = ["fox", "pear", "bus", "kite", "key", "owl", "plum", "tram", "ball", "pen"]

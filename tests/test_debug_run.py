@@ -1,8 +1,6 @@
 """The whole way on a few tiny drawings: pack, tokenizer, bits, generator, stop and go on, export, pictures."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +49,8 @@ def train(name: str, out: Path, shards: Path, *changes: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Everything is made once; the tests look at it. The environment is left as it was."""
-    before = dict(os.environ)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything is made once; the tests look at it."""
     place = tmp_path_factory.mktemp("debug")
     draw(place / "drawings")
     assert data(["pack", "folder", str(place / "shards"), str(place / "drawings"), "--size", "16"]) == 0
@@ -65,9 +62,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert train("generator", place / "parts", place / "bits", *generator) == 0
     for dtype in ("float32", "bfloat16"):
         assert stages.cli.export([str(place / "whole"), str(place / dtype), "--dtype", dtype]) == 0
-    yield place
-    os.environ.clear()
-    os.environ.update(before)
+    return place
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

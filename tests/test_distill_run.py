@@ -5,13 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from test_debug_run import draw
+from test_debug_run import draw, rows
 from test_debug_run import train as train_stage
 
 import stages.cli
@@ -36,15 +34,12 @@ FOLDED = ("distill.objectives={data=0.0, teacher=1.0, samples=1.0}", "distill.gu
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawings, their bits, a teacher of 4 tokens per step, its pictures and its predictions."""
-    before = dict(os.environ)
     place = teacher_in(tmp_path_factory.mktemp("distill"))
     assert distill([*arguments(place), *settings(*GUIDED), *samples(place)]) == 0
     assert distill([*arguments(place), "--write-targets", str(place / "targets"), "--count", "18", "--per-folder", "10"]) == 0
-    yield place
-    os.environ.clear()
-    os.environ.update(before)
+    return place
 
 
 def teacher_in(place: Path) -> Path:
@@ -79,10 +74,6 @@ def arguments(place: Path, shards: str = "bits") -> list[str]:
 
 def run(place: Path, out: Path, *changes: str, shards: str = "bits") -> int:
     return distill([*arguments(place, shards), *settings(f"run.out={out}", *changes)])
-
-
-def rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def same(one: Path, other: Path) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,15 +122,6 @@ def config(out: Path, zero_stage: int = 0, clip: float = 0.5, **run: Any) -> Tra
         optimizer=OptimizerConfig(lr=0.1, eps=1e-8, weight_decay=0.01, warmup_steps=2, schedule="cosine", clip=clip),
         deepspeed=DeepSpeedConfig(zero_stage),
     )
-
-
-@pytest.fixture(autouse=True)
-def environment() -> Iterator[None]:
-    """The engine describes its one process in the environment, as a launcher would; other tests must not see it."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def everything(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from test_engine import ROOT, Line, LineRecipe, assert_same, config, environment, everything, metrics  # noqa: F401 (a fixture)
+from test_engine import ROOT, Line, LineRecipe, assert_same, config, everything, metrics
 from torch import Tensor, nn
 
 from lfq_tokenizer import weights

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_engine import environment  # noqa: F401 (a fixture)
 from test_measure_classes import Means
 
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_class_training import config, home  # noqa: F401 (a fixture)
-from test_engine import assert_same, environment  # noqa: F401 (a fixture)
+from test_engine import assert_same
 
 from bitdance import load_pipeline
 from distill.cli import main
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def teacher(home: Path, tmp_path: Path, environment: Any) -> Path:  # noqa: F811
+def teacher(home: Path, tmp_path: Path) -> Path:  # noqa: F811
     settings = config(home, "bits", str(tmp_path / "teacher"), steps=2, defaults={"guidance_scale": 3.0})
     train(ClassPatchRecipe(settings), settings)
     return tmp_path / "teacher"

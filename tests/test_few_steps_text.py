@@ -1,8 +1,6 @@
 """Few evaluations for a model of prompts: only the head learns, the guidance that is folded in, exact resuming, pictures."""
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,9 @@ CONFIG = Path(__file__).parent.parent / "configs" / "debug" / "few_steps.toml"
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawings, their bits, and a teacher."""
-    before = dict(os.environ)
-    yield teacher_in(tmp_path_factory.mktemp("few"))
-    os.environ.clear()
-    os.environ.update(before)
+    return teacher_in(tmp_path_factory.mktemp("few"))
 
 
 def read_png(path: Path) -> bytes:

@@ -5,7 +5,6 @@ change that is meant to alter numbers, `python tests/test_golden_loss.py` prints
 """
 
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -58,14 +57,6 @@ def losses(place: Path) -> dict[int, tuple[float, float]]:
     assert train([config, *(part for change in changes for part in ("--set", change))]) == 0
     rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: (row["vision"], row["text"]) for row in rows if "vision" in row and row["step"] in STEPS}
-
-
-@pytest.fixture(autouse=True)
-def environment():
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def test_the_loss_of_100_steps_is_the_recorded_one(tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
 """An index file is the shards themselves, as far as the samples go; a damaged or hostile one is refused."""
 
-import io
 import json
-import tarfile
 
 import pytest
 from PIL import Image
+from small_files import picture_bytes, write_samples
 
 from stages.data import files
 from stages.data.cli import main
@@ -18,15 +17,11 @@ from stages.data.shards import ShardDataset, ShardIndex
 
 def write_shard(path, first, count):
     path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for n in range(first, first + count):
-            picture = io.BytesIO()
-            Image.new("RGB", (5, 4), (n, 0, 7)).save(picture, format="PNG")
-            text = json.dumps({"captions": [f"dot {n}"], "attributes": {"n": n, "deep": {"er": n % 2}}}).encode()
-            for name, data in ((f"s{n}.png", picture.getvalue()), (f"s{n}.json", text), (f"s{n}.pkl", b"x")):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
+    samples = {}
+    for n in range(first, first + count):
+        text = json.dumps({"captions": [f"dot {n}"], "attributes": {"n": n, "deep": {"er": n % 2}}}).encode()
+        samples[f"s{n}"] = {"png": picture_bytes(Image.new("RGB", (5, 4), (n, 0, 7))), "json": text, "pkl": b"x"}
+    write_samples(path, samples)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,7 @@ def settings(place: Path, out: Path, **changes: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    before = dict(os.environ)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("lora")
     spec = importlib.util.spec_from_file_location("twenty_pictures", ROOT / "examples" / "twenty_pictures.py")
     assert spec and spec.loader
@@ -73,9 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     example.draw(place / "pictures", {"white": (255, 255, 255), "blue": (37, 80, 220)}, count=4)
     assert data(["pack", "folder", str(place / "shards"), str(place / "pictures"), "--size", "64"]) == 0
     assert stages.cli.tokenizer(["encode", str(place / "shards"), str(place / "bits"), "--model", "demo"]) == 0
-    yield place
-    os.environ.clear()
-    os.environ.update(before)
+    return place
 
 
 @pytest.fixture(scope="module")

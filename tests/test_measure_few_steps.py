@@ -1,9 +1,7 @@
 """`bitdance measure few_steps`: what is counted, and the whole command for models of prompts and of classes on tiny pictures."""
 
-import io
 import json
 import shutil
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_files import picture_bytes, write_samples
 from test_measure_classes import Means, home  # noqa: F401 (a fixture)
 
 from bitdance import load_pipeline
@@ -41,16 +40,12 @@ def student_of(folder: Path, out: Path, **defaults: Any) -> Path:
 def renderings(path: Path, concepts: list[str]) -> Path:
     """Shards of pictures with the attributes of icons."""
     random = np.random.default_rng(0)
-    with tarfile.open(path, "w") as archive:
-        for number, concept in enumerate(concepts):
-            buffer = io.BytesIO()
-            Image.fromarray(random.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
-            about = {"captions": [f"a {concept}"], "attributes": {"concept": concept, "style": "3d", "background": "white"}}
-            for ending, content in (("json", json.dumps(about).encode()), ("png", buffer.getvalue())):
-                member = tarfile.TarInfo(f"{number}.{ending}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    return path
+    samples = {}
+    for number, concept in enumerate(concepts):
+        picture = Image.fromarray(random.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+        about = {"captions": [f"a {concept}"], "attributes": {"concept": concept, "style": "3d", "background": "white"}}
+        samples[str(number)] = {"json": json.dumps(about).encode(), "png": picture_bytes(picture)}
+    return write_samples(path, samples)
 
 
 def test_bit_entropy_is_that_of_each_bit_over_the_seeds() -> None:

@@ -4,22 +4,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from golden_cases import GOLDEN
-from PIL import Image
-from test_engine import assert_same, environment, metrics  # noqa: F401 (a fixture)
+from picture_training import batch, check_resuming, draw_pictures, training_config
+from test_engine import metrics
 
 from bitdance import load_pipeline
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from lfq_tokenizer.scale_vae import ScaleConfig, ScaleTokenizer
 from stages.cli import train as train_command
-from stages.config import DataConfig, OptimizerConfig, RunConfig
-from stages.data.folder import FolderOptions, FolderSource
-from stages.data.pack import PackOptions, pack
+from stages.data.pack import PackOptions
 from stages.engine import checkpoint
-from stages.engine.loader import step_generator
 from stages.engine.loop import train
 from stages.recipes.next_scale.config import NextScaleTraining, NextScaleTrainingConfig
 from stages.recipes.next_scale.feed import ScaleDraws
@@ -29,7 +25,6 @@ from stages.recipes.tokenizer.input import TokenizerInput
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("ant", "bee", "cow")
 MODEL = {"width": 32, "depth": 2, "heads": 2, "sides": [1, 2, 4], "drop_path": 0.2}
 SCALES = {
     "bits": ScaleConfig("bits", 8, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1),
@@ -42,13 +37,7 @@ SCALES = {
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures in folders named after their classes, with a caption each; a tokenizer of scales of each sort."""
     home = tmp_path_factory.mktemp("next_scale")
-    random = np.random.default_rng(0)
-    for number in range(12):
-        folder = home / "photos" / NAMES[number % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"a small {NAMES[number % 3]}\nthe {NAMES[number % 3]} number {number}")
-    pack(FolderSource(home / "photos", FolderOptions(size=16, classes=True)), home / "pictures", PackOptions())
+    draw_pictures(home)
     for name, shape in SCALES.items():
         torch.manual_seed(0)
         ScaleTokenizer(shape).save_pretrained(home / name)
@@ -56,28 +45,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(home: Path, out: str = "run", tokenizer: str = "bits", **changes: Any) -> NextScaleTrainingConfig:
-    """`changes`: fields of DataConfig, RunConfig, OptimizerConfig or NextScaleTraining."""
-
-    def mine(cls: type) -> dict[str, Any]:
-        return {f.name: changes.pop(f.name) for f in dataclasses.fields(cls) if f.name in changes}
-
-    shards = (str(home / "pictures"),)
-    section = {"tokenizer": str(home / tokenizer), "size": 16, "model": MODEL, **mine(NextScaleTraining)}
-    run = {"out": str(home / out), "batch_size": 4, "steps": 4, "seed": 7, "sample_every": 100, **mine(RunConfig)}
-    optimizer = {"lr": 1e-3, "eps": 1e-8, "warmup_steps": 0, **mine(OptimizerConfig)}
-    data = DataConfig(**{"train": shards, "heldout": shards, **mine(DataConfig)})
-    assert not changes
-    sections = (RunConfig(**run), data, OptimizerConfig(**optimizer))
-    return NextScaleTrainingConfig("next_scale", *sections, next_scale=NextScaleTraining(**section))
+    own = {"tokenizer": str(home / tokenizer), "model": MODEL}
+    return training_config(
+        NextScaleTrainingConfig, "next_scale", NextScaleTraining, home / out, home / "pictures", changes, **own
+    )
 
 
 def of_prompts(home: Path, **changes: Any) -> NextScaleTrainingConfig:
     model = MODEL | {"shared_ada": True, "rotary": True}
     return config(home, model=model, text_encoder=str(GOLDEN / "t2i_ckpt"), **changes)
-
-
-def batch(recipe: NextScaleRecipe, samples: range) -> Any:
-    return recipe.feed.batch(samples, step_generator(0, 0, 0)).batch
 
 
 @pytest.mark.parametrize("make", [config, of_prompts])
@@ -121,17 +97,12 @@ def test_self_correction_changes_inputs_and_later_targets_alone(home: Path) -> N
 
 
 @pytest.mark.parametrize("make", [config, of_prompts])
-def test_a_resumed_run_equals_an_unbroken_one(home: Path, environment: Any, make: Any) -> None:  # noqa: F811
-    for name, stops in (("whole", [4]), ("broken", [2, 4])):
-        for steps in stops:
-            settings = make(home, out=f"{make.__name__}-{name}", steps=steps, accumulation=2, ema=0.9)
-            assert train(NextScaleRecipe(settings), settings) == 0
-    one, other = (checkpoint.step_folder(home / f"{make.__name__}-{name}", 4) for name in ("whole", "broken"))
-    assert_same(one, other)
+def test_a_resumed_run_equals_an_unbroken_one(home: Path, make: Any) -> None:
+    check_resuming(NextScaleRecipe, make, home)
 
 
 @pytest.mark.parametrize("tokenizer", list(SCALES))
-def test_what_is_saved_makes_pictures_of_its_classes(home: Path, environment: Any, tokenizer: str) -> None:  # noqa: F811
+def test_what_is_saved_makes_pictures_of_its_classes(home: Path, tokenizer: str) -> None:
     out = f"saved-{tokenizer}"
     defaults = {"guidance_scale": 2.0, "top_p": 0.9}
     settings = config(home, out, tokenizer, steps=2, defaults=defaults, ema=0.5, reweighted=True, sample_every=2)
@@ -147,7 +118,7 @@ def test_what_is_saved_makes_pictures_of_its_classes(home: Path, environment: An
     assert train(NextScaleRecipe(again), again) == 0
 
 
-def test_a_model_of_prompts_is_saved_with_its_text_encoder(home: Path, environment: Any) -> None:  # noqa: F811
+def test_a_model_of_prompts_is_saved_with_its_text_encoder(home: Path) -> None:
     settings = of_prompts(home, out="text", steps=2, sample_prompts=("a small ant",), sample_every=2)
     train(NextScaleRecipe(settings), settings)
     pipe = load_pipeline(checkpoint.step_folder(home / "text", 2) / "model", "cpu")
@@ -155,7 +126,7 @@ def test_a_model_of_prompts_is_saved_with_its_text_encoder(home: Path, environme
     assert pipe.of_prompts and pipe("a small cow", seed=1).images[0].size == (16, 16)
 
 
-def test_what_it_learns(home: Path, environment: Any) -> None:  # noqa: F811
+def test_what_it_learns(home: Path) -> None:
     settings = config(home, "learns", steps=60, lr=1e-2, log_every=1, model=MODEL | {"drop_path": 0.0, "flips": 0.0})
     train(NextScaleRecipe(settings), settings)
     losses = [row["loss"] for row in metrics(home / "learns") if "loss" in row]

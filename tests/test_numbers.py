@@ -2,13 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from class_model import golden_config
 from test_class_training import config, home  # noqa: F401 (a fixture)
-from test_engine import environment  # noqa: F401 (a fixture)
 
 from bitdance import load_pipeline
 from bitdance.heads.diffusion.settings import Sampling
@@ -81,7 +79,7 @@ def test_a_class_model_samples_numbers_as_they_are() -> None:
 
 
 @pytest.mark.slow
-def test_training_and_pictures(home: Path, tmp_path: Path, environment: Any) -> None:  # noqa: F811
+def test_training_and_pictures(home: Path, tmp_path: Path) -> None:  # noqa: F811
     torch.manual_seed(0)
     LFQTokenizer(NUMBERS).eval().save_pretrained(tmp_path / "numbers")
     settings = config(home, "pictures", str(tmp_path / "run"), tokenizer=str(tmp_path / "numbers"), steps=2)

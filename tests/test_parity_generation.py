@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from golden_cases import GOLDEN, case, meta
+from golden_cases import GOLDEN, case, close, meta
 
 from bitdance.folder.checkpoint import load_model
 from bitdance.generate import generate_bits
@@ -131,10 +131,6 @@ def with_block_size(model, parallel_num):
     head.load_state_dict(model.head.state_dict())
     other = BitDanceModel(model.tokenizer, model.text_tokenizer, model.projector, model.backbone, head)
     return other.eval()
-
-
-def close(found, expected, tolerance):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", [*GEN, GENERATE_API])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from grn_cases import class_network, grn_case, hbq_tokenizer, recorded, text_network, weights
+from grn_cases import class_network, close, grn_case, hbq_tokenizer, recorded, text_network, weights
 
 from bitdance.folder.published import flat_blocks
 from bitdance.kinds.refine import loop
@@ -29,10 +29,6 @@ LOSSES = ("c2i/train_ind", "c2i/train_bit")
 CLASS_SAMPLES = tuple(name for name in NAMES if name.startswith("c2i/sample"))
 TEXT_SAMPLES = tuple(name for name in NAMES if name.startswith("t2i_") and "/sample" in name)
 TEXT_LOSSES = tuple(name for name in NAMES if name.startswith("t2i_") and "/train" in name)
-
-
-def close(found, expected, tolerance=1e-5):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def form_of(name):

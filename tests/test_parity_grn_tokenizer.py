@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from grn_cases import grn_case, hbq_tokenizer
+from grn_cases import close, grn_case, hbq_tokenizer
 
 from lfq_tokenizer import binarize
 from lfq_tokenizer.hierarchical import HierarchicalQuantizer, hierarchical_bits, hierarchical_values
 
 ENCODES = ("tokenizer/encode", "tokenizer/encode_rect")
 DECODES = ("tokenizer/decode", "tokenizer/decode_rect")
-
-
-def close(found, expected, tolerance=1e-5):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def bits_of(index, rounds):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from class_model import KINDS, golden_model, golden_tokenizer
-from golden_cases import case, meta
+from golden_cases import case, close, meta
 from test_parity_generation import synthetic
 
 from bitdance.heads.diffusion.block_sampler import BlockSampler
@@ -23,10 +23,6 @@ NAMES = meta()["cases"]
 LOSSES = tuple(name for name in NAMES if name.startswith("imagenet_") and "/loss_" in name)
 SAMPLES = tuple(name for name in NAMES if name.startswith("imagenet_") and "/sample_" in name)
 HEADS, LAYOUTS = "imagenet_head/synth", "imagenet_fn"
-
-
-def close(found, expected, tolerance):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def recorded_draws(t, config, training, p_max, p_drop):

@@ -3,7 +3,7 @@ generations."""
 
 import pytest
 import torch
-from scale_cases import by_scale, infinity_case, infinity_network, infinity_recorded, infinity_tokenizer, joined
+from scale_cases import by_scale, close, infinity_case, infinity_network, infinity_recorded, infinity_tokenizer, joined
 from torch.nn import functional as F
 
 from bitdance.heads.categorical import draw, filtered
@@ -37,10 +37,6 @@ COUNTS = {
     "Infinity-layer48": 8_767_198_528,
     "Infinity-8B": 8_375_791_824,
 }
-
-
-def close(found, expected, tolerance=1e-4):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def pixels(levels):

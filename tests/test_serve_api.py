@@ -1,7 +1,5 @@
 """The server's answers: fields, errors, the same pictures as the command's, class models, limits, keys."""
 
-import base64
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from serve_model import SIZE, Hold, class_folder, client, in_background, text_folder, until
+from serve_model import SIZE, Hold, class_folder, client, in_background, opened, same, text_folder, until
 from starlette.testclient import TestClient
 
 from bitdance.cli import main
@@ -40,16 +38,6 @@ def api(model: ServedModel) -> Iterator[TestClient]:
 def pictures(answer: Any) -> list[Image.Image]:
     assert answer.status_code == 200, answer.text
     return [opened(one["b64_json"]) for one in answer.json()["data"]]
-
-
-def opened(text: str) -> Image.Image:
-    found = Image.open(io.BytesIO(base64.b64decode(text)))
-    found.load()
-    return found
-
-
-def same(one: Image.Image, other: Image.Image) -> bool:
-    return bool(np.array_equal(np.asarray(one.convert("RGB")), np.asarray(other.convert("RGB"))))
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:

@@ -1,17 +1,16 @@
 """The server over refinement and next-scale models: edits, negative prompts, previews of scales."""
 
 import base64
-import io
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import openai
 import pytest
 from PIL import Image
 from refine_model import class_model, saved, text_model
 from scale_cases import var_state
-from serve_model import client, running
+from serve_model import client, opened, running, same
+from small_files import picture_bytes
 
 from bitdance.cli import main
 from bitdance.picture import metadata_of
@@ -29,22 +28,6 @@ def classes(tmp_path_factory: Any) -> ServedModel:
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: Any) -> ServedModel:
     return ServedModel.load(str(saved(text_model(), tmp_path_factory.mktemp("refine") / "texts")), ("cpu",))
-
-
-def opened(text: str | None) -> Image.Image:
-    found = Image.open(io.BytesIO(base64.b64decode(text or "")))
-    found.load()
-    return found
-
-
-def same(one: Image.Image, other: Image.Image) -> bool:
-    return bool(np.array_equal(np.asarray(one), np.asarray(other)))
-
-
-def png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
 
 
 def masks(size: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
@@ -67,7 +50,7 @@ def test_an_edit_is_the_command_s(classes: ServedModel, tmp_path: Path) -> None:
     wanted = Image.open(tmp_path / "o.png")
     with running(classes, Limits(preview_share=1e9)) as server:
         images = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60).images
-        more: Any = {"image": ("image.png", png(before)), "mask": ("mask.png", png(theirs)), "prompt": ""}
+        more: Any = {"image": ("image.png", picture_bytes(before)), "mask": ("mask.png", picture_bytes(theirs)), "prompt": ""}
         own = {"seed": 3, "class_label": "bee"}
         found = images.edit(**more, extra_body=own)
         assert found.data is not None and same(opened(found.data[0].b64_json), wanted)
@@ -83,8 +66,8 @@ def test_an_edit_is_the_command_s(classes: ServedModel, tmp_path: Path) -> None:
     [
         ({}, {"class_label": "bee"}, "image is missing"),
         ({"image": b"no picture"}, {"class_label": "bee"}, "image is not a readable picture"),
-        ({"image": png(Image.new("RGB", (40, 40)))}, {"class_label": "bee"}, "nearest as size, width first: "),
-        ({"image": None, "mask": png(Image.new("RGBA", (8, 8)))}, {"class_label": "bee"}, "make them equal"),
+        ({"image": picture_bytes(Image.new("RGB", (40, 40)))}, {"class_label": "bee"}, "nearest as size, width first: "),
+        ({"image": None, "mask": picture_bytes(Image.new("RGBA", (8, 8)))}, {"class_label": "bee"}, "make them equal"),
         ({"image": None, "mask": None}, {"class_label": "bee"}, "mask has no transparency"),
         ({"image": None, "other": b""}, {"class_label": "bee"}, "unknown file 'other'"),
         ({"image": None}, {"prompt": "a bee"}, "no prompt"),
@@ -94,12 +77,12 @@ def test_an_edit_is_the_command_s(classes: ServedModel, tmp_path: Path) -> None:
         ({"image": None}, {"class_label": "bee", "guidance": "1_0"}, "guidance = '1_0'; a number from 0 to 1000"),
         ({"image": None}, {"class_label": "bee", "tau": "٣"}, "tau = '٣'; a number above 0"),
         ({"image": None}, {"class_label": "bee", "sampler": "euler"}, "not for a model of this kind"),
-        ({"image": png(Image.new("RGB", (3000, 3000)))}, {"class_label": "bee"}, "3000×3000 pixels; up to 4,194,304"),
+        ({"image": picture_bytes(Image.new("RGB", (3000, 3000)))}, {"class_label": "bee"}, "3000×3000 pixels; up to 4,194,304"),
     ],
 )
 def test_wrong_edits_are_named(classes: ServedModel, files: dict[str, Any], fields: dict[str, str], words: str) -> None:
     height, width = classes.rules.default_size
-    whole = png(Image.new("RGB", (width, height)))
+    whole = picture_bytes(Image.new("RGB", (width, height)))
     with client(classes) as api:
         sent = {name: ("f.png", whole if content is None else content) for name, content in files.items()}
         answer = api.post(EDITS, data=fields, files=sent or {"nothing": ("f", b"")})

@@ -1,6 +1,5 @@
 """Shards are read by offset, and hostile members stay unread."""
 
-import io
 import json
 import os
 import pickle
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_files import picture_bytes, write_tar
 from torch.utils.data import DataLoader
 
 from stages.data.bits import pack_bits, unpack_bits
@@ -21,26 +21,11 @@ from stages.data.summary import summarise
 
 
 def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), (value % 256, value // 256, 7)).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return picture_bytes(Image.new("RGB", (4, 4), (value % 256, value // 256, 7)))
 
 
 def caption(text: str = "a dot") -> bytes:
     return json.dumps({"captions": [text, "dot"], "attributes": {"concept": text}}).encode()
-
-
-def write_tar(path, members):
-    """(name, bytes or TarInfo) in this order."""
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, data in members:
-            if isinstance(data, tarfile.TarInfo):
-                archive.addfile(data)
-            else:
-                info = tarfile.TarInfo(name)
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 def numbered(path, first, count):
@@ -379,9 +364,7 @@ def test_the_summary_counts(shards):
 
 
 def test_training_skips_what_cannot_be_read_counts_it_and_stops_above_the_limit(tmp_path):
-    bomb = io.BytesIO()
-    Image.new("1", (9000, 9000)).save(bomb, format="PNG")
-    bad = {5: b"no picture", 6: bomb.getvalue(), 7: png(7)[:40]}
+    bad = {5: b"no picture", 6: picture_bytes(Image.new("1", (9000, 9000))), 7: png(7)[:40]}
     members = [(f"s{n}.{end}", bad.get(n, png(n)) if end == "png" else caption()) for n in range(40) for end in ("png", "json")]
     data = ShardDataset(ShardIndex.open(write_tar(tmp_path / "some-bad.tar", members)))
     assert data.take(4).key == "s4" and not data.broken

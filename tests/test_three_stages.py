@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from test_debug_run import draw
+from test_debug_run import draw, rows
 
 import stages.cli
 from bitdance.cli import main as bitdance
@@ -43,17 +42,14 @@ def settings(place: Path, stage: str, out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    before = dict(os.environ)
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("stages")
     draw(place / "drawings")
     assert data(["pack", "folder", str(place / "shards"), str(place / "drawings"), "--size", "16"]) == 0
     tokenizer = [f"run.out={place / 'tokenizer'}", f"data.train={json.dumps([str(place / 'shards')])}", "run.steps=2"]
     assert stages.cli.train([str(DEBUG / "tokenizer.toml"), *(part for s in tokenizer for part in ("--set", s))]) == 0
     assert stages.cli.tokenizer(["encode", str(place / "shards"), str(place / "bits"), "--model", str(place / "tokenizer")]) == 0
-    yield place
-    os.environ.clear()
-    os.environ.update(before)
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +72,6 @@ def trained(place: Path) -> dict[str, Any]:
 def _cpu_seconds() -> float:
     """Of this process and of those that it waited for: what was computed, however busy the machine is."""
     return sum(os.times()[:4])
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_all_three_stages_export_and_pictures_take_less_than_five_minutes(trained: dict[str, Any]) -> None:

@@ -1,8 +1,6 @@
 """`bitdance tokenizer` takes folders and shards of any sizes, gives back exactly what it took, and says what it left out."""
 
-import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_files import picture_bytes, write_samples
 
 import stages.cli
 import stages.recipes.tokenizer.any_size
@@ -116,7 +115,9 @@ def test_shards_keep_captions_keys_and_attributes(run: Run, models: Any, tmp_pat
         "a-2": (picture((18, 16)), {"captions": ["two"], "attributes": {"style": "y"}}),
         "deep/dir.x/a-3": (picture((16, 16)), {"captions": ["three"], "attributes": {}}),
     }
-    write_tar(tmp_path / "in.tar", {k: {"png": png(p), "json": json.dumps(c).encode()} for k, (p, c) in entries.items()})
+    write_samples(
+        tmp_path / "in.tar", {k: {"png": picture_bytes(p), "json": json.dumps(c).encode()} for k, (p, c) in entries.items()}
+    )
     assert run("encode", tmp_path / "in.tar", tmp_path / "bits", "--model", models["plain"])[0] == 0
     data = ShardDataset(ShardIndex.open(tmp_path / "bits"))
     one, two, three = (data[i] for i in range(3))
@@ -129,7 +130,7 @@ def test_inputs_mix_and_keep_apart_what_has_one_name(run: Run, models: Any, pict
     other = tmp_path / "other"
     other.mkdir()
     picture((8, 8), 9).save(other / "whole.png")
-    write_tar(tmp_path / "in.tar", {"t": {"png": png(picture((8, 8))), "txt": b"t"}})
+    write_samples(tmp_path / "in.tar", {"t": {"png": picture_bytes(picture((8, 8))), "txt": b"t"}})
     inputs = [pictures / "whole.png", other, tmp_path / "in.tar", str(pictures / "*" / "*.png")]
     assert run("encode", *inputs, tmp_path / "bits", "--model", models["plain"])[0] == 0
     data = ShardDataset(ShardIndex.open(tmp_path / "bits"))
@@ -201,22 +202,6 @@ def test_a_picture_that_exists_is_replaced(run: Run, models: Any, encoded: Path,
     assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
 
 
-def write_tar(path: Path, entries: dict[str, dict[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for key, members in entries.items():
-            for ending, data in members.items():
-                member = tarfile.TarInfo(f"{key}.{ending}")
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-    return path
-
-
-def png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def bits(h: int, w: int, channels: int = BITS) -> bytes:
     return pack_bits(torch.randint(0, 2, (channels, h, w), generator=torch.Generator().manual_seed(h)) * 2 - 1)
 
@@ -229,7 +214,7 @@ def test_a_foreign_shard_writes_inside_the_folder_only(run: Run, models: Any, tm
     hostile = ["../../escaped", "/absolute", "a/b.c/d", "..", "plain", "a/b.c/d"]  # the fourth is no name at all
     entries = [(key, {"bits": bits(2, 2 + i), "txt": b"x"}) for i, key in enumerate(hostile)]
     for number, part in enumerate((entries[:5], entries[5:])):
-        write_tar(tmp_path / f"{number}.tar", dict(part))
+        write_samples(tmp_path / f"{number}.tar", dict(part))
     code, out, error = run("decode", tmp_path / "*.tar", tmp_path / "deep" / "out", "--model", models["plain"])
     assert code == 1 and "4 pictures" in out and "1 duplicate key" in out and "left out of the shards: 2 member" in error
     assert {p.parent for p in tmp_path.rglob("*.png")} == {tmp_path / "deep" / "out"}
@@ -237,7 +222,7 @@ def test_a_foreign_shard_writes_inside_the_folder_only(run: Run, models: Any, tm
 
 
 def test_a_grid_too_small_to_decode_is_counted(run: Run, models: Any, tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", {"one": {"bits": bits(1, 1), "txt": b"x"}, "two": {"bits": bits(1, 2), "txt": b"x"}})
+    write_samples(tmp_path / "x.tar", {"one": {"bits": bits(1, 1), "txt": b"x"}, "two": {"bits": bits(1, 2), "txt": b"x"}})
     code, out, _ = run("decode", tmp_path / "x.tar", tmp_path / "out", "--model", models["plain"])
     assert code == 1 and "1 pictures" in out and "1 fewer than two tokens" in out
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["two.png"]
@@ -245,7 +230,7 @@ def test_a_grid_too_small_to_decode_is_counted(run: Run, models: Any, tmp_path: 
 
 @pytest.mark.parametrize("size", [[8, 9], [4, 8], [0, 8], [8], "8x8", [8.0, 8.0], [True, 8], None])
 def test_a_size_that_does_not_fit_the_grid_is_an_error(run: Run, models: Any, tmp_path: Path, size: Any) -> None:
-    write_tar(tmp_path / "x.tar", {"one": {"bits": bits(2, 2), "json": described(picture_size=size)}})
+    write_samples(tmp_path / "x.tar", {"one": {"bits": bits(2, 2), "json": described(picture_size=size)}})
     code, _, error = run("decode", tmp_path / "x.tar", tmp_path / "out", "--model", models["plain"])
     assert code == 2 and "sample one: picture_size" in error
 

@@ -6,13 +6,12 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_engine import environment, equal_after_a_stop, everything, metrics  # noqa: F401 (a fixture)
+from test_engine import equal_after_a_stop, everything, metrics
 from torch import Tensor, nn
 
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
@@ -328,8 +327,3 @@ def test_the_second_phase_keeps_the_bits_and_learns_to_use_the_noise(tmp_path: P
     bits = after.encode(images)
     one, other = (after.decode(bits, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert not torch.equal(one, other)
-
-
-@pytest.fixture(autouse=True)
-def _clean_environment(environment: Iterator[None]) -> None:  # noqa: F811
-    """See test_engine.environment."""

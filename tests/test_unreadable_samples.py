@@ -1,8 +1,6 @@
 """One sample that cannot be read costs one sample: at the start, in every step, in a checkpoint's card, under distillation."""
 
-import io
 import json
-import tarfile
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_files import picture_bytes, write_samples
 from test_distill_targets import some
 from test_generator_recipe import config, place, tensors  # noqa: F401 (a fixture)
 
@@ -35,9 +34,7 @@ GOOD = 12
 
 
 def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (20 * value % 256, 99, 7)).save(buffer, "PNG")
-    return buffer.getvalue()
+    return picture_bytes(Image.new("RGB", (16, 16), (20 * value % 256, 99, 7)))
 
 
 BROKEN: dict[str, tuple[dict[str, bytes], str]] = {
@@ -50,16 +47,6 @@ BROKEN: dict[str, tuple[dict[str, bytes], str]] = {
 }
 
 
-def write(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as archive:
-        for key, members in samples.items():
-            for ending, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{ending}")
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-    return path
-
-
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
     """Broken samples before, between and behind good ones."""
@@ -68,7 +55,7 @@ def shards(tmp_path: Path) -> Path:
     names, broken = list(good), list(BROKEN)
     order = [*broken[:2], *names[:6], *broken[2:4], *names[6:], *broken[4:]]
     (tmp_path / "odd").mkdir()
-    write(tmp_path / "odd" / "a.tar", {key: good[key] if key in good else BROKEN[key][0] for key in order})
+    write_samples(tmp_path / "odd" / "a.tar", {key: good[key] if key in good else BROKEN[key][0] for key in order})
     return tmp_path / "odd"
 
 
@@ -130,7 +117,7 @@ def test_checkpoints_grids_and_held_out_losses_leave_broken_samples_out(
 
 
 def test_a_run_of_nothing_but_broken_samples_says_so(place: Path, tmp_path: Path) -> None:  # noqa: F811
-    path = write(tmp_path / "a.tar", {key: members for key, (members, _) in BROKEN.items() if key != "cut"})
+    path = write_samples(tmp_path / "a.tar", {key: members for key, (members, _) in BROKEN.items() if key != "cut"})
     with pytest.raises(ValueError, match="none of the first 5 samples can be read; see `bitdance data inspect`"):
         recipe(place, path)
 
@@ -169,7 +156,8 @@ def test_the_teachers_pictures_are_made_for_the_samples_that_can_be_read(shards:
 def test_broken_predictions_of_a_teacher_cost_their_sample(tmp_path: Path) -> None:
     whole = some().to_bytes()
     samples = {"a": whole, "b": whole[:-4], "c": whole, "d": b""}
-    path = write(tmp_path / "a.tar", {key: {"png": png(1), "txt": b"x", "targets": data} for key, data in samples.items()})
+    members = {key: {"png": png(1), "txt": b"x", "targets": data} for key, data in samples.items()}
+    path = write_samples(tmp_path / "a.tar", members)
     data = ShardDataset(ShardIndex.open(path), accept=check_targets)
     skipped: Counter[str] = Counter()
     assert [data.take(n, skipped).key for n in range(4)] == ["a", "c", "c", "a"] and skipped == {"targets unreadable": 2}
@@ -177,10 +165,10 @@ def test_broken_predictions_of_a_teacher_cost_their_sample(tmp_path: Path) -> No
 
 def test_figures_are_measured_on_the_samples_that_can_be_read(tmp_path: Path) -> None:
     about = json.dumps({"captions": ["a"], "attributes": {"concept": "a", "style": "3d", "background": "red"}}).encode()
-    path = write(tmp_path / "a.tar", {"x": {"png": b"no", "json": about}, "y": {"png": png(1), "json": about}})
+    path = write_samples(tmp_path / "a.tar", {"x": {"png": b"no", "json": about}, "y": {"png": png(1), "json": about}})
     pipe: Any = SimpleNamespace(model=SimpleNamespace(tokenizer=SimpleNamespace(encoder=lambda images: images)))
     gallery = Gallery(pipe, [ShardDataset(ShardIndex.open(path)) for _ in range(2)])
     assert gallery.taught == 1 and len(gallery.renderings) == 2
-    bad = write(tmp_path / "b.tar", {"y": {"png": png(1), "txt": b"x"}})
+    bad = write_samples(tmp_path / "b.tar", {"y": {"png": png(1), "txt": b"x"}})
     with pytest.raises(ValueError, match="sample y lacks a picture and the attributes concept"):
         Gallery(pipe, [ShardDataset(ShardIndex.open(bad))])

@@ -36,14 +36,14 @@ def bare_model(config: ModelConfig) -> BitDanceModel:
     return BitDanceModel(tokenizer, words, projector, backbone, head).eval().requires_grad_(False)
 
 
-def random_model(config: ModelConfig, device: torch.device | str, dtype: torch.dtype, seed: int = 0) -> BitDanceModel:
+def random_model(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> BitDanceModel:
     """Every weight is drawn where it will lie and in the dtype it will have, so a model takes its own size and no more.
 
     Matrices keep the size of what passes through them, adaLN and output layers too, which training starts at zero: the
     bits then follow from all of the work, as those of a trained model do.
     """
     model = bare_model(config).to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             if weight.ndim > 1:

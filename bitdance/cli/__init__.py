@@ -135,7 +135,7 @@ def print_json(value: Any) -> None:
     """The value as indented JSON on standard output; what could steer a terminal is escaped."""
     from lfq_tokenizer.json_file import json_text
 
-    _print(json_text(value, 2))
+    _print(json_text(value))
 
 
 def print_page(lines: Iterable[str]) -> None:

@@ -58,6 +58,6 @@ def run(argv: Sequence[str]) -> int:
 
     found, text = module_of(options.model or "demo").bench(options)
     if options.output:
-        write_text(json_text(found, 2) + "\n", options.output)
+        write_text(json_text(found) + "\n", options.output)
     print_json(found) if options.json else print_page(text.split("\n"))
     return 0

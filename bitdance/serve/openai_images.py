@@ -165,14 +165,13 @@ def b64(picture: bytes) -> str:
     return base64.b64encode(picture).decode("ascii")
 
 
-def usage(text_tokens: int, image_tokens: int, input_images: int = 0) -> dict[str, Any]:
+def usage(text_tokens: int, image_tokens: int) -> dict[str, Any]:
     """What OpenAI counts: tokens that were read and made."""
-    read = text_tokens + input_images
     return {
-        "input_tokens": read,
+        "input_tokens": text_tokens,
         "output_tokens": image_tokens,
-        "total_tokens": read + image_tokens,
-        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": input_images},
+        "total_tokens": text_tokens + image_tokens,
+        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": 0},
     }
 
 

@@ -95,10 +95,10 @@ class ImageQueue:
                 raise ApiError(404, "there is no such job, or it was finished too long ago", "job", "job_not_found")
             return task
 
-    def end(self, task: Task, error: ApiError | None = None) -> None:
-        """End a task (default: as cancelled): its pictures alone are not worked on any more, and their places are free.
-        Forget one that is finished."""
-        if not task.fail(error or cancelled()):
+    def end(self, task: Task) -> None:
+        """Cancel a task: its pictures alone are not worked on any more, and their places are free. Forget one that is
+        finished."""
+        if not task.fail(cancelled()):
             with self._condition:
                 self._tasks.pop(task.id, None)
             return

@@ -149,6 +149,11 @@ def counts(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {printable(reason)}" for reason, count in reasons.items()) or "none"
 
 
+def _options(kind: Any, args: argparse.Namespace, **read: Any) -> Any:
+    """The options of a source, whose fields are named as on the command line; `read`: those that had to be read first."""
+    return kind(**{name: value for name, value in vars(args).items() if name in kind.__dataclass_fields__} | read)
+
+
 def _icons(args: argparse.Namespace) -> Any:
     from stages.data.captions import PALETTE
     from stages.data.icons import IconOptions, IconSource
@@ -161,27 +166,13 @@ def _icons(args: argparse.Namespace) -> Any:
         backgrounds = tuple(PALETTE)[: int(args.backgrounds)]
     else:
         backgrounds = _words(args.backgrounds)
-    options = IconOptions(
-        size=args.size,
-        styles=_words(args.styles),
-        concepts=args.concepts,
-        backgrounds=backgrounds,
-        renderings_per_picture=args.renderings_per_picture,
-        hold_out_pairs=args.hold_out_pairs,
-        hold_out_pictures=args.hold_out_pictures,
-        split=args.split,
-        seed=args.seed,
-        flags=args.flags,
-        skin_tones=args.skin_tones,
-    )
-    return IconSource(options, args.cache)
+    return IconSource(_options(IconOptions, args, styles=_words(args.styles), backgrounds=backgrounds), args.cache)
 
 
 def _scenes(args: argparse.Namespace) -> Any:
     from stages.data.scenes import SceneOptions, SceneSource
 
-    options = SceneOptions(args.size, _words(args.styles), args.concepts, args.count, args.hold_out, args.split, args.seed)
-    return SceneSource(options, args.cache)
+    return SceneSource(_options(SceneOptions, args, styles=_words(args.styles)), args.cache)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -191,13 +182,13 @@ def _words(text: str) -> tuple[str, ...]:
 def _folder(args: argparse.Namespace) -> Any:
     from stages.data.folder import FolderOptions, FolderSource
 
-    return FolderSource(args.folder, FolderOptions(args.size, args.fit, args.min_side, args.table, args.data_source == "classes"))
+    return FolderSource(args.folder, _options(FolderOptions, args, classes=args.data_source == "classes"))
 
 
 def _tiles(args: argparse.Namespace) -> Any:
     from stages.data.tiles import TileOptions, TileSource
 
-    return TileSource(args.folder, TileOptions(args.size, args.tiles, args.shrink, args.hold_out, args.split, args.seed))
+    return TileSource(args.folder, _options(TileOptions, args))
 
 
 def _cifar(args: argparse.Namespace) -> Any:

@@ -28,7 +28,7 @@ from stages.data.files import OpenFiles
 from stages.data.index_file import open_tables
 from stages.data.locations import Locations, find_shards, name_of
 from stages.data.metadata import Read, Shape, picture_ending, read_shape, read_text
-from stages.data.picture import MAX_PIXELS, BrokenPicture, decode_picture
+from stages.data.picture import BrokenPicture, decode_picture
 from stages.data.skipping import Skips, name_skipped
 from stages.data.table import read_known, unusable
 
@@ -123,9 +123,8 @@ class ShardDataset(Dataset[Sample]):
     given, raises ValueError for a sample that is of no use.
     """
 
-    def __init__(self, index: ShardIndex, max_pixels: int = MAX_PIXELS, accept: Callable[[Sample], object] | None = None) -> None:
+    def __init__(self, index: ShardIndex, accept: Callable[[Sample], object] | None = None) -> None:
         self.index = index
-        self.max_pixels = max_pixels
         self.accept = accept
         self._broken: dict[int, str] = {}  # number → why, of the samples that were left out
         self._files = OpenFiles()
@@ -139,7 +138,7 @@ class ShardDataset(Dataset[Sample]):
             read = self._together(entry)
             captions, attributes = read_text(entry.members, read)
             ending = picture_ending(entry.members)
-            picture = decode_picture(read(*entry.members[ending]), self.max_pixels) if ending else None
+            picture = decode_picture(read(*entry.members[ending])) if ending else None
             bits_Chw = unpack_bits(read(*entry.members["bits"])) if "bits" in entry.members else None
             targets = read(*entry.members["targets"]) if "targets" in entry.members else None
             sample = Sample(entry.key, picture, bits_Chw, captions, attributes, targets)

@@ -49,12 +49,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A panel for each figure that at least one file has. ModuleNotFoundError where matplotlib is missing."""
-    import matplotlib
+    from matplotlib.figure import Figure as Sheet
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(rows), figsize=(3 * len(rows), 3.2), squeeze=False)
+    figure = Sheet(figsize=(3 * len(rows), 3.2))
+    panels = figure.subplots(1, len(rows), squeeze=False)
     for panel, row in zip(panels[0], rows, strict=True):
         known = {name: value for name, value in row["values"].items() if value is not None}
         panel.bar(list(known), list(known.values()), color="0.4")
@@ -63,7 +61,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     with whole_path(path) as unfinished:
         figure.savefig(unfinished, format=path.suffix[1:] or "png", dpi=120)
-    pyplot.close(figure)
 
 
 def _names(files: Sequence[Path]) -> list[str]:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     pictures = Pictures.of(arguments.samples)
     found = _Scores(arguments, pictures, "bitdance evaluate score " + shlex.join(argv)).figures()
     if arguments.json:
-        print(json_text({"figures": [vars(one) for one in found]}, 2))
+        print(json_text({"figures": [vars(one) for one in found]}))
     else:
         print_page(table(found).splitlines())
     if arguments.output is not None:  # last: what was found is shown, also where it cannot be written

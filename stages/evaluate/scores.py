@@ -17,11 +17,10 @@ ROWS = 2048  # whose distances to all others are held at once
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Mean (F,) and covariance (F,F) of features, float64; `count` pictures they come from, 0 where nobody says."""
+    """Mean (F,) and covariance (F,F) of features, float64."""
 
     mean: np.ndarray
     covariance: np.ndarray
-    count: int = 0
 
     @classmethod
     def of(cls, features_NF: Tensor) -> "Gaussian":
@@ -30,7 +29,7 @@ class Gaussian:
             raise ValueError(f"{len(features_NF)} picture has no covariance; give at least 2")
         x = features_NF.double().cpu()
         centred = x - x.mean(dim=0)
-        return cls(x.mean(dim=0).numpy(), (centred.T @ centred / (len(x) - 1)).numpy(), len(x))
+        return cls(x.mean(dim=0).numpy(), (centred.T @ centred / (len(x) - 1)).numpy())
 
 
 def frechet(one: Gaussian, other: Gaussian) -> float:

@@ -122,21 +122,8 @@ def _fsq(bits: int, weights: TokenizerTraining) -> Bottleneck:
     if bits % 16 and bits != 8:
         raise ValueError(f"FSQ at {bits} bits: the table of levels knows 8 and multiples of 16")
     levels = [8, 8, 4] if bits == 8 else [8, 8, 8, 8, 4, 4] * (bits // 16)
-    quantizer = FSQ(levels, return_indices=bits <= LARGEST_CODEBOOK)
-    inner: nn.Module = quantizer if bits <= LARGEST_CODEBOOK else _WithoutIndices(quantizer)
-    return Bottleneck(len(levels), _Package(inner), math.log2(math.prod(levels)))
-
-
-class _WithoutIndices(nn.Module):
-    """FSQ beyond 2^31 codes has no integer index for a token; the codes are all that is needed."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, z_BChw: Tensor) -> tuple[Tensor, None]:
-        out = self.inner(z_BChw)
-        return (out[0] if isinstance(out, tuple) else out), None
+    quantizer = FSQ(levels, return_indices=bits <= LARGEST_CODEBOOK)  # beyond 2^31 codes a token has no integer index
+    return Bottleneck(len(levels), _Package(quantizer), math.log2(math.prod(levels)))
 
 
 def _vq(bits: int, weights: TokenizerTraining) -> Bottleneck:

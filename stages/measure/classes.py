@@ -316,16 +316,14 @@ def table(found: dict[str, Any]) -> str:
 def plot(found: dict[str, Any], path: Path) -> None:
     """Distance and class right against guidance, or against steps where those differ. ModuleNotFoundError where matplotlib is
     missing."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     generated = [row for row in found["rows"] if row["guidance"] is not None]
     axis = "steps" if len({row["steps"] for row in generated}) > 1 else "guidance"
     rows = sorted(generated, key=lambda row: row[axis])
     places = [row[axis] for row in rows]
-    figure, left = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    left = figure.subplots()
     left.plot(places, [row["distance"] for row in rows], "o-", color="tab:blue")
     left.set_xlabel(f"{axis} (mean)" if axis == "steps" else axis)
     for row, place in zip(rows, places, strict=True):
@@ -339,7 +337,6 @@ def plot(found: dict[str, Any], path: Path) -> None:
     left.set_title(f"{rows[0]['count']:,} pictures for each setting, seed {found['seed']}", fontsize=9)
     with whole_file(path) as working:
         figure.savefig(working, dpi=120, format="png")
-    pyplot.close(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -86,7 +86,8 @@ def main(argv: list[str]) -> int:
     if a.prompts:
         write_text("".join(json.dumps(scene.attributes["geneval"]) + "\n" for scene in scenes), a.prompts)
     real = [picture_of(scene) for scene in scenes]
-    detector = Detector(Shelf(_styles(scenes), "all", a.cache))
+    styles = dict.fromkeys(str(scene.attributes["style"]) for scene in scenes)
+    detector = Detector(Shelf(tuple(styles), "all", a.cache))
     rows = {"scenes": score(real, scenes, detector)}
     pictures = real
     if a.model is not None:
@@ -111,7 +112,3 @@ def table(rows: dict[str, dict[str, float]]) -> list[str]:
     names = [*TASKS, "overall"]
     lines = ["| pictures | " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---|" + "---:|" * len(names)]
     return lines + [f"| {name} | " + " | ".join(f"{row[task]:.1%}" for task in names) + " |" for name, row in rows.items()]
-
-
-def _styles(scenes: Sequence[Sample]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(str(scene.attributes["style"]) for scene in scenes))

@@ -22,7 +22,7 @@ from bitdance.picture import grid, write_png
 from stages.data.captions import PALETTE
 from stages.data.shards import ShardDataset, ShardIndex
 from stages.engine.checkpoint import model_folder
-from stages.measure.prompts import Gallery, background_of, open_gallery
+from stages.measure.prompts import background_of, open_gallery
 from stages.recipes.tokenizer.feed import picture_of
 
 SHOWN = 32  # pairs of a grid
@@ -37,7 +37,7 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Image.I
     data = ShardDataset(ShardIndex.open(list(arguments.train)))
     gallery = open_gallery(pipe, arguments.train, arguments.heldout)
     chosen = torch.randperm(gallery.taught, generator=torch.Generator().manual_seed(arguments.seed))[: arguments.count].tolist()
-    wordings = _wordings(gallery)
+    wordings = {(rendering.picture, rendering.background): rendering.captions[0] for rendering in gallery.renderings}
     sums = dict.fromkeys(("background", "picture", "both", "bits_kept", "tokens_free"), 0.0)
     shown: list[Image.Image] = []
     settings = {name: value for name, value in vars(arguments).items() if name in ("strength", "guidance_scale") and value}
@@ -59,11 +59,6 @@ def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[Image.I
             shown += [before, after]
     found = {"pictures": len(chosen), **{name: value / len(chosen) for name, value in sums.items()}}
     return {"model": str(arguments.model), "seed": arguments.seed, **settings, **found}, shown
-
-
-def _wordings(gallery: Gallery) -> dict[tuple[tuple[str, str], str], str]:
-    """(picture, background) → its canonical caption."""
-    return {(rendering.picture, rendering.background): rendering.captions[0] for rendering in gallery.renderings}
 
 
 def main(argv: list[str]) -> int:

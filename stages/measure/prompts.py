@@ -128,15 +128,6 @@ def judge(
     return {"prompts": n, **shares, "psnr": psnr / n}, pictures
 
 
-def measure(
-    model: str, train: Sequence[str], heldout: Sequence[str], count: int, seed: int, **settings: Any
-) -> tuple[dict[str, Any], list[Image.Image]]:
-    """`follow` with a model (a folder, a run or a checkpoint) and the renderings in shards."""
-    pipe = load_pipeline(model_folder(model))
-    pipe.set_progress_bar_config(disable=True)
-    return follow(pipe, open_gallery(pipe, train, heldout), count, seed, **settings)
-
-
 def open_gallery(pipe: Any, train: Sequence[str], heldout: Sequence[str]) -> Gallery:
     """Of the renderings in two lists of shards, seen by the encoder of `pipe`."""
     return Gallery(pipe, [ShardDataset(ShardIndex.open(list(places))) for places in (train, heldout)])
@@ -176,8 +167,10 @@ def main(argv: list[str]) -> int:
     prompts.add_argument("--grid", type=Path, help="write 32 taught and 32 held-out pictures")
     prompts.add_argument("--json", action="store_true", help="one JSON object instead of text")
     a = prompts.parse_args(argv)
+    pipe = load_pipeline(model_folder(a.model))
+    pipe.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": a.steps, "guidance_scale": a.guidance, "preset": a.preset}
-    figures, pictures = measure(a.model, a.train, a.heldout, a.count, a.seed, **settings)
+    figures, pictures = follow(pipe, open_gallery(pipe, a.train, a.heldout), a.count, a.seed, **settings)
     if a.json:
         print(json.dumps(figures))
     else:

@@ -87,34 +87,32 @@ def losses_table(results: Results) -> str:
 
 def plot(results: Results, path: Path) -> None:
     """Distance and class right of every way, a point for each seed; or, of runs without pictures, their power laws."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     sampled = [result for result in results if result["rows"]]
-    figure = _ways(pyplot, sampled) if sampled else _laws(pyplot, results)
+    figure = Figure(layout="constrained")
+    _draw_ways(figure, sampled) if sampled else _draw_laws(figure, results)
     with whole_path(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=120)
-    pyplot.close(figure)
 
 
-def _ways(pyplot: Any, results: Results) -> Any:
+def _draw_ways(figure: Any, results: Results) -> None:
     names = list(dict.fromkeys(result["name"] for result in results))
-    figure, panels = pyplot.subplots(1, 2, figsize=(10, 0.5 * len(names) + 1.5), sharey=True, layout="constrained")
+    figure.set_size_inches(10, 0.5 * len(names) + 1.5)
+    panels = figure.subplots(1, 2, sharey=True)
     for panel, (column, title) in zip(panels, (("distance", "Lite0 distance"), ("right", "class right")), strict=True):
         for result in results:
             panel.plot(best(result)[column], names.index(result["name"]), "o", color="0.3")
         panel.set_title(title, fontsize=9)
     panels[0].set_yticks(range(len(names)), names)
     panels[0].invert_yaxis()
-    return figure
 
 
-def _laws(pyplot: Any, results: Results) -> Any:
+def _draw_laws(figure: Any, results: Results) -> None:
     found = groups(results)
     shape = (max(1, len(found)), len(AXES))
-    figure, panels = pyplot.subplots(*shape, figsize=(11, 3.2 * shape[0]), squeeze=False, layout="constrained")
+    figure.set_size_inches(11, 3.2 * shape[0])
+    panels = figure.subplots(*shape, squeeze=False)
     for row, (group, own) in zip(panels, found.items(), strict=False):
         for panel, (axis, pairs) in zip(row, points(own).items(), strict=True):
             x = [pair[0] for pair in pairs]
@@ -124,7 +122,6 @@ def _laws(pyplot: Any, results: Results) -> Any:
                 panel.loglog(x, [a * value**b for value in x], color="0.6")
             panel.set_title(f"{group}: {AXES[axis]}", fontsize=7)
         row[0].set_ylabel("held-out loss")
-    return figure
 
 
 def write_pictures(study: Study, path: Path) -> None:

@@ -93,19 +93,11 @@ def _result(study: Study, way: Way, seed: int) -> dict[str, Any]:
 
 def _measuring(study: Study, way: Way, folder: Path) -> list[str]:
     settings = [part for name, value in way.sample.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-    counts = [
-        "--pictures",
-        str(study.pictures),
-        "--probe",
-        str(study.probe),
-        "--references",
-        str(study.references),
-        "--cache",
-        str(Path(study.out) / "cache"),
-        "--json",
-    ]
+    counts = ["--pictures", study.pictures, "--probe", study.probe, "--references", study.references]
+    cache = Path(study.out) / "cache"
     guidance = ["--guidance", *map(str, way.guidance), *(["--steps", *map(str, way.steps)] if way.steps else [])]
-    return ["--model", str(folder), "--train", *study.train, "--test", *study.test, *guidance, *settings, *counts]
+    shards = ["--train", *study.train, "--test", *study.test]
+    return ["--model", str(folder), *shards, *guidance, *settings, *map(str, counts), "--cache", str(cache), "--json"]
 
 
 def _sets(changes: Sequence[str]) -> list[str]:
