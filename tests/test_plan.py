@@ -229,7 +229,7 @@ def test_what_does_not_fit_is_said_with_a_remedy(capsys: pytest.CaptureFixture[s
     [
         (["--processes", "8,x"], "--processes '8,x'"),
         (["--mfu", "1.5"], "the MFU at most 1"),
-        (["--gpu-memory", "nan"], "--gpu-memory = nan; a number above 0"),
+        (["--gpu-memory", "nan"], "--gpu-memory: 'nan'; a finite number of at most 64 bits is allowed"),
         (["--peak-tflops", "-1"], "--peak-tflops = -1.0; a number above 0"),
         (["--processes", "0"], "--processes = 0; a whole number from 1"),
         (["--caption-tokens", "0"], "--caption-tokens = 0; a whole number from 1"),
