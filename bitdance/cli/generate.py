@@ -341,15 +341,15 @@ def _picture(options: argparse.Namespace) -> dict[str, Any]:
             settings[name] = check_number(name, found[name], source)
     if "guidance_interval" in found:
         settings["guidance_interval"] = check_interval(found["guidance_interval"], source)
-    for name in ("model", "model_fingerprint", "lora", "lora_fingerprint", "cfg_schedule"):
+    texts = ("model", "model_fingerprint", "lora", "lora_fingerprint", "cfg_schedule")
+    for name in texts:
         if not isinstance(found.get(name, ""), str):
             raise UsageError(f"{source}: {name} = {shown(found[name])}; a text is allowed")
     choices = {"sampler": SAMPLERS, "dtype": DTYPE_NAMES[:3], "quantize": QUANTIZE, "quantize_head": QUANTIZE_HEAD}
     for name, allowed in choices.items():
         if name in found and found[name] not in allowed:
             raise UsageError(f"{source} was made with {name} {shown(found[name])}; there are {', '.join(allowed)}")
-    words = (*choices, "model", "model_fingerprint", "lora", "lora_fingerprint", "cfg_schedule")
-    return settings | {name: found[name] for name in words if name in found}
+    return settings | {name: found[name] for name in (*choices, *texts) if name in found}
 
 
 def _model_of(picture: dict[str, Any], source: str) -> str:
