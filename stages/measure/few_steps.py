@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--student", required=True, help="what `bitdance distill` made of it: few_steps or few_steps_class")
     parser.add_argument("--train", nargs="+", required=True, metavar="SHARDS", help="pictures that the teacher was taught")
     parser.add_argument("--test", nargs="+", required=True, metavar="SHARDS", help="pictures, or pairs, that it never saw")
-    parser.add_argument("--evaluations", type=int, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
+    parser.add_argument("--evaluations", type=count, nargs="+", default=[1, 2, 4, 8], help="(default: 1 2 4 8)")
     parser.add_argument("--solver", choices=SAMPLERS, default=SOLVER, help=f"of the teacher's rows (default: {SOLVER})")
     parser.add_argument("--guidance", type=float, help="the teacher's, and a student's that takes it (default: their own)")
     parser.add_argument("--conditions", type=count, default=32, help="captions; of a class model all classes (default: 32)")
@@ -220,9 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder of the report")
     parser.add_argument("--json", action="store_true", help="print JSON")
     a = parser.parse_args(argv)
-    if a.each < 2 or a.conditions < 1 or min(a.evaluations) < 1:
-        said = f"--each {a.each}, --conditions {a.conditions}, --evaluations {min(a.evaluations)}"
-        raise ValueError(f"{said}: at least 2 seeds of each, one condition and one evaluation")
+    if a.each < 2:
+        raise ValueError(f"--each {a.each}: at least 2 seeds of each")
     found, lines = measure(a)
     print(json.dumps(found, indent=1) if a.json else text(found), flush=True)  # first: shown, also where it cannot be written
     write_json(found, Path(a.output, "few_steps.json"))
