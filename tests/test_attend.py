@@ -1,9 +1,9 @@
-"""Attention of the picture networks: the same in every precision, the way back in float32 where that is quicker."""
+"""Attention of the picture networks and the heads: what training on a processor spells out equals torch's fused kernel."""
 
 import pytest
 import torch
 
-from bitdance.heads.attend import SHORT, attend
+from bitdance.heads.attend import SHORT, attend, quick_by_hand
 
 
 def _parts(S: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -29,13 +29,29 @@ def test_value_and_gradients_in_float64(masked: bool) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(("S", "exact"), [(9, True), (SHORT + 1, False)])
-def test_short_sequences_are_float32_inside_autocast_in_training(S: int, exact: bool) -> None:
+@pytest.mark.parametrize("S", [9, SHORT, SHORT + 1])
+def test_training_inside_autocast_is_as_exact_as_its_numbers(S: int) -> None:
     parts = _parts(S, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         out = attend(*parts)
-    assert (out.dtype == torch.float32) == exact
-    assert torch.allclose(out.float(), _by_hand(*parts, None), rtol=1e-5, atol=1e-6) == exact
+    assert out.dtype == torch.bfloat16
+    expected = _by_hand(*parts, None)
+    assert float((out.detach().float() - expected.detach()).norm() / expected.detach().norm()) < 0.01
+
+
+def test_by_hand_in_training_alone() -> None:
+    q, k, _ = _parts(SHORT, torch.float32)
+    assert quick_by_hand(q, k) and not quick_by_hand(q, torch.cat([k, k[:, :, :1]], dim=2)) and not quick_by_hand(q.detach(), k)
+    with torch.no_grad():
+        assert not quick_by_hand(q, k)
+
+
+def test_a_row_that_sees_nothing_has_numbers_and_gradients() -> None:
+    parts, mask = _parts(5, torch.bfloat16), torch.zeros(5, 5, dtype=torch.bool)
+    mask[1:] = True
+    out = attend(*parts, mask)
+    assert out.isfinite().all()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out[:, 1:].float().sum(), parts))
 
 
 def test_bfloat16_stays_bfloat16() -> None:

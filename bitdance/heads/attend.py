@@ -1,4 +1,4 @@
-"""Plain attention of the picture networks and the heads, by torch's fused kernels.
+"""Plain attention of the picture networks and the heads.
 
 B rows, H heads, L queries, S keys, E width of a head.
 """
@@ -8,24 +8,24 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from lfq_tokenizer.entropy import without_autocast
-
-SHORT = 512  # keys up to which float32 is the quicker way back on a processor
+SHORT = 512  # keys up to which two products are quicker in training on a processor than torch's fused kernel
 
 
 def attend(q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """Attention of all L queries to those of the S keys that the bool mask allows (None: to all) → (B,L,H·E).
+    """Attention of all L queries to those of the S keys that the bool mask allows (None: to all) → (B,L,H·E)."""
+    if quick_by_hand(q_BHLE, k_BHSE):
+        scores_BHLS = (q_BHLE * (q_BHLE.shape[-1] ** -0.5 if scale is None else scale)) @ k_BHSE.transpose(-1, -2)
+        if mask is not None:  # a row that may see nothing gets numbers all the same, as padding must
+            scores_BHLS = scores_BHLS.masked_fill(~mask, torch.finfo(scores_BHLS.dtype).min)
+        out_BHLE = scores_BHLS.softmax(-1) @ v_BHSE
+    else:
+        out_BHLE = F.scaled_dot_product_attention(q_BHLE, k_BHSE, v_BHSE, attn_mask=mask, scale=scale)
+    return out_BHLE.transpose(1, 2).flatten(2)
 
-    In training on a processor short sequences are in float32 also under autocast: the backward pass of torch's bfloat16 kernel
-    takes five times as long there (64 rows of 5 heads and 68 tokens: 55 ms for 11 ms, dev/LOG.md).
-    """
-    training = torch.is_grad_enabled() and q_BHLE.requires_grad and q_BHLE.dtype != torch.float64
+
+def quick_by_hand(q_BHLE: Tensor, k_BHSE: Tensor) -> bool:
+    """Whether two products and a softmax are quicker than torch's fused kernel: in training on a processor, where the kernel's
+    way back is slow, most of all in bfloat16 (64 rows of 4 heads and 68 tokens: 50 ms for 9 ms, dev/LOG.md)."""
     planned = isinstance(q_BHLE, FakeTensor)  # a plan's tensors stand for those of a GPU
-    if training and q_BHLE.device.type == "cpu" and k_BHSE.shape[-2] <= SHORT and not planned:
-        with without_autocast(q_BHLE.device):
-            return _joined(q_BHLE.float(), k_BHSE.float(), v_BHSE.float(), mask, scale).to(q_BHLE.dtype)
-    return _joined(q_BHLE, k_BHSE, v_BHSE, mask, scale)
-
-
-def _joined(q_BHLE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    return F.scaled_dot_product_attention(q_BHLE, k_BHSE, v_BHSE, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
+    training = torch.is_grad_enabled() and q_BHLE.requires_grad
+    return training and q_BHLE.device.type == "cpu" and k_BHSE.shape[-2] <= SHORT and not planned

@@ -1,7 +1,8 @@
 """The one attention dispatch of the backbone: which kernel serves which mask.
 
-A BlockMask, which training uses, goes to flex_attention. torch has two kernels for it: its own in Triton, and FLASH, which calls
-the package flash-attn-4 on GPUs of compute capability 9 and 10 (`_Flex`). Without a mask SDPA serves, also while decoding.
+A BlockMask, which training on GPUs uses, goes to flex_attention. torch has two kernels for it: its own in Triton, and FLASH,
+which calls the package flash-attn-4 on GPUs of compute capability 9 and 10 (`_Flex`). Without a mask SDPA serves, also while
+decoding.
 
 R rows, H query heads, G of them to a key head, L new positions, S keys, E width of a head.
 """
@@ -20,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from bitdance.heads.attend import attend, quick_by_hand
 from bitdance.sequence.mask import flex_mask_mod
 from lfq_tokenizer.entropy import without_autocast
 
@@ -49,7 +51,8 @@ def _attention(
     runs: Runs | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Rows with padding at their left go to `_open`, a BlockMask to flex_attention, a bool mask or none to SDPA.
+    """Rows with padding at their left go to `_open`, a BlockMask to flex_attention, a bool mask or none to SDPA or
+    `attend`.
 
     Registered without a mask function, so transformers builds no mask of its own and hands ours through. Without a
     mask `is_causal`, given per call, says whether the new positions are causal. ValueError where the layers on the way
@@ -62,6 +65,11 @@ def _attention(
         )
     if runs is not None:
         return _open(query, key, value, runs, kwargs.get("scaling")), None
+    if isinstance(attention_mask, Tensor) and quick_by_hand(query, key):
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+        out_RLD = attend(query, key, value, attention_mask, kwargs.get("scaling"))
+        return out_RLD.unflatten(2, (query.shape[1], -1)), None
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     flex = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention

@@ -86,6 +86,9 @@ class Learner:
         buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=self.adam, config=_settings(optimizer, config, trained))
+        self.alone = processes.world() == 1 and not self.engine.zero_optimization()
+        if self.alone:
+            self.engine.enable_backward_allreduce = False  # it would copy every gradient to a bucket and back, for nobody
         if getattr(self.engine.optimizer, "swap_optimizer", False):
             raise ValueError("deepspeed.settings moves optimiser states to NVMe, which checkpoints here do not reach; use 'cpu'")
         for name, buffer in buffers.items():  # tables of positions and running means stay in float32
@@ -110,6 +113,10 @@ class Learner:
     def step(self, loss: Tensor, measure: bool) -> None:
         """Backward and, at the end of an accumulation, the optimiser's step."""
         self.engine.backward(loss)
+        if self.alone:
+            for parameter in self.module.parameters():
+                if parameter.requires_grad and parameter.grad is None:  # as the average over several processes gives it
+                    parameter.grad = torch.zeros_like(parameter)
         zero = self.engine.zero_optimization()
         # ZeRO 0 does not report the norm, so it is computed here; other stages report it after the step.
         if measure and not zero:
