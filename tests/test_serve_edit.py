@@ -91,8 +91,10 @@ def test_wrong_edits_are_named(classes: ServedModel, files: dict[str, Any], fiel
     assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
 
 
-def test_two_images_are_refused(classes: ServedModel) -> None:
+def test_what_is_given_twice_is_refused(classes: ServedModel) -> None:
     with client(classes) as api:
+        twice = api.post(EDITS, data={"class_label": ["bee", "ant"]}, files={"image": ("f.png", b"")})
+        assert twice.status_code == 400 and "'class_label' is given twice" in twice.json()["error"]["message"]
         answer = api.post(EDITS, data={"class_label": "bee"}, files=[("image[]", b"a"), ("image[]", b"b")])
     assert answer.status_code == 400 and "one picture is changed at a time" in answer.json()["error"]["message"]
 
@@ -152,3 +154,15 @@ def test_scales_are_shown_as_they_grow(tmp_path: Path) -> None:
         assert same(shown[-1], model.pipe(class_label=1, seed=4).images[0])
         with pytest.raises(openai.BadRequestError, match="scales follow from the size"):
             images.generate(prompt="", extra_body={**own, "steps": 3})
+        scales = len(model.pipe.sides(*model.rules.default_size))
+        wrong = {**own, "guidance_by_scale": [1.5] * (scales + 1)}
+        with pytest.raises(openai.BadRequestError, match=f"guidance_by_scale has {scales + 1} values; this picture has {scales}"):
+            images.generate(prompt="", extra_body=wrong)
+        with pytest.raises(openai.BadRequestError, match=f"guidance_by_scale has {scales + 1} values; this picture has {scales}"):
+            images.edit(image=("a.png", picture_bytes(shown[-1])), prompt="", extra_body=wrong)
+        right = {**own, "guidance_by_scale": [1.5] * scales, "more_smooth": True}  # a form has texts alone
+        files: Any = {"image": ("a.png", picture_bytes(shown[-1])), "mask": ("m.png", picture_bytes(masks(shown[-1].size)[0]))}
+        found = images.edit(**files, prompt="", extra_body=right)
+        assert found.data is not None
+        told = metadata_of(opened(found.data[0].b64_json)) or {}
+        assert told["guidance_by_scale"] == [1.5] * scales and told["more_smooth"] is True

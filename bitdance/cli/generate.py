@@ -13,6 +13,7 @@ a file; picture k of a prompt (--images-per-prompt, or "n") has seed + k, as in 
 import argparse
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -202,7 +203,7 @@ def read_spec(options: argparse.Namespace) -> "RunSpec":
         **flags,
     }
     values.setdefault("seeds", (picture["seed"],) if "seed" in picture else (0,))
-    jobs = Jobs(requests, JobDefaults(**values), rules.check_size, shard, rules.requests)
+    jobs = Jobs(requests, JobDefaults(**values), partial(rules.check_size, settings=settings), shard, rules.requests)
 
     for guidance in jobs.guidances:
         settings.changed(guidance=guidance)  # which the model may not take

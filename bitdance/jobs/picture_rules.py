@@ -37,8 +37,8 @@ class PictureRules:
         """(height, width) where nothing is said."""
         return self._found.sizes[0]
 
-    def check_size(self, height: int, width: int) -> None:
-        """ValueError for a size that the model does not make."""
+    def check_size(self, height: int, width: int, settings: Any = None) -> None:
+        """ValueError for a size that the model does not make, or not with these settings."""
         for name, side in (("height", height), ("width", width)):
             check_number(name, side)
         s = self._found.tokenizer.downsampling

@@ -189,25 +189,25 @@ def _object(body: bytes) -> dict[str, Any]:
     return value
 
 
-async def _form(request: Request, limits: Limits) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Texts and files of a form. ApiError 400 for what is given twice."""
+async def _form(request: Request, limits: Limits) -> tuple[list[tuple[str, str]], dict[str, bytes]]:
+    """Texts and files of a form. ApiError 400 for a file that is given twice."""
     body = await _body(request, limits, limits.body_bytes)
 
     async def again() -> Message:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    texts: dict[str, str] = {}
+    texts: list[tuple[str, str]] = []
     files: dict[str, bytes] = {}
     async with Request(request.scope, again).form(max_files=20, max_fields=50, max_part_size=limits.body_bytes) as form:
         for name, value in form.multi_items():
+            if not isinstance(value, UploadFile):
+                texts.append((name, value))
+                continue
             name = "image" if name == "image[]" else name
-            if name in texts or name in files:
+            if name in files:
                 more = "; one picture is changed at a time" if name == "image" else ""
                 raise bad_request(f"{shown(name)} is given twice{more}", name[:100])
-            if isinstance(value, UploadFile):
-                files[name] = await value.read()
-            else:
-                texts[name] = value
+            files[name] = await value.read()
     return texts, files
 
 

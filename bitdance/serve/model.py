@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ class ServedModel:
                 raise ValueError(f"{wrong[0]} is not for a model of this kind; leave it out")
             numbers = {"num_inference_steps": request.steps, "guidance_scale": request.guidance}
             said = {**request.said, **{name: value for name, value in numbers.items() if value is not None}}
+            self.rules.check_size(*size, self.rules.sampling(dict(request.said), request.preset, False))
             settings = self._kind.edit_settings(self.pipe, request.preset, said)
             seed = secrets.randbelow(2**32) if request.seed is None else request.seed
             more = dict(request.edit)
@@ -206,7 +208,7 @@ class ServedModel:
             label=label,
         )
         defaults = JobDefaults(height, width, settings.steps, float(settings.guidance), (seed,), request.n)
-        return tuple(Jobs([asked], defaults, resolve=self.rules.requests))
+        return tuple(Jobs([asked], defaults, partial(self.rules.check_size, settings=settings), resolve=self.rules.requests))
 
     def _check_names(self, said: Mapping[str, Any]) -> None:
         for name in said:

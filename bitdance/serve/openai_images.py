@@ -35,6 +35,7 @@ PLAIN = ("prompt", "model", "n", "size", "output_format", "output_compression", 
 OWN = ("class_label", "seed", "steps", "guidance", "preset", "negative_prompt", "job", "previews")
 SETTINGS = ("sampler", "guidance_interval", "last_steps", "cfg_schedule", "tau", "schedule")
 EDIT = ("strength", "source_prompt", "source_class")
+TEXTS = ("prompt", "negative_prompt", "preset", "model", "job", "source_prompt")
 _SIZE = re.compile(r"([0-9]{1,6})[x×]([0-9]{1,6})")
 _JOB = re.compile(r"[A-Za-z0-9_-]{8,64}")
 _FILE = re.compile(r"[1-9][0-9]{0,3}|0")
@@ -92,7 +93,7 @@ def read_request(fields: Mapping[str, Any], words: Sequence[str], limits: Limits
 
 def _checked(said: dict[str, Any], settings: Mapping[str, Any], limits: Limits) -> ImageRequest:
     take = said.pop
-    for name in ("prompt", "negative_prompt", "preset", "model", "job", "source_prompt"):
+    for name in TEXTS:
         if not isinstance(said.get(name, ""), str):
             raise ValueError(f"{name} = {shown(said[name])}; a string is allowed")
     if not isinstance(said.get("stream", False), bool):
@@ -146,18 +147,26 @@ def _size(value: Any) -> tuple[int, int] | None:
     return int(found[2]), int(found[1])
 
 
-def from_form(fields: Mapping[str, str]) -> dict[str, Any]:
-    """The values of a form, which are all texts, as the JSON that they mean. What is no number stays a text, which is refused in
-    the words for it later."""
-    found: dict[str, Any] = dict(fields)
-    for name in ("n", "output_compression", "partial_images", "previews", "last_steps", *NUMBERS, *SAME, "tau", "top_k", "top_p"):
-        if name in found:
-            found[name] = read_number(found[name], whole=False)
-    if isinstance(label := found.get("class_label"), str) and _FILE.fullmatch(label):
-        found["class_label"] = int(label)
-    if found.get("stream") in ("true", "false"):
-        found["stream"] = found["stream"] == "true"
+def from_form(fields: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """The fields of a form, which are all texts, as the JSON that they mean: a number, true or false, else the text, which may be
+    refused later in the words for it. `name[]`, which may stand there often, is how OpenAI's client writes a list. ApiError 400
+    for another name that is given twice."""
+    found: dict[str, Any] = {}
+    for name, text in fields:
+        plain = name.removesuffix("[]")
+        if plain in found and (name == plain or not isinstance(found[plain], list)):
+            raise bad_request(f"{shown(plain)} is given twice", plain[:100])
+        value = _meaning(plain, text)
+        found[plain] = value if name == plain else [*found.get(plain, []), value]
     return found
+
+
+def _meaning(name: str, text: str) -> Any:
+    if name in TEXTS:
+        return text
+    if name == "class_label":  # a class may be named 1.5
+        return int(text) if _FILE.fullmatch(text) else text
+    return text == "true" if text in ("true", "false") else read_number(text, whole=False)
 
 
 def b64(picture: bytes) -> str:

@@ -40,8 +40,8 @@ class JobRules:
         """(height, width) where nothing is said."""
         return self._config.size
 
-    def check_size(self, height: int, width: int) -> None:
-        """ValueError for a size that the model does not make."""
+    def check_size(self, height: int, width: int, settings: Any = None) -> None:
+        """ValueError for a size that the model does not make, or not with these settings."""
         self._config.check_size(height, width)
 
     def adapt(self, adapter: Adapter) -> None:

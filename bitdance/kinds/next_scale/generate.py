@@ -86,6 +86,7 @@ def generate_tokens(
 ) -> "ScaleCanvas":
     """`count` pictures → their canvas: `.scales` are the tokens, `.total` the sum that a decoder reads. `condition`: of the
     pictures and, where the settings are guided, of what stands against each. `graphs`: those of the network, on CUDA."""
+    settings.check_scales(len(sides))
     predictor = _Predictor(network, condition, sides, settings, graphs)
     canvas = ScaleCanvas(network, quantizer, sides, settings, exponential, count, given)
     try:

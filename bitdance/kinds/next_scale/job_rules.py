@@ -21,18 +21,20 @@ class JobRules(PictureRules):
     unknown = (*PictureRules.unknown, "sampler", "last_steps", "steps", "guidance_interval", "schedule")
     words = NAMES
 
-    def check_size(self, height: int, width: int) -> None:
-        """ValueError for a size that the model does not make."""
+    def check_size(self, height: int, width: int, settings: Any = None) -> None:
+        """ValueError for a size that the model does not make, and for settings of another number of scales than it has."""
         config, s = self._found.config, self._found.tokenizer.downsampling
         for name, side in (("height", height), ("width", width)):
             check_number(name, side)
-        if (height, width) == self.default_size:
-            return
-        if not config.rotary:
-            super().check_size(height, width)
-        if height % s or width % s:
-            raise ValueError(f"height {height} × width {width} is not supported: both must be multiples of {s}")
-        schedule_of((height // s, width // s))
+        sides = list(config.sides)
+        if (height, width) != self.default_size:
+            if not config.rotary:
+                super().check_size(height, width)
+            if height % s or width % s:
+                raise ValueError(f"height {height} × width {width} is not supported: both must be multiples of {s}")
+            sides = list(schedule_of((height // s, width // s)))
+        if settings is not None:
+            settings.check_scales(len(sides))
 
     def sampling(self, said: dict[str, Any], preset: str | None, remade: bool) -> NextScaleSettings:
         """What was said, else the preset, else the model's defaults; of a picture that is made again, what it does not say is as

@@ -76,17 +76,23 @@ class NextScaleSettings:
         """The same with other values, as far as they are not None."""
         return replace(self, **{name: value for name, value in values.items() if value is not None})
 
+    def check_scales(self, K: int) -> None:
+        """ValueError where a value was said for each scale, and a picture has K scales and not so many."""
+        for name in ("guidance_by_scale", "tau_by_scale"):
+            if (values := getattr(self, name)) and len(values) != K:
+                raise ValueError(f"{name} has {len(values)} values; this picture has {K} scales")
+
     def guidance_at(self, k: int, K: int) -> float:
-        """g of l_u + g·(l_c - l_u) at scale k of K; 1 where there is none. ValueError for a list of another length."""
+        """g of l_u + g·(l_c - l_u) at scale k of K; 1 where there is none."""
         if self.guidance_by_scale:
-            return _of(self.guidance_by_scale, k, K, "guidance_by_scale")
+            return self.guidance_by_scale[k]
         if self.cfg_schedule == "constant":
             return self.guidance
         return 1 + self.guidance * (k / (K - 1) if K > 1 else 0.0)
 
     def tau_at(self, k: int, K: int) -> float:
         """The temperature of scale k of K."""
-        return _of(self.tau_by_scale, k, K, "tau_by_scale") if self.tau_by_scale else self.tau
+        return self.tau_by_scale[k] if self.tau_by_scale else self.tau
 
     def mixed(self, with_condition: Tensor, without: Tensor, k: int, K: int) -> Tensor:
         """Both branches of scale k → what is sampled from, in the order of the published code."""
@@ -96,12 +102,6 @@ class NextScaleSettings:
         if self.cfg_schedule == "rising" and not self.guidance_by_scale:
             return g * with_condition - (g - 1) * without
         return g * with_condition + (1 - g) * without
-
-
-def _of(values: tuple[float, ...], k: int, K: int, name: str) -> float:
-    if len(values) != K:
-        raise ValueError(f"{name} has {len(values)} values; this picture has {K} scales")
-    return values[k]
 
 
 def smoothing(k: int, K: int) -> tuple[float, float]:
