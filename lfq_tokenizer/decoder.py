@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lfq_tokenizer.blocks import AdaptiveGroupNorm, ResBlock, Upsample, group_norm
+from lfq_tokenizer.blocks import AdaptiveGroupNorm, ResBlock, Upsample, group_norm, laid_out
 from lfq_tokenizer.config import TokenizerConfig
 
 
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         return torch.cat([bits_BChw, noise_BChw], dim=1)
 
     def forward(self, bits_BChw: Tensor, noise_BChw: Tensor | None = None) -> Tensor:
-        x = self.start(bits_BChw, noise_BChw)
+        x = laid_out(self.start(bits_BChw, noise_BChw))
         for layer in self.layers():
             x = layer(x, bits_BChw) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
         return self.conv_out(F.silu(self.norm_out(x)))

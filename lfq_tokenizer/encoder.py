@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lfq_tokenizer.blocks import ResBlock, group_norm
+from lfq_tokenizer.blocks import ResBlock, group_norm, laid_out
 from lfq_tokenizer.config import TokenizerConfig
 
 
@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         return [*found, *self.mid_block]
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
-        x = images_B3HW
+        x = laid_out(images_B3HW)
         for layer in self.layers():
             x = layer(x)
         return self.conv_out(F.silu(self.norm_out(x)))

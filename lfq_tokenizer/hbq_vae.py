@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lfq_tokenizer import limits
+from lfq_tokenizer.blocks import laid_out
 from lfq_tokenizer.folder import read_folder, write_folder
 from lfq_tokenizer.hierarchical import hierarchical_bits, hierarchical_values
 
@@ -253,7 +254,7 @@ class Encoder(nn.Module):
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         folded = F.pixel_unshuffle(images_B3HW.transpose(2, 3), 2).transpose(2, 3)  # channel 4c + 2·column + row
-        return self.head(self.middle(self.downsamples(self.conv1(folded))))
+        return self.head(self.middle(self.downsamples(self.conv1(laid_out(folded)))))
 
 
 class Decoder(nn.Module):
@@ -269,7 +270,7 @@ class Decoder(nn.Module):
         self.head = nn.Sequential(Norm(widths[-1]), nn.SiLU(), nn.Conv2d(widths[-1], 12, 3, padding=1))
 
     def forward(self, latents_BChw: Tensor) -> Tensor:
-        folded = self.head(self.upsamples(self.middle(self.conv1(latents_BChw))))
+        folded = self.head(self.upsamples(self.middle(self.conv1(laid_out(latents_BChw)))))
         return F.pixel_shuffle(folded.transpose(2, 3), 2).transpose(2, 3)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lfq_tokenizer import limits
+from lfq_tokenizer.blocks import laid_out
 from lfq_tokenizer.folder import read_folder, write_folder
 from lfq_tokenizer.scales import ScaleBits, ScaleCodes, ScaleQuantizer, Side, squares
 
@@ -275,7 +276,7 @@ class Encoder(nn.Module):
         self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], c.latents, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(laid_out(x))
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -298,7 +299,7 @@ class Decoder(nn.Module):
         self.norm_out, self.conv_out = _norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(x))
+        x = self.mid(self.conv_in(laid_out(x)))
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))

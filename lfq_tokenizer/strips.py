@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lfq_tokenizer.blocks import AdaptiveGroupNorm, ResBlock, Upsample
+from lfq_tokenizer.blocks import AdaptiveGroupNorm, ResBlock, Upsample, laid_out
 from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
@@ -117,14 +117,9 @@ class _Activation:
             last = min(first + rows, self.height)
             top = max(first - halo, 0)
             out = layer(self.rows(top, min(last + halo, self.height)))
-            yield _laid_out(out[:, :, (first - top) * up // down :][:, :, : (last - first) * up // down])
+            yield laid_out(out[:, :, (first - top) * up // down :][:, :, : (last - first) * up // down])
             if not keep:
                 self.forget(last - halo)
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    # OURS: convolutions on a CPU are fastest with the channels last.
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 def _step(layer: nn.Module, x: _Activation, bits_1Chw: Tensor | None, rows: int | None) -> Iterator[Tensor]:
@@ -165,7 +160,7 @@ def _res_block(block: ResBlock, x: _Activation, rows: int) -> Iterator[Tensor]:
 def _network(network: Encoder | Decoder, start_1cHW: Tensor, bits_1Chw: Tensor | None, rows: int | None) -> Tensor:
     if rows is not None and rows < 1:
         raise ValueError(f"rows = {rows}; a strip has at least 1 row")
-    x = _Activation([_laid_out(start_1cHW)])
+    x = _Activation([laid_out(start_1cHW)])
     for layer in network.layers():
         x = _Activation(_step(layer, x, bits_1Chw, rows))
     normalise = x.moments.normaliser(network.norm_out)

@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_ways_train_with_equal_operations_and_what_is_done_stays(study: Path, mo
 
 
 RESULT = {"name": "patches", "group": "", "seed": 1, "parameters": 9, "operations": 2e9, "steps": 10, "pictures": 40}
-RESULT |= {"heldout": {}, "curve": [], "rows": []}
+RESULT |= {"heldout": {"heldout/velocity": 1.0}, "curve": [], "rows": []}
 
 
 @pytest.mark.parametrize(
@@ -131,6 +132,7 @@ RESULT |= {"heldout": {}, "curve": [], "rows": []}
         ({"study": "two ways"}, "holds None"),
         ({"study": "two ways", "results": [RESULT, "x"]}, "holds 'x'"),
         ({"study": "two ways", "results": [{"name": "patches", "seed": 1}]}, "no result of as much training"),
+        ({"study": "two ways", "results": [RESULT | {"heldout": {}}]}, "no result of as much training"),
         ({"study": "two ways", "results": [RESULT | {"operations": 2e6}]}, "no result of as much training"),  # of --smoke
         ({"study": "two ways", "results": [RESULT | {"steps": "10"}]}, "no result of as much training"),
     ],
@@ -141,6 +143,15 @@ def test_what_is_no_report_of_the_study_counts_for_nothing(tmp_path: Path, told:
     with pytest.raises(ValueError, match=re.escape(words)):
         run.take_over(read_study(tmp_path / "study.toml", False), tmp_path / "told.json")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["ways", "ablations", "scaling"])
+def test_the_reports_of_this_project_are_taken_over(tmp_path: Path, name: str) -> None:
+    told = ROOT / "docs" / "evidence" / f"{name}.json"
+    study = replace(read_study(ROOT / "configs" / "evidence" / f"{name}.toml", False), out=str(tmp_path / "out"))
+    run.take_over(study, told)
+    written = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    assert len(written) == len(json.loads(told.read_text())["results"]) and all(result["curve"] for result in written)
 
 
 @pytest.mark.slow

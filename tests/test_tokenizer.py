@@ -315,3 +315,22 @@ def test_keys_without_effect_in_published_configs_are_accepted():
     dd = {"double_z": False, "z_channels": 8, "in_channels": 3, "out_ch": 3, "resolution": 256}
     data = {"ddconfig": {**dd, "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1}}
     assert TokenizerConfig.from_published(data) == TINY
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_layers_keep_the_layout_that_the_network_chose(gradient):
+    """Channels last where nothing is learned, first in training: from the first layer to the last, whatever comes in."""
+    tokenizer = LFQTokenizer(TINY)
+    layouts = []
+    for module in tokenizer.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.in_channels > 3:
+            module.register_forward_hook(
+                lambda m, inputs, _: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+            )
+    images = torch.rand(2, 16, 24, 3).permute(0, 3, 1, 2)  # as pictures are read
+    with torch.set_grad_enabled(gradient):
+        bits = binarize(tokenizer.encoder(images))
+        made = tokenizer.decoder(bits)
+    assert len(layouts) > 8 and set(layouts) == {not gradient}
+    expected = tokenizer.decoder.double()(bits.contiguous().double())
+    torch.testing.assert_close(made.double(), expected, rtol=1e-4, atol=1e-4)

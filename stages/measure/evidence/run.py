@@ -13,7 +13,7 @@ from lfq_tokenizer.json_file import read_json, write_json
 from stages.measure.evidence.study import Study, Way, folder_of, loss_of, result_of
 
 SMALLEST_STEPS = 2
-RESULT = ("name", "group", "seed", "parameters", "operations", "steps", "pictures", "heldout", "curve", "rows")
+RESULT = ("name", "group", "seed", "parameters", "operations", "steps", "pictures", "heldout", "rows")
 
 
 def run(study: Study, part: tuple[int, int]) -> None:
@@ -36,7 +36,8 @@ def take_over(study: Study, report: Path) -> None:
     for result in told["results"] if isinstance(told.get("results"), list) else [None]:
         if not isinstance(result, dict) or not set(RESULT) <= set(result) or not _as_much(study, result):
             raise ValueError(f"{report} holds {shown(result)}, no result of as much training as {study.title!r} asks for")
-        known[result["name"], result["seed"]] = result
+        end = {"pictures": result["pictures"], "loss": loss_of(result["heldout"])}  # all that early reports say of the way to it
+        known[result["name"], result["seed"]] = {"curve": [end], **result}
     Path(study.out).mkdir(parents=True, exist_ok=True)
     for way in study.ways:
         for seed in study.seeds:
@@ -47,7 +48,7 @@ def take_over(study: Study, report: Path) -> None:
 def _as_much(study: Study, result: Mapping[str, Any]) -> bool:
     """Whether a run took the operations or samples that the study has, which are whole steps: not those of `--smoke`."""
     numbers = [result[name] for name in ("steps", "operations", "pictures")]
-    if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+    if not result["heldout"] or not all(isinstance(number, int | float) and number > 0 for number in numbers):
         return False
     steps, operations, pictures = numbers
     took, wanted = (pictures, study.samples) if study.samples else (operations, study.operations)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lfq_tokenizer.blocks import laid_out
 from lfq_tokenizer.weights import check_shapes, read_safetensors
 
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -146,6 +147,7 @@ class LPIPS(nn.Module):
                 f"LPIPS with the {self.net} net needs pictures of at least {minimum}×{minimum} pixels, got "
                 f"{shape[2]}×{shape[3]}; take larger pictures or crops, or leave the perceptual term out"
             )
+        a_B3HW, b_B3HW = laid_out(a_B3HW), laid_out(b_B3HW)
         with torch.no_grad():
             theirs = self._taps(b_B3HW)
         distance_B = a_B3HW.new_zeros(shape[0], dtype=torch.float32)
