@@ -7,7 +7,9 @@ deepspeed --module distill CONFIG
 
 import sys
 
+from bitdance.cli.memory import keep_freed_memory
 from distill.cli import main
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main(sys.argv[1:]))

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lfq_tokenizer.blocks import AdaptiveGroupNorm, ResBlock, Upsample, group_norm, laid_out
+from lfq_tokenizer.blocks import AdaptiveGroupNorm, ResBlock, Upsample, group_norm, laid_out, swish
 from lfq_tokenizer.config import TokenizerConfig
 
 
@@ -53,4 +52,4 @@ class Decoder(nn.Module):
         x = laid_out(self.start(bits_BChw, noise_BChw))
         for layer in self.layers():
             x = layer(x, bits_BChw) if isinstance(layer, AdaptiveGroupNorm) else layer(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(swish(self.norm_out(x)))

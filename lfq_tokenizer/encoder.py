@@ -1,9 +1,8 @@
 """Picture → latents, before the sign."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lfq_tokenizer.blocks import ResBlock, group_norm, laid_out
+from lfq_tokenizer.blocks import ResBlock, group_norm, laid_out, swish
 from lfq_tokenizer.config import TokenizerConfig
 
 
@@ -41,4 +40,4 @@ class Encoder(nn.Module):
         x = laid_out(images_B3HW)
         for layer in self.layers():
             x = layer(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(swish(self.norm_out(x)))

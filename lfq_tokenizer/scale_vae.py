@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lfq_tokenizer import limits
-from lfq_tokenizer.blocks import laid_out
+from lfq_tokenizer.blocks import ResBlock, group_norm, laid_out, swish
+from lfq_tokenizer.config import NORM_GROUPS
 from lfq_tokenizer.folder import read_folder, write_folder
 from lfq_tokenizer.scales import ScaleBits, ScaleCodes, ScaleQuantizer, Side, squares
 
-NORM_GROUPS = 32
 QUANTIZERS = ("codes", "bits")
 
 
@@ -175,30 +175,12 @@ class ScaleTokenizer(nn.Module):
         write_folder(self, folder)
 
 
-def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(NORM_GROUPS, width, eps=1e-6)
-
-
-class ResBlock(nn.Module):
-    """Norm, swish, 3×3 convolution, twice, added to the input, which a 1×1 convolution fits where the widths differ."""
-
-    def __init__(self, c_in: int, c_out: int) -> None:
-        super().__init__()
-        self.norm1, self.conv1 = _norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = _norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return self.nin_shortcut(x) + y
-
-
 class Attention(nn.Module):
     """One head over all positions, added to the input."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.qkv, self.proj_out = _norm(width), nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        self.norm, self.qkv, self.proj_out = group_norm(width), nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None].chunk(3, dim=-1)
@@ -233,7 +215,7 @@ class Level(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, depth: int, attention: bool) -> None:
         super().__init__()
-        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(depth))
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out, bias=True) for i in range(depth))
         self.attn = nn.ModuleList(Attention(c_out) for _ in range(depth if attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,7 +234,7 @@ class Middle(nn.Module):
 
     def __init__(self, width: int, attention: bool) -> None:
         super().__init__()
-        self.block_1, self.block_2 = ResBlock(width, width), ResBlock(width, width)
+        self.block_1, self.block_2 = (ResBlock(width, width, bias=True) for _ in range(2))
         self.attn_1 = Attention(width) if attention else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -273,13 +255,13 @@ class Encoder(nn.Module):
                 level.downsample = Down(width)
             self.down.append(level)
         self.mid = Middle(widths[-1], c.attention)
-        self.norm_out, self.conv_out = _norm(widths[-1]), nn.Conv2d(widths[-1], c.latents, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], c.latents, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(laid_out(x))
         for level in self.down:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return self.conv_out(swish(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -296,10 +278,10 @@ class Decoder(nn.Module):
             if i > 0:
                 level.upsample = Up(width)
             self.up.append(level)
-        self.norm_out, self.conv_out = _norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out, self.conv_out = group_norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(laid_out(x)))
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return self.conv_out(swish(self.norm_out(x)))

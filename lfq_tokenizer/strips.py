@@ -152,7 +152,7 @@ def _res_block(block: ResBlock, x: _Activation, rows: int) -> Iterator[Tensor]:
 
     def both_halves(strip: Tensor) -> Tensor:
         y = block.conv2(F.silu(normalise2(first_half(strip)), inplace=True))
-        return y + (strip if block.nin_shortcut is None else block.nin_shortcut(strip))
+        return y.add_(strip if block.nin_shortcut is None else block.nin_shortcut(strip))
 
     return x.through(both_halves, rows, halo=2)
 

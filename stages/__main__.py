@@ -7,7 +7,9 @@ deepspeed --module stages CONFIG
 
 import sys
 
+from bitdance.cli.memory import keep_freed_memory
 from stages.cli import train
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(train(sys.argv[1:]))

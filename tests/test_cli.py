@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import EntryPoint
@@ -368,3 +369,28 @@ def test_usage_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"bitdance {bitdance.__version__}" in capsys.readouterr().out
     assert main(["generat", "x"]) == 2
     assert capsys.readouterr().err.startswith("bitdance: error: unknown command 'generat'; did you mean 'generate'?")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc's allocator is told")
+def test_a_command_keeps_the_memory_that_it_frees() -> None:
+    code = """if True:
+        import resource, sys, torch
+        from bitdance.cli.memory import keep_freed_memory
+        if sys.argv[1] == "kept":
+            keep_freed_memory()
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            torch.ones(25_000_000)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        faults()
+        print(faults())"""
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+
+    def faults(how: str, **more: str) -> int:
+        done = subprocess.run([sys.executable, "-c", code, how], env=plain | more, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    if faults("plain") < 10_000:
+        pytest.skip("this allocator keeps large pieces anyway")
+    assert faults("kept") < 1000
+    assert faults("kept", MALLOC_ARENA_MAX="2") > 10_000  # whoever sets one is not overruled

@@ -18,6 +18,8 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, NoReturn
 
+from bitdance.cli.memory import keep_freed_memory
+
 GROUP = "bitdance.commands"
 LONGEST = 4000  # letters of a message
 OWN = {
@@ -215,7 +217,10 @@ def load_command(name: str, foreign: dict[str, EntryPoint]) -> Callable[[Sequenc
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. `argv` without the program's name; None reads `sys.argv`."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:  # a process of its own
+        keep_freed_memory()
+        argv = sys.argv[1:]
+    argv = list(argv)
     _lost.clear()
     for name in ("stdout", "stderr"):  # None where a scheduler has closed it; what is done counts all the same
         if getattr(sys, name) is None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lfq_tokenizer.blocks import laid_out
 from lfq_tokenizer.pickles import read_torch
 from lfq_tokenizer.text import printable
 
@@ -133,7 +134,7 @@ class Lite0(nn.Module):
 
     def forward(self, levels_B3HW: Tensor) -> Tensor:
         x = F.interpolate(levels_B3HW.float(), (self.SIDE, self.SIDE), mode="bilinear", antialias=True, align_corners=False)
-        return self.network.extract_features((x - 127) / 128).mean(dim=(2, 3))
+        return self.network.extract_features(laid_out((x - 127) / 128)).mean(dim=(2, 3))
 
 
 def _plain_weights(path: Path) -> dict[str, Tensor]:
