@@ -11,9 +11,10 @@ LARGEST = 1 << 30  # bytes
 def keep_freed_memory() -> None:
     """Have glibc keep pieces up to `LARGEST` for the next allocation, and twice as much in all.
 
-    Without it a large piece goes back to the system when it is let go. To get it anew, page by page and zeroed, can take longer
-    than a CPU's arithmetic in between: features of 64 pictures at 224×224 took 5.0 s, and 1.6 s with it (dev/LOG.md). The memory of
-    a process grows by up to a third. Nothing happens under another allocator or system, or where variables MALLOC_… say otherwise.
+    Without it a large piece goes back to the system when it is let go. To get it anew, page by page and zeroed, can take
+    longer than a CPU's arithmetic in between: features of 64 pictures at 224×224 took 5.0 s, and 1.6 s with it (dev/LOG.md). The
+    memory of a process grows by up to a third. Nothing happens under another allocator or system, or where variables MALLOC_…
+    say otherwise.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return
