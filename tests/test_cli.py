@@ -382,7 +382,7 @@ def test_a_command_keeps_the_memory_that_it_frees() -> None:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             torch.ones(25_000_000)
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        print([faults() for _ in range(4)][-1])"""
+        print([faults() for _ in range(20)][-1])"""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
 
     def faults(how: str, **more: str) -> int:
