@@ -19,14 +19,15 @@ def laid_out(x_BcHW: Tensor) -> Tensor:
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's, as exact with the channels last as with the channels first.
+    """torch's, as exact on a CPU with the channels last as with the channels first.
 
     # OURS: with the channels last torch adds up the pixels of a channel one after the other, and their squares without taking
-    # the mean off. At 256×256 pixels, and a mean of three deviations, a float32 is off by 5e-4 then, and by 7e-7 otherwise.
+    # the mean off. At 256×256 pixels, and a mean of three deviations, a float32 is off by 3e-4 then, and by 3e-6 here.
     """
 
     def forward(self, x_BcHW: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x_BcHW.is_contiguous() or x_BcHW.dtype not in (torch.float32, torch.float64):
+        inexact = x_BcHW.device.type == "cpu" and x_BcHW.dtype in (torch.float32, torch.float64) and not x_BcHW.is_contiguous()
+        if torch.is_grad_enabled() or not inexact:
             return super().forward(x_BcHW)
         scale_Bc, shift_Bc = (torch.stack(rows) for rows in zip(*(self._line(x_cHW) for x_cHW in x_BcHW), strict=True))
         return torch.addcmul(shift_Bc[:, :, None, None], x_BcHW, scale_Bc[:, :, None, None])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lfq_tokenizer import LFQTokenizer, LookupFreeQuantizer, TokenizerConfig, binarize
+from lfq_tokenizer.blocks import group_norm
 from lfq_tokenizer.entropy import LOG_EPSILON, MAX_BITS_PER_GROUP, group_entropy
 
 TINY = TokenizerConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8)
@@ -334,3 +335,17 @@ def test_layers_keep_the_layout_that_the_network_chose(gradient):
     assert len(layouts) > 8 and set(layouts) == {not gradient}
     expected = tokenizer.decoder.double()(bits.contiguous().double())
     torch.testing.assert_close(made.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_group_norm_is_as_exact_with_the_channels_last(mean):
+    norm = group_norm(64)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    x = torch.randn(2, 64, 96, 80, generator=generator) + mean
+    expected = torch.nn.functional.group_norm(x.double(), 32, norm.weight.double(), norm.bias.double(), norm.eps)
+    with torch.no_grad():
+        found = norm(x.contiguous(memory_format=torch.channels_last))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5 if mean == 0 else 1e-4)
