@@ -33,7 +33,7 @@ class GroupNorm(nn.GroupNorm):
         return torch.addcmul(shift_Bc[:, :, None, None], x_BcHW, scale_Bc[:, :, None, None])
 
     def _line(self, x_cHW: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale_c, shift_c) that normalise one picture."""
+        """(scale_c, shift_c) that normalise one picture: of its parts by torch, merged in float64 (Chan et al. 1979)."""
         parts = x_cHW.split(max(1, PIXELS // x_cHW.shape[2]), dim=1)
         of_parts = zip(*(torch.batch_norm_update_stats(part[None], None, None, 0.0) for part in parts), strict=True)
         means_KGk, variances_KGk = (torch.stack(one).double().unflatten(1, (self.num_groups, -1)) for one in of_parts)
@@ -84,8 +84,10 @@ class Upsample(nn.Module):
     def forward(self, x_BcHW: Tensor) -> Tensor:
         y = self.conv1(x_BcHW)
         B, c4, H, W = y.shape
-        y = y.view(B, 2, 2, c4 // 4, H, W).permute(0, 4, 1, 5, 2, 3).reshape(B, 2 * H, 2 * W, c4 // 4).permute(0, 3, 1, 2)
-        return y if x_BcHW.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+        y_BcH2W2 = y.view(B, 2, 2, c4 // 4, H, W).permute(0, 3, 4, 1, 5, 2)
+        if not x_BcHW.is_contiguous(memory_format=torch.channels_last):
+            return y_BcH2W2.reshape(B, c4 // 4, 2 * H, 2 * W)
+        return y_BcH2W2.permute(0, 2, 3, 4, 5, 1).reshape(B, 2 * H, 2 * W, c4 // 4).permute(0, 3, 1, 2)
 
 
 class AdaptiveGroupNorm(nn.Module):

@@ -51,8 +51,8 @@ def _attention(
     runs: Runs | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Rows with padding at their left go to `_open`, a BlockMask to flex_attention, a bool mask or none to SDPA or
-    `attend`.
+    """Rows with padding at their left go to `_open`, a BlockMask to flex_attention, a bool mask or none to SDPA, and a mask in
+    training on a processor to `attend`.
 
     Registered without a mask function, so transformers builds no mask of its own and hands ours through. Without a
     mask `is_causal`, given per call, says whether the new positions are causal. ValueError where the layers on the way
