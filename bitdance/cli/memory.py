@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
 
     Without it a large piece goes back to the system when it is let go. To get it anew, page by page and zeroed, can take
     longer than a CPU's arithmetic in between: features of 64 pictures at 224×224 took 5.0 s, and 1.6 s with it (dev/LOG.md). The
-    memory of a process grows by up to a third. Nothing happens under another allocator or system, or where variables MALLOC_…
+    memory of a process grows by about a third. Nothing happens under another allocator or system, or where variables MALLOC_…
     say otherwise.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
