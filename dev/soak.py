@@ -312,11 +312,9 @@ class Soak:
         self._hold(grown["rss_mb"] <= GROWN_MB and grown["files"] <= GROWN_FILES, f"the server has grown by {grown}")
         self._hold(await self.server.stop() == 143, "the last exit code is not 143")
         log = self.server.log.read_text()
-        stopped = "bitdance: stopped: what was begun is finished, what waited was refused\n"
-        said = "".join(
-            line for line in log.splitlines(keepends=True) if "the model was never taught" not in line
-        )  # of some prompts
-        self._hold(said == stopped * self.server.starts, f"the server's log says:\n{said}")
+        stopped = ["bitdance: stopped: what was begun is finished, what waited was refused\n"] * self.server.starts
+        said = [line for line in log.splitlines(keepends=True) if "the model was never taught" not in line]
+        self._hold(said == stopped, f"the server's log says:\n{log}")
 
     def _hold(self, kept: bool, otherwise: str) -> None:
         self.broken += [] if kept else [otherwise]

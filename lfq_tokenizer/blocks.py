@@ -36,15 +36,24 @@ class GroupNorm(nn.GroupNorm):
         """(scale_c, shift_c) that normalise one picture: of its parts by torch, merged in float64 (Chan et al. 1979)."""
         parts = x_cHW.split(max(1, PIXELS // x_cHW.shape[2]), dim=1)
         of_parts = zip(*(torch.batch_norm_update_stats(part[None], None, None, 0.0) for part in parts), strict=True)
-        means_KGk, variances_KGk = (torch.stack(one).double().unflatten(1, (self.num_groups, -1)) for one in of_parts)
-        share_K11 = means_KGk.new_tensor([part.shape[1] / x_cHW.shape[1] for part in parts])[:, None, None]
-        mean_G1 = (share_K11 * means_KGk).sum(dim=0).mean(dim=1, keepdim=True)
-        variance_G1 = (share_K11 * (variances_KGk + (means_KGk - mean_G1).square())).sum(dim=0).mean(dim=1, keepdim=True)
-        scale_Gk = torch.rsqrt(variance_G1 + self.eps).expand(means_KGk.shape[1:])
-        scale_c, shift_c = scale_Gk.flatten(), (-mean_G1 * scale_Gk).flatten()
-        if self.affine:
-            scale_c, shift_c = scale_c * self.weight.double(), shift_c * self.weight.double() + self.bias.double()
+        means_Kc, variances_Kc = (torch.stack(one).double() for one in of_parts)
+        share_K1 = means_Kc.new_tensor([part.shape[1] / x_cHW.shape[1] for part in parts])[:, None]
+        mean_c = (share_K1 * means_Kc).sum(dim=0)
+        scale_c, shift_c = line_of(self, mean_c, (share_K1 * (variances_Kc + (means_Kc - mean_c).square())).sum(dim=0))
         return scale_c.to(x_cHW.dtype), shift_c.to(x_cHW.dtype)
+
+
+def line_of(norm: nn.GroupNorm, mean_c: Tensor, variance_c: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale_c, shift_c) with which `norm` normalises a picture whose channels have these means and variances (float64)."""
+    mean_Gk, variance_Gk = (one.view(norm.num_groups, -1) for one in (mean_c, variance_c))
+    mean_G1 = mean_Gk.mean(dim=1, keepdim=True)
+    variance_G1 = (variance_Gk + (mean_Gk - mean_G1).square()).mean(dim=1, keepdim=True)
+    scale_Gk = torch.rsqrt(variance_G1 + norm.eps).expand_as(mean_Gk)
+    scale_c, shift_c = scale_Gk.flatten(), (-mean_G1 * scale_Gk).flatten()
+    if norm.affine:
+        weight_c, bias_c = (parameter.detach().to(mean_c.device).double() for parameter in (norm.weight, norm.bias))
+        scale_c, shift_c = scale_c * weight_c, shift_c * weight_c + bias_c
+    return scale_c, shift_c
 
 
 def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lfq_tokenizer.blocks import AdaptiveGroupNorm, ResBlock, Upsample, laid_out
+from lfq_tokenizer.blocks import AdaptiveGroupNorm, ResBlock, Upsample, laid_out, line_of
 from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.decoder import Decoder
 from lfq_tokenizer.encoder import Encoder
@@ -50,14 +50,7 @@ class _Moments:
 
     def normaliser(self, norm: nn.GroupNorm) -> Layer:
         """`norm` with these statistics instead of those of its argument."""
-        mean_Gk, squares_Gk = (v.view(norm.num_groups, -1) for v in (self.mean_c, self.squares_c))
-        mean_G1 = mean_Gk.mean(dim=1, keepdim=True)
-        variance_G1 = (squares_Gk / self.count + (mean_Gk - mean_G1).square()).mean(dim=1, keepdim=True)
-        scale_Gk = torch.rsqrt(variance_G1 + norm.eps).expand_as(mean_Gk)
-        scale_c, shift_c = scale_Gk.flatten(), (-mean_G1 * scale_Gk).flatten()
-        if norm.affine:
-            weight_c, bias_c = (p.detach().to(self.device).double() for p in (norm.weight, norm.bias))
-            scale_c, shift_c = scale_c * weight_c, shift_c * weight_c + bias_c
+        scale_c, shift_c = line_of(norm, self.mean_c, self.squares_c / self.count)
 
         def normalise(x_1crW: Tensor) -> Tensor:
             dtype = torch.promote_types(x_1crW.dtype, torch.float32)
