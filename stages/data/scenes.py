@@ -31,7 +31,9 @@ from stages.data.scene_words import LANDSCAPES, colourless, joined, one, related
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 ONE_COLOUR = "high-contrast"  # the style whose icons take any colour
 STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # from the second thing to the first
-SIZES = {"": (0.6, 0.9), "small": (0.3, 0.45), "large": (0.8, 0.92)}  # shares of the side
+CELLS = 8  # things stand on a grid of 8×8 cells, so that a tokenizer of 64 tokens sees the same tokens wherever one stands
+SIZES = {"": (5, 6), "small": (3,), "large": (7,)}  # of a single thing, in cells
+AMONG = 3  # cells of a thing among others
 SKY_AND_EARTH = {
     "meadow": ((150, 205, 250), (86, 165, 70)),
     "beach": ((110, 195, 240), (238, 214, 160)),
@@ -39,7 +41,7 @@ SKY_AND_EARTH = {
     "snow": ((165, 190, 215), (245, 248, 252)),
     "night": ((20, 24, 60), (45, 50, 75)),
 }
-HORIZON = 0.6
+HORIZON = 5  # cells of sky
 SEEN = 48  # difference of a channel from which on something is seen
 DISTINCT = 120  # distance of two colours that are told apart
 TRIES = 2000
@@ -145,13 +147,17 @@ class Shelf:
         self._styles = {style: IconStyle(style, cache) for style in styles}
         drawn = [c for c in read_concepts(entries) if all(c.hexcode in style for style in self._styles.values())]
         self.drawing = lru_cache(maxsize=20_000)(self._drawing)
+        self.seen = lru_cache(maxsize=None)(self._seen)
         self.styles = styles
         self.concepts = choose([c for c in drawn if all(self._in_one_piece(c.hexcode, style) for style in styles)], concepts)
 
     def _drawing(self, hexcode: str, style: str, ink: str = "", side: int = DRAWN) -> Image.Image:
         """RGBA (side, side); `ink`: a colour of the palette for icons that take any."""
-        color = "#{:02x}{:02x}{:02x}".format(*PALETTE[ink or "black"])
-        return self._styles[style].drawing(hexcode, side, color)
+        if ink in ("", "black"):
+            return self._styles[style].drawing(hexcode, side, "#{:02x}{:02x}{:02x}".format(*PALETTE["black"]))
+        coloured = Image.new("RGBA", (side, side), PALETTE[ink])
+        coloured.putalpha(self.drawing(hexcode, style, "", side).getchannel("A"))
+        return coloured
 
     def _in_one_piece(self, hexcode: str, style: str) -> bool:
         try:
@@ -160,7 +166,7 @@ class Shelf:
             return False
         return len(pieces(alpha > 127, DRAWN // 12)) == 1
 
-    def seen(self, hexcode: str, style: str, ink: str, ground: str) -> bool:
+    def _seen(self, hexcode: str, style: str, ink: str, ground: str) -> bool:
         """Whether nearly all of an icon stands out from its ground."""
         pixels = np.asarray(self.drawing(hexcode, style, ink)).astype(int)
         solid = pixels[..., 3] > 127
@@ -236,11 +242,11 @@ class SceneSource:
     def picture(self, scene: Scene, rng: random.Random) -> Image.Image:
         """RGB (size, size)."""
         size = self.options.size
+        cell, margin = size / CELLS, max(1, size // 128)
         canvas = ground_picture(scene.ground, size).convert("RGBA")
-        for (concept, ink), (x, y, share) in zip(scene.things, _places(scene, rng), strict=True):
-            side = max(8, round(share * size))
-            drawing = self.shelf.drawing(concept.hexcode, scene.style, ink, side)
-            canvas.alpha_composite(drawing, (round(x * size - side / 2), round(y * size - side / 2)))
+        for (concept, ink), (left, top, cells) in zip(scene.things, _places(scene, rng), strict=True):
+            drawing = self.shelf.drawing(concept.hexcode, scene.style, ink, round(cells * cell) - 2 * margin)
+            canvas.alpha_composite(drawing, (round(left * cell) + margin, round(top * cell) + margin))
         return canvas.convert("RGB")
 
     def describe(self) -> dict[str, Any]:
@@ -258,29 +264,20 @@ def ground_picture(ground: str, size: int) -> Image.Image:
         return Image.new("RGB", (size, size), PALETTE[ground])
     sky, earth = SKY_AND_EARTH[ground]
     picture = Image.new("RGB", (size, size), sky)
-    picture.paste(earth, (0, round(HORIZON * size), size, size))
+    picture.paste(earth, (0, round(HORIZON * size / CELLS), size, size))
     return picture
 
 
-def _places(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
-    """(x, y, side) of every thing, as shares of the picture; no two come near each other."""
+def _places(scene: Scene, rng: random.Random) -> list[tuple[int, int, int]]:
+    """(left, top, side) of every thing, in cells; between two of them at least one cell is free."""
     count = len(scene.things)
-
-    def about(value: float, spread: float) -> float:
-        return value + rng.uniform(-spread, spread)
-
     if count == 1:
-        side = rng.uniform(*SIZES[scene.size])
-        free = 0.47 - side / 2
-        return [(about(0.5, free), about(0.5, free), side)]
-    if count == 2:
-        dx, dy = STEPS[scene.relation] if scene.relation else rng.choice(list(STEPS.values()))
-        sign, across = (dx or dy), rng.uniform(0.38, 0.62)
-        found = []
-        for direction in (sign, -sign):
-            along, beside = about(0.5 + 0.245 * direction, 0.01), about(across, 0.04)
-            x, y = (along, beside) if dx else (beside, along)
-            found.append((x, y, rng.uniform(0.36, 0.44)))
-        return found
-    corners = rng.sample([(x, y) for x in (0.26, 0.74) for y in (0.26, 0.74)], count)
-    return [(about(x, 0.01), about(y, 0.01), rng.uniform(0.36, 0.44)) for x, y in corners]
+        side = rng.choice(SIZES[scene.size])
+        return [(rng.randint(0, CELLS - side), rng.randint(0, CELLS - side), side)]
+    columns, rows = (rng.choice(((0, 4), (0, 5), (1, 5))) for _ in range(2))
+    if count > 2:
+        return [(*corner, AMONG) for corner in rng.sample([(x, y) for x in columns for y in rows], count)]
+    dx, dy = STEPS[scene.relation] if scene.relation else rng.choice(list(STEPS.values()))
+    across = rng.randint(1, CELLS - AMONG - 1)
+    pair = [(x, across, AMONG) for x in columns] if dx else [(across, y, AMONG) for y in rows]
+    return pair if dx + dy < 0 else pair[::-1]
