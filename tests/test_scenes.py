@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,23 @@ def test_combinations_are_held_out_by_name(cache: Path) -> None:
     seed_pairs = {frozenset(pair) for pair in pairs["train"]}
     plain = [s for s in made["heldout"] if s.attributes["task"] in ("two_object", "position")]  # type: ignore[union-attr]
     assert plain and not {frozenset(s.attributes["concepts"]) for s in plain} & seed_pairs  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", [128, 96, 50])
+def test_a_thing_looks_the_same_wherever_it_stands(cache: Path, size: int) -> None:
+    """In whole cells of the grid, so that a tokenizer sees it at the same place within its tokens."""
+    made = source(cache, size=size)
+    fox = made.shelf.concepts[0]
+    scene, seen, cell = Scene("counting", "high-contrast", "blue", (fox,), 4, ("white",)), set(), size // 8
+    for seed in range(6):
+        picture = np.asarray(made.picture(scene, random.Random(seed)))
+        places = scenes._places(scene, random.Random(seed))
+        assert len(set(places)) == 4 and all(at >= 0 and at + side <= 8 for *corner, side in places for at in corner)
+        seen |= {side for *_, side in places}
+        if size % 8 == 0:
+            cut = [picture[y * cell : (y + side) * cell, x * cell : (x + side) * cell] for x, y, side in places]
+            assert all(np.array_equal(one, cut[0]) for one in cut) and len(np.unique(cut[0].reshape(-1, 3), axis=0)) > 1
+    assert seen == {3}
 
 
 def test_only_what_has_no_colour_is_given_one(cache: Path) -> None:
