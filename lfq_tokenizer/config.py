@@ -10,6 +10,8 @@ from lfq_tokenizer.text import listed
 NORM_GROUPS = 32
 QUANTIZERS = ("lfq", "hbq", "none")
 MOST_ROUNDS = 16
+MOST_PATCH = 16
+_OWN = ("quantizer", "rounds", "patch")  # OURS: what no published tokenizer says
 _DDCONFIG_KEYS = {"ch", "out_ch", "in_channels", "num_res_blocks", "z_channels", "ch_mult", "double_z", "resolution"}
 
 
@@ -25,7 +27,8 @@ class TokenizerConfig:
     """`ch` base width, `ch_mult` width factor per level, `z_channels` latents per token, `gan_decoder` noise beside them.
 
     `quantizer` "lfq": a latent is one bit, its sign. "hbq": a latent, squashed by tanh, is `rounds` bits (`hierarchical.py`).
-    "none": latents, squashed by tanh, stay numbers; for comparison with bits.
+    "none": latents, squashed by tanh, stay numbers; for comparison with bits. `patch` latents along a side make one token: with
+    2 a quarter of the tokens have four times the bits, and a model of them takes a quarter of the steps or of the width.
     """
 
     ch: int = 256
@@ -35,6 +38,7 @@ class TokenizerConfig:
     gan_decoder: bool = False
     quantizer: str = "lfq"
     rounds: int = 1
+    patch: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.ch_mult, (list, tuple)) or not 1 <= len(self.ch_mult) <= limits.LEVELS:
@@ -42,7 +46,8 @@ class TokenizerConfig:
             example = "give one width factor per level, for example [1, 1, 2, 2, 4]"
             raise ValueError(f"ch_mult: {said}; {example}, at most {limits.LEVELS}")
         object.__setattr__(self, "ch_mult", tuple(self.ch_mult))
-        most = {"ch": limits.WIDTH, "num_res_blocks": limits.LAYERS, "z_channels": limits.WIDTH, "rounds": MOST_ROUNDS}
+        most = {"ch": limits.WIDTH, "num_res_blocks": limits.LAYERS, "z_channels": limits.WIDTH}
+        most |= {"rounds": MOST_ROUNDS, "patch": MOST_PATCH}
         for name, value in (*((name, getattr(self, name)) for name in most), *(("ch_mult", factor) for factor in self.ch_mult)):
             high = most.get(name, limits.WIDTH)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= high:
@@ -62,7 +67,7 @@ class TokenizerConfig:
 
     @property
     def latents(self) -> int:
-        """Latents per token."""
+        """Channels of the encoder's grid, of which a token is a patch."""
         return self.z_channels
 
     @property
@@ -73,7 +78,7 @@ class TokenizerConfig:
     @property
     def width(self) -> int:
         """Bits or numbers per token: the channels of what `encode` returns."""
-        return self.z_channels * self.rounds
+        return self.z_channels * self.rounds * self.patch**2
 
     @property
     def token(self) -> str:
@@ -88,6 +93,11 @@ class TokenizerConfig:
     @property
     def downsampling(self) -> int:
         """Pixels per token along a side."""
+        return self.stride * self.patch
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent along a side."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @classmethod
@@ -95,7 +105,7 @@ class TokenizerConfig:
         """From the JSON object of `ae_config.json`. `double_z`, `resolution` and `checkpoint` have no effect there."""
         if not isinstance(data, Mapping):
             raise ValueError(f"the tokenizer config is a {type(data).__name__}; expected an object")
-        unknown = set(data) - {"ddconfig", "gan_decoder", "checkpoint", "quantizer", "rounds"}
+        unknown = set(data) - {"ddconfig", "gan_decoder", "checkpoint", *_OWN}
         if unknown or not isinstance(data.get("ddconfig"), Mapping):
             raise ValueError(
                 f"tokenizer config has keys {listed(sorted(map(_short, data)), ', ')}; expected 'ddconfig' and 'gan_decoder'. "
@@ -116,8 +126,7 @@ class TokenizerConfig:
             num_res_blocks=dd["num_res_blocks"],
             z_channels=dd["z_channels"],
             gan_decoder=data.get("gan_decoder", False),
-            quantizer=data.get("quantizer", "lfq"),
-            rounds=data.get("rounds", 1),
+            **{name: data[name] for name in _OWN if name in data},
         )
 
     @classmethod
@@ -159,8 +168,9 @@ class TokenizerConfig:
 
     def to_published(self) -> dict[str, Any]:
         """The JSON object of `ae_config.json`."""
-        # OURS: what no published tokenizer says
         own = {} if self.quantizer == "lfq" else {"quantizer": self.quantizer, "rounds": self.rounds}
+        if self.patch != 1:
+            own["patch"] = self.patch
         ddconfig = {name: getattr(self, name) for name in ("ch", "ch_mult", "num_res_blocks", "z_channels")}
         return {
             "ddconfig": {**ddconfig, "ch_mult": list(self.ch_mult), "in_channels": 3, "out_ch": 3, "double_z": False},

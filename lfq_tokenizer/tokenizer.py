@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lfq_tokenizer.binary import binarize
 from lfq_tokenizer.config import TokenizerConfig
@@ -53,9 +54,11 @@ class LFQTokenizer(nn.Module):
 
     def _quantized(self, z_BChw: Tensor) -> Tensor:
         if self.config.quantizer == "lfq":
-            return binarize(z_BChw)
-        z_BChw = z_BChw.tanh()
-        return hierarchical_bits(z_BChw, self.config.rounds) if self.config.quantizer == "hbq" else z_BChw
+            bits_BChw = binarize(z_BChw)
+        else:
+            z_BChw = z_BChw.tanh()
+            bits_BChw = hierarchical_bits(z_BChw, self.config.rounds) if self.config.quantizer == "hbq" else z_BChw
+        return F.pixel_unshuffle(bits_BChw, self.config.patch)
 
     def decode(self, bits_BChw: Tensor, generator: torch.Generator | None = None, strips: bool | None = None) -> Tensor:
         """What `encode` returns (B,C,h,w) → images (B,3,H,W), about [-1,1] (not clamped).
@@ -67,17 +70,18 @@ class LFQTokenizer(nn.Module):
         shape = tuple(bits_BChw.shape)
         if len(shape) != 4 or shape[1] != self.config.width:
             raise ValueError(f"bits have shape {shape}; expected (batch, {self.config.width}, h, w)")
-        if shape[2] * shape[3] < 2:
+        bits_BChw = F.pixel_shuffle(bits_BChw, self.config.patch)
+        if bits_BChw.shape[2] * bits_BChw.shape[3] < 2:
             raise ValueError(f"a grid of {shape[2]}×{shape[3]} tokens has no spread over the grid; decode at least 2 tokens")
         if self.config.quantizer == "hbq":
             bits_BChw = hierarchical_values(bits_BChw, self.config.rounds)
-            shape = tuple(bits_BChw.shape)
+        shape = tuple(bits_BChw.shape)
         noise = None
         if self.config.gan_decoder:
             device = generator.device if generator is not None else bits_BChw.device
             noise = torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(bits_BChw)
         if strips is None:
-            strips = shape[2] * shape[3] * self.downsampling**2 > self.strip_pixels
+            strips = shape[2] * shape[3] * self.config.stride**2 > self.strip_pixels
         if strips:
             wanted = any(t.requires_grad for t in (bits_BChw, *self.decoder.parameters()))
             if not (wanted and torch.is_grad_enabled()):

@@ -10,7 +10,7 @@ from bitdance.heads.diffusion.network import HeadConfig
 from bitdance.heads.diffusion.settings import PRESETS
 from bitdance.values import RANGES, Range
 from lfq_tokenizer import TokenizerConfig, limits
-from lfq_tokenizer.config import MOST_ROUNDS, QUANTIZERS
+from lfq_tokenizer.config import MOST_PATCH, MOST_ROUNDS, QUANTIZERS
 from lfq_tokenizer.scale_vae import ScaleConfig
 from stages.schema import DECLARED, Choice, Table, check_key, convert
 
@@ -70,6 +70,7 @@ DECLARED[TokenizerConfig] = {
     "z_channels": _WIDTH,
     "quantizer": Choice((*QUANTIZERS, "multi_scale")),
     "rounds": Range(1, MOST_ROUNDS),
+    "patch": Range(1, MOST_PATCH),
 }
 
 

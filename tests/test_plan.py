@@ -293,3 +293,10 @@ def test_the_cases_that_are_measured_can_be_built() -> None:
     with torch.device("meta"):
         model = case.shape().model(case.config().generator, torch.float32)
     assert count(model)["backbone: layers"].all > 0
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_patches_of_latents_change_nothing_of_a_tokenizers_memory(decode: bool) -> None:
+    plain = TokenizerConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8)
+    peaks = [memory.tokenizer_peak(replace(plain, patch=patch), 2, 32, 64, decode) for patch in (1, 4)]
+    assert peaks[0] == peaks[1] > 0

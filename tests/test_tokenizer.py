@@ -186,6 +186,25 @@ def test_a_tokenizer_maps_shapes_there_and_back():
     assert out.shape == (2, 3, 8, 12)
 
 
+@pytest.mark.parametrize("quantizer", ["lfq", "hbq", "none"])
+def test_a_token_may_be_a_patch_of_latents(quantizer):
+    """The same weights, bits and pictures, in a quarter of the tokens: the four latents of a channel lie together."""
+    plain = tiny(quantizer=quantizer, rounds=2 if quantizer == "hbq" else 1)
+    patched = tiny(quantizer=quantizer, rounds=plain.config.rounds, patch=2)
+    assert patched.downsampling == 4 and patched.config.width == 4 * plain.config.width and patched.config.stride == 2
+    with torch.no_grad():
+        latents, tokens = plain.encode(images(2, 8, 12)), patched.encode(images(2, 8, 12))
+        assert tokens.shape == (2, 4 * plain.config.width, 2, 3)
+        for c in range(plain.config.width):
+            for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+                assert torch.equal(tokens[:, 4 * c + 2 * y + x], latents[:, c, y::2, x::2])
+        assert torch.equal(patched.decode(tokens), plain.decode(latents))
+        one = torch.ones(1, patched.config.width, 1, 1)
+        assert patched.decode(one).shape == (1, 3, 4, 4)  # four latents have a spread
+    with pytest.raises(ValueError, match="multiples of 4"):
+        patched.encode(images(1, 8, 6))
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8), (1, 3, 7, 8), (1, 3, 8, 9), (0, 3, 8, 8), (1, 3, 0, 8)])
 def test_pictures_of_a_wrong_shape_are_refused_before_any_work(shape):
     with pytest.raises(ValueError) as caught:
@@ -304,6 +323,8 @@ def test_a_wrong_config_is_an_error_that_names_file_and_key(folder, text, messag
         TINY,
         TokenizerConfig(),
         TokenizerConfig(ch=64, ch_mult=(1, 2, 3), num_res_blocks=3, z_channels=17, gan_decoder=True),
+        TokenizerConfig(ch=32, patch=2),
+        TokenizerConfig(ch=32, quantizer="hbq", rounds=2, patch=4),
     ],
 )
 def test_a_config_survives_the_published_form(config):

@@ -149,7 +149,7 @@ def _decode(model: ModelConfig, load: Generation) -> Work:
     """One picture through the decoder."""
     c, itemsize = model.tokenizer, load.itemsize
     widths = [c.ch * factor for factor in c.ch_mult]
-    pixels = load.height * load.width // c.downsampling**2
+    pixels = load.height * load.width // c.stride**2
 
     def conv(n: int, m: int, kernel: int = 3) -> Work:
         return Work(2 * pixels * n * m * kernel**2, itemsize * (n * m * kernel**2 + pixels * (n + m)), 1)

@@ -10,6 +10,7 @@ only the first line is left, and a generative decoder (`model.gan_decoder`) lear
 Source: BitDance paper (arXiv 2602.14041), tokenizer section.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from lfq_tokenizer import LFQTokenizer
 from lfq_tokenizer.any_tokenizer import PictureTokenizer, build_tokenizer, load_tokenizer
+from lfq_tokenizer.config import TokenizerConfig
 from lfq_tokenizer.growth import grow_generative
 from lfq_tokenizer.scale_vae import ScaleTokenizer
 from stages.config import OptimizerConfig, TokenizerTraining, TrainingConfig
@@ -90,10 +92,13 @@ def _tokenizer(module: nn.Module) -> LFQTokenizer | ScaleTokenizer:
 
 
 def _start(training: TokenizerTraining) -> PictureTokenizer:
-    """The tokenizer of `training.init`, its plain decoder grown where the config asks for a generative one."""
+    """The tokenizer of `training.init`, its plain decoder grown where the config asks for a generative one, its latents put
+    together to tokens as the config asks; neither changes a bit."""
     start = load_tokenizer(model_folder(training.init)).float()
     if training.model.gan_decoder and isinstance(start, LFQTokenizer) and not start.config.gan_decoder:
         start = grow_generative(start)
+    if isinstance(start, LFQTokenizer) and isinstance(training.model, TokenizerConfig):
+        start.config = replace(start.config, patch=training.model.patch)
     if start.config != training.model:
         raise ValueError(f"tokenizer.init {training.init} holds {start.config}, the config asks for {training.model}")
     return start
