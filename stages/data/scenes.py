@@ -33,7 +33,7 @@ ONE_COLOUR = "high-contrast"  # the style whose icons take any colour
 STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # from the second thing to the first
 CELLS = 8  # things stand on a grid of 8×8 cells, so that a tokenizer of 64 tokens sees the same tokens wherever one stands
 SIZES = {"": (5, 6), "small": (3,), "large": (7,)}  # of a single thing, in cells
-AMONG = 3  # cells of a thing among others
+AMONG = 4  # cells of a thing among others, which stand in halves of the picture
 SKY_AND_EARTH = {
     "meadow": ((150, 205, 250), (86, 165, 70)),
     "beach": ((110, 195, 240), (238, 214, 160)),
@@ -242,7 +242,7 @@ class SceneSource:
     def picture(self, scene: Scene, rng: random.Random) -> Image.Image:
         """RGB (size, size)."""
         size = self.options.size
-        cell, margin = size / CELLS, max(1, size // 128)
+        cell, margin = size / CELLS, max(1, size // 32)
         canvas = ground_picture(scene.ground, size).convert("RGBA")
         for (concept, ink), (left, top, cells) in zip(scene.things, _places(scene, rng), strict=True):
             drawing = self.shelf.drawing(concept.hexcode, scene.style, ink, round(cells * cell) - 2 * margin)
@@ -269,15 +269,14 @@ def ground_picture(ground: str, size: int) -> Image.Image:
 
 
 def _places(scene: Scene, rng: random.Random) -> list[tuple[int, int, int]]:
-    """(left, top, side) of every thing, in cells; between two of them at least one cell is free."""
+    """(left, top, side) of every thing, in cells."""
     count = len(scene.things)
     if count == 1:
         side = rng.choice(SIZES[scene.size])
         return [(rng.randint(0, CELLS - side), rng.randint(0, CELLS - side), side)]
-    columns, rows = (rng.choice(((0, 4), (0, 5), (1, 5))) for _ in range(2))
     if count > 2:
-        return [(*corner, AMONG) for corner in rng.sample([(x, y) for x in columns for y in rows], count)]
+        return [(*corner, AMONG) for corner in rng.sample([(x, y) for x in (0, AMONG) for y in (0, AMONG)], count)]
     dx, dy = STEPS[scene.relation] if scene.relation else rng.choice(list(STEPS.values()))
-    across = rng.randint(1, CELLS - AMONG - 1)
-    pair = [(x, across, AMONG) for x in columns] if dx else [(across, y, AMONG) for y in rows]
+    across = rng.randint(0, CELLS - AMONG)
+    pair = [(x, across, AMONG) for x in (0, AMONG)] if dx else [(across, y, AMONG) for y in (0, AMONG)]
     return pair if dx + dy < 0 else pair[::-1]
