@@ -24,11 +24,11 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """`ch` base width, `ch_mult` width factor per level, `z_channels` latents per token, `gan_decoder` noise beside them.
+    """`ch` base width, `ch_mult` width factor per level, `z_channels` channels of a latent, `gan_decoder` noise beside them.
 
     `quantizer` "lfq": a latent is one bit, its sign. "hbq": a latent, squashed by tanh, is `rounds` bits (`hierarchical.py`).
-    "none": latents, squashed by tanh, stay numbers; for comparison with bits. `patch` latents along a side make one token: with
-    2 a quarter of the tokens have four times the bits, and a model of them takes a quarter of the steps or of the width.
+    "none": latents, squashed by tanh, stay numbers; for comparison with bits. A token is a square of `patch` × `patch` latents: with
+    2 a picture has a quarter of the tokens, each of four times the bits, and a model of the same width costs a quarter.
     """
 
     ch: int = 256
