@@ -27,8 +27,8 @@ class TokenizerConfig:
     """`ch` base width, `ch_mult` width factor per level, `z_channels` channels of a latent, `gan_decoder` noise beside them.
 
     `quantizer` "lfq": a latent is one bit, its sign. "hbq": a latent, squashed by tanh, is `rounds` bits (`hierarchical.py`).
-    "none": latents, squashed by tanh, stay numbers; for comparison with bits. A token is a square of `patch` × `patch` latents: with
-    2 a picture has a quarter of the tokens, each of four times the bits, and a model of the same width costs a quarter.
+    "none": latents, squashed by tanh, stay numbers; for comparison with bits. A token is a square of `patch` × `patch` latents:
+    with 2 a picture has a quarter of the tokens, each of four times the bits, and a model of the same width costs a quarter.
     """
 
     ch: int = 256
