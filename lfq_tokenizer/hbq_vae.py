@@ -62,6 +62,11 @@ class HBQConfig:
     @property
     def downsampling(self) -> int:
         """Pixels per token along a side."""
+        return self.stride
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent along a side; a token is one."""
         return 2 ** len(WIDTHS)
 
     @property

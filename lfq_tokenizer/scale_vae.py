@@ -87,7 +87,12 @@ class ScaleConfig:
     @property
     def downsampling(self) -> int:
         """Pixels per token along a side, at the last scale."""
-        return 2 ** (len(self.ch_mult) - 1) * (2 if self.patchify else 1)
+        return self.stride * (2 if self.patchify else 1)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent along a side."""
+        return 2 ** (len(self.ch_mult) - 1)
 
     @property
     def layers(self) -> int:

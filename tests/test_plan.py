@@ -18,6 +18,7 @@ from bitdance.model import BitDanceModel
 from bitdance.sequence.batch import ImagePiece, TextPiece, TrainingBatch, build_batch
 from bitdance.sequence.noise import ImageNoise
 from lfq_tokenizer import TokenizerConfig
+from lfq_tokenizer.scale_vae import ScaleConfig
 from lfq_tokenizer.text import time_text
 from stages.config import DataConfig, DeepSpeedConfig, GeneratorTraining, RunConfig, TrainingConfig, load_config
 from stages.engine.ema import AveragedAdamW
@@ -298,5 +299,7 @@ def test_the_cases_that_are_measured_can_be_built() -> None:
 @pytest.mark.parametrize("decode", [False, True])
 def test_patches_of_latents_change_nothing_of_a_tokenizers_memory(decode: bool) -> None:
     plain = TokenizerConfig(ch=32, ch_mult=(1, 1), num_res_blocks=1, z_channels=8)
-    peaks = [memory.tokenizer_peak(replace(plain, patch=patch), 2, 32, 64, decode) for patch in (1, 4)]
-    assert peaks[0] == peaks[1] > 0
+    scales = ScaleConfig("bits", 8, ch=32, ch_mult=(1, 1), num_res_blocks=1)
+    for pair in ((plain, replace(plain, patch=4)), (scales, replace(scales, patchify=True))):
+        peaks = [memory.tokenizer_peak(config, 2, 32, 64, decode) for config in pair]
+        assert peaks[0] == peaks[1] > 0

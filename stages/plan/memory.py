@@ -23,7 +23,6 @@ from bitdance.model import BitDanceModel
 from bitdance.sequence.batch import TrainingBatch
 from bitdance.sequence.noise import ImageNoise
 from lfq_tokenizer.any_tokenizer import PictureTokenizerConfig, build_tokenizer
-from lfq_tokenizer.config import TokenizerConfig
 from stages.config import DeepSpeedConfig, GeneratorTraining
 from stages.plan.shape import Shape
 
@@ -208,7 +207,7 @@ def tokenizer_peak(config: PictureTokenizerConfig, pictures: int, height: int, w
     """Bytes at the peak of encoding (or decoding) so many pictures at once in float32, inputs included, weights not."""
     with FakeTensorMode(), torch.no_grad():
         tokenizer = build_tokenizer(config)
-        s = config.stride if isinstance(config, TokenizerConfig) else tokenizer.downsampling
+        s = config.stride
         shown = (
             torch.empty(pictures, config.latents, height // s, width // s) if decode else torch.empty(pictures, 3, height, width)
         )
