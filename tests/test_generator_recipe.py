@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_files import picture_bytes, write_samples
 
 from lfq_tokenizer import LFQTokenizer, TokenizerConfig
 from stages.config import DataConfig, GeneratorTraining, RunConfig, TrainingConfig
@@ -275,6 +276,22 @@ def test_a_saved_model_knows_its_sizes(place: Path, tmp_path: Path) -> None:
     assert (extras["defaults"]["height"], extras["defaults"]["width"]) == (24, 24)
     (stage,) = extras["card"]["stages"]
     assert (stage["steps"], stage["images"], stage["mix"]) == (5, 20, {"16": 2, "24": 1})
+
+
+def test_a_model_of_scenes_lists_each_thing_that_stands_alone_once(place: Path, tmp_path: Path) -> None:
+    shown = {"a fox": ["fox"], "a fox and an owl": ["fox", "owl"], "three foxes": ["fox"], "an owl": ["owl"]}
+    samples = {
+        f"s{i}": {
+            "png": picture_bytes(Image.new("RGB", (16, 16))),
+            "json": json.dumps({"captions": [text], "concepts": of}).encode(),
+        }
+        for i, (text, of) in enumerate(shown.items())
+    }
+    (tmp_path / "scenes").mkdir()
+    write_samples(tmp_path / "scenes" / "a.tar", samples)
+    recipe = build_recipe(config(place, train=(str(tmp_path / "scenes"),), heldout=(), mix={}))
+    recipe.save_model(recipe.module, tmp_path / "model", 1)
+    assert json.loads((tmp_path / "model" / "bitdance.json").read_text())["prompts"] == ["a fox", "an owl"]
 
 
 def test_the_operations_of_a_token_agree_with_those_that_torch_counts(place: Path) -> None:

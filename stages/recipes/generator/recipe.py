@@ -193,12 +193,16 @@ class GeneratorRecipe:
 
     @cached_property
     def _prompts_known(self) -> list[str]:
-        """First caption of each distinct picture, where the shards say what a picture shows; else of the first samples."""
+        """First caption of each distinct picture, where the shards say what a picture shows; else of the first samples. Pictures
+        of scenes list what they show as `concepts`, and each thing that stands alone in one counts once."""
         known: dict[str, str] = {}
         for data in (source.data for source in self.sources):
             found = (data.readable(data.caption, i) for i in range(min(len(data), LISTED_SAMPLES)))
             for captions, attributes in filter(None, found):
-                shows = [attributes.get("concept", captions[0]), attributes.get("style")]  # of any type, in shards of strangers
+                things = attributes.get("concepts")  # attributes are of any type, in shards of strangers
+                if isinstance(things, list) and len(things) != 1:
+                    continue
+                shows = things or [attributes.get("concept", captions[0]), attributes.get("style")]
                 known.setdefault(json.dumps(shows), captions[0])
         return list(known.values())
 
