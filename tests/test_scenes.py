@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from stages.data import icons, scenes
 from stages.data.archives import Archive
 from stages.data.cli import main as data
 from stages.data.pieces import box_of, pieces
+from stages.data.sample import Skipped
+from stages.data.scene_names import NAMES
 from stages.data.scene_words import colourless, plural, related, worded
 from stages.data.scenes import TASKS, Scene, SceneOptions, SceneSource, Shelf
 from stages.measure.detector import Detector, Found, right
@@ -116,6 +119,30 @@ def test_combinations_are_held_out_by_name(cache: Path) -> None:
     seed_pairs = {frozenset(pair) for pair in pairs["train"]}
     plain = [s for s in made["heldout"] if s.attributes["task"] in ("two_object", "position")]  # type: ignore[union-attr]
     assert plain and not {frozenset(s.attributes["concepts"]) for s in plain} & seed_pairs  # type: ignore[union-attr]
+
+
+def test_other_names_and_another_order_are_held_out(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A taught name stands in some captions of its thing and an untaught one in none; no caption has the order of `order`."""
+    monkeypatch.setattr(scenes, "NAMES", {"fox": "reynard", "box": "crate", "kite": "glider", "plank": "board", "post": "pole"})
+    made = source(cache, count=240)
+    assert made._taught and made._untaught  # by name and seed: both kinds are among five
+    seen: set[str] = set()
+    for sample in made:
+        assert not isinstance(sample, Skipped)
+        text, untaught = " ".join(sample.captions), sample.attributes["untaught"]
+        assert not any(name in text for name in made._untaught.values())
+        assert all(label in text and label in sample.captions[0] for label in sample.attributes["concepts"])
+        seen |= {name for name in made._taught.values() if name in text}
+        assert untaught["order"] not in sample.captions and ("name" in untaught) == bool(
+            made._untaught.keys() & set(sample.attributes["concepts"])
+        )
+        if "name" in untaught:
+            assert sum(name in untaught["name"] for name in made._untaught.values()) >= 1
+    assert seen == set(made._taught.values())
+
+
+def test_names_mean_one_thing() -> None:
+    assert len(set(NAMES.values())) == len(NAMES) > 150 and not NAMES.keys() & set(NAMES.values())
 
 
 @pytest.mark.parametrize("size", [128, 96, 50])
@@ -270,5 +297,13 @@ def test_a_model_is_measured(cache: Path, tmp_path: Path, capsys: Any) -> None:
     assert "| scenes | 100.0% |" in capsys.readouterr().out and Image.open(tmp_path / "g.png").height > 3 * 64
     assert cli.measure([*asked, "3"]) == 2
     assert "holds 2 scenes of the task single_object" in capsys.readouterr().err
+    ordered = ["1", "--wording", "order", "--prompts", str(tmp_path / "o.jsonl")]
+    assert cli.measure([*asked, *ordered, "--model", str(model)]) == 0
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert len(prompts) == len(TASKS) and all(
+        re.match(r"(on an? \w+ background|in|at|on) ?.*, .* style$", text) for text in prompts
+    )
+    assert cli.measure([*asked, "1", "--wording", "name"]) == 2
+    assert "in --wording name, --count wants 1 of each" in capsys.readouterr().err
     assert cli.measure([*asked, "1", "--model", str(class_folder(tmp_path / "classes"))]) == 2
     assert "a model of classes" in capsys.readouterr().err

@@ -59,14 +59,22 @@ def related(first: str, relation: str, second: str) -> list[str]:
     ]
 
 
+def _where(ground: str) -> tuple[str, str]:
+    """ "on a blue background" and "on blue"; of a landscape one wording."""
+    return (LANDSCAPES[ground],) * 2 if ground in LANDSCAPES else (f"on {article(ground)}{ground} background", f"on {ground}")
+
+
+def reordered(first: str, relation: str, second: str, style: str, ground: str) -> str:
+    """The same in an order that `worded` never has, though of words that it has: for what a model makes of new phrasings."""
+    core = f"{RELATIONS[relation][0]} {second}, {first}" if relation else ", ".join(filter(None, (second, first)))
+    return f"{_where(ground)[0]}, {core}, {STYLE_WORDS[style]} style"
+
+
 def worded(cores: Sequence[str], style: str, ground: str) -> list[str]:
     """What is seen → captions; the first names everything. As for single icons, no style means 3D and no ground means white."""
     word = STYLE_WORDS[style]
     a_picture = f"{article(word)}{word} style picture of"
-    if ground in LANDSCAPES:
-        on = short = LANDSCAPES[ground]
-    else:
-        on, short = f"on {article(ground)}{ground} background", f"on {ground}"
+    on, short = _where(ground)
     found = []
     for core in cores:
         found += [f"{core}, {word} style, {on}", f"{core} {on}, {word} style", f"{a_picture} {core} {on}"]

@@ -5,14 +5,15 @@ bitdance data pack scenes shards/scenes-heldout --size 128 --concepts 1000 --cou
 
 Every sample says in its attributes what GenEval's prompts say: `geneval` holds tag, include, exclude and prompt. What is held out
 is decided by names and seed alone: two concepts that never stand together, a concept that never comes in that number or colour,
-an icon that is never seen on that ground. `train` shows none of these, `heldout` nothing else.
+an icon that is never seen on that ground. `train` shows none of these, `heldout` nothing else. `untaught` holds other wordings,
+which no caption has: another `order`, and a `name` of a thing that is held out as well.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from stages.data.concepts import Concept, choose, draw, read_concepts
 from stages.data.icons import IconStyle, packages_of
 from stages.data.pieces import box_of, pieces
 from stages.data.sample import CaptionedPicture, Skipped
-from stages.data.scene_words import LANDSCAPES, colourless, joined, one, related, several, worded
+from stages.data.scene_names import NAMES
+from stages.data.scene_words import LANDSCAPES, colourless, joined, one, related, reordered, several, worded
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 ONE_COLOUR = "high-contrast"  # the style whose icons take any colour
@@ -45,6 +47,7 @@ HORIZON = 5  # cells of sky
 SEEN = 48  # difference of a channel from which on something is seen
 DISTINCT = 120  # distance of two colours that are told apart
 TRIES = 2000
+HELD_NAMES = 0.3  # share of the other names that no caption has
 DRAWN = 64  # side at which drawings are judged
 
 
@@ -111,18 +114,37 @@ class Scene:
     def captions(self) -> list[str]:
         """All wordings, the one that names everything first."""
         first = self.concepts[0]
-        inks = self.colors or ("", "")
-        if len(self.concepts) == 2:
-            a = several(self.count, first.label) if self.count > 1 else one(first.label, inks[0])
-            b = one(self.concepts[1].label, inks[1])
-            cores = related(a, self.relation, b) if self.relation else joined(a, b)
-        elif self.count > 1:
-            cores = [several(self.count, first.label)]
-        else:
-            cores = [one(first.label, inks[0], self.size)]
         if self.task == "single_object" and not self.size and self.ground in PALETTE:
             return captions_of(first.label, first.tags, self.style, self.ground)
-        return worded(cores, self.style, self.ground)
+        return worded(self._cores(), self.style, self.ground)
+
+    def captions_beside(self) -> list[str]:
+        """A few wordings: one for each order of the things, or three of a single thing."""
+        cores = self._cores()
+        return [text for core in cores for text in worded([core], self.style, self.ground)[: max(1, 3 // len(cores))]]
+
+    def renamed(self, names: Mapping[str, str]) -> Scene | None:
+        """The same with its things' other names, as far as `names` has them by label; None where it has none."""
+        if not any(concept.label in names for concept in self.concepts):
+            return None
+        return replace(self, concepts=tuple(replace(c, label=names.get(c.label, c.label)) for c in self.concepts))
+
+    def reordered(self) -> str:
+        """A wording in an order that no caption has."""
+        return reordered(*self._things(), self.style, self.ground)
+
+    def _things(self) -> tuple[str, str, str]:
+        """The first in words, its relation to the second, the second; "" for what there is not."""
+        label, inks = self.concepts[0].label, self.colors or ("", "")
+        first = several(self.count, label) if self.count > 1 else one(label, inks[0], self.size)
+        return first, self.relation, one(self.concepts[1].label, inks[1]) if len(self.concepts) == 2 else ""
+
+    def _cores(self) -> list[str]:
+        """All wordings of what is seen, without style and ground."""
+        first, relation, second = self._things()
+        if not second:
+            return [first]
+        return related(first, relation, second) if relation else joined(first, second)
 
     def geneval(self) -> dict[str, Any]:
         """The line of GenEval's JSONL: classes are the concepts' labels."""
@@ -193,6 +215,9 @@ class SceneSource:
         self.shelf = Shelf(options.styles, options.concepts, cache)
         if len(self.shelf.concepts) < 2:
             raise ValueError(f"--concepts {options.concepts}: scenes need two concepts or more")
+        held = {label for label in NAMES if draw(options.seed, "name", label) < HELD_NAMES}
+        self._untaught = {label: name for label, name in NAMES.items() if label in held}
+        self._taught = {label: name for label, name in NAMES.items() if label not in held}
         self._inkable = [concept for concept in self.shelf.concepts if colourless(concept.label)]
 
     def __iter__(self) -> Iterator[CaptionedPicture | Skipped]:
@@ -203,15 +228,20 @@ class SceneSource:
             if scene is None:
                 yield Skipped(key, "no combination")
                 continue
-            about = {
+            about: dict[str, Any] = {
                 "task": scene.task,
                 "style": scene.style,
                 "background": scene.ground,
                 "concepts": [concept.label for concept in scene.concepts],
                 "split": self.options.split,
                 "geneval": scene.geneval(),
+                "untaught": {"order": scene.reordered()},
             }
-            yield CaptionedPicture(key, self.picture(scene, rng), scene.captions(), about)
+            if other := scene.renamed(self._untaught):
+                about["untaught"]["name"] = other.captions()[0]
+            other = scene.renamed(self._taught)
+            captions = scene.captions() + (other.captions_beside() if other else [])
+            yield CaptionedPicture(key, self.picture(scene, rng), captions, about)
 
     def scene(self, rng: random.Random, task: str) -> Scene | None:
         """A scene of this split that can be seen. None where there is none among many tries."""
