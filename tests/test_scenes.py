@@ -20,7 +20,7 @@ from stages.data.cli import main as data
 from stages.data.pieces import box_of, pieces
 from stages.data.sample import Skipped
 from stages.data.scene_names import NAMES
-from stages.data.scene_words import colourless, plural, related, worded
+from stages.data.scene_words import colourless, one, plural, related, worded
 from stages.data.scenes import TASKS, Scene, SceneOptions, SceneSource, Shelf
 from stages.measure.detector import Detector, Found, right
 
@@ -170,13 +170,19 @@ def test_only_what_has_no_colour_is_given_one(cache: Path) -> None:
 
 
 def test_wordings() -> None:
-    assert [plural(word) for word in ("fox", "berry", "key", "red apple", "mouse", "torch")] == [
-        "foxes",
-        "berries",
-        "keys",
-        "red apples",
-        "mice",
-        "torches",
+    plurals = {"fox": "foxes", "berry": "berries", "key": "keys", "red apple": "red apples", "mouse": "mice", "torch": "torches"}
+    plurals |= {"grapes": "grapes", "face with open hands": "faces with open hands", "woman gesturing OK": "women gesturing OK"}
+    plurals |= {
+        "person: beard": "people: beard",
+        "office building": "office buildings",
+        "bus": "buses",
+        "pile of poo": "piles of poo",
+    }
+    assert {word: plural(word) for word in plurals} == plurals
+    assert [one("gloves", size="small"), one("fox", "orange"), one("bread", "red")] == [
+        "small gloves",
+        "an orange fox",
+        "red bread",
     ]
     assert related("a fox", "left of", "an owl")[0] == "a fox to the left of an owl"
     assert "an owl right of a fox" in related("a fox", "left of", "an owl") and "an owl left of a fox" not in related(

@@ -7,6 +7,7 @@ background" is 3D.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 DEFAULT_STYLE = "3d"
@@ -69,6 +70,7 @@ _MASS_NOUNS = frozenset(
     """.split()  # noqa: SIM905
 )
 _PLURALS_WITHOUT_S = frozenset(("children", "feet", "men", "people", "skis", "teeth", "women"))
+_DOERS = frozenset(("cat", "face", "index", "man", "people", "person", "woman"))
 _SINGULARS_WITH_S = ("ss", "us", "is", "as", "os")
 
 
@@ -86,14 +88,22 @@ def with_article(concept: str) -> str:
         return concept
     if concept.split()[0] in ("people", "no", "input"):
         return concept
-    head = concept.lower()
-    for preposition in (" with ", " of ", " in ", " on ", " at ", " behind ", " over ", " without "):
-        head = head.split(preposition)[0]
-    noun = head.split()[-1]
-    plural = noun in _PLURALS_WITHOUT_S or (noun.endswith("s") and not noun.endswith(_SINGULARS_WITH_S))
-    if plural or noun in _MASS_NOUNS:
+    if is_plural(concept) or head_of(concept).lower().split()[-1] in _MASS_NOUNS:
         return concept
     return article(concept) + concept
+
+
+def head_of(concept: str) -> str:
+    """The part of a name that becomes plural: "face" of "face with open hands", "woman" of "woman gesturing OK"."""
+    words = re.split(r" (?:with|of|in|on|at|behind|over|without) |: ", concept)[0].split(" ")
+    doing = (k for k in range(1, len(words)) if words[k].endswith("ing") and words[k - 1].lower() in _DOERS)
+    return " ".join(words[: next(doing, len(words))])
+
+
+def is_plural(concept: str) -> bool:
+    """Whether a name means several already: "grapes" does, "face with tears" does not."""
+    noun = head_of(concept).lower().split()[-1]
+    return noun in _PLURALS_WITHOUT_S or (noun.endswith("s") and not noun.endswith(_SINGULARS_WITH_S))
 
 
 def _fill(template: str, concept: str, style: str, background: str, tags: str = "") -> str:

@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from stages.data.captions import DEFAULT_BACKGROUND, DEFAULT_STYLE, PALETTE, STYLE_WORDS, article, with_article
+from stages.data.captions import (
+    DEFAULT_BACKGROUND,
+    DEFAULT_STYLE,
+    PALETTE,
+    STYLE_WORDS,
+    article,
+    head_of,
+    is_plural,
+    with_article,
+)
 
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 RELATIONS = {
@@ -23,21 +32,26 @@ _PLURALS |= {"child": "children", "foot": "feet", "tooth": "teeth", "person": "p
 
 
 def plural(label: str) -> str:
-    """ "a fox" is one, "foxes" are several; the last word takes the ending."""
-    *before, word = label.split()
+    """ "a fox" is one, "foxes" are several; "grapes" stay what they are."""
+    if is_plural(label):
+        return label
+    head = head_of(label)
+    *before, word = head.split(" ")
     if word in _PLURALS:
         word = _PLURALS[word]
     elif re.search(r"[^aeiou]y$", word):
         word = word[:-1] + "ies"
     else:
         word += "es" if re.search(r"(s|x|z|ch|sh)$", word) else "s"
-    return " ".join([*before, word])
+    return " ".join([*before, word]) + label[len(head) :]
 
 
 def one(label: str, color: str = "", size: str = "") -> str:
-    """ "a fox", "a red heart", "a small owl"."""
+    """ "a fox", "a red heart", "a small owl", "small gloves"."""
     words = " ".join(filter(None, (size, color)))
-    return article(words) + f"{words} {label}" if words else with_article(label)
+    if not words or with_article(label) == label:
+        return " ".join(filter(None, (words, with_article(label))))
+    return f"{article(words)}{words} {label}"
 
 
 def several(count: int, label: str) -> str:
