@@ -33,9 +33,11 @@ from stages.data.scene_words import LANDSCAPES, colourless, joined, one, related
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 ONE_COLOUR = "high-contrast"  # the style whose icons take any colour
 STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # from the second thing to the first
-CELLS = 8  # things stand on a grid of 8×8 cells, so that a tokenizer of 64 tokens sees the same tokens wherever one stands
-SIZES = {"": (5, 6), "small": (3,), "large": (7,)}  # of a single thing, in cells
-AMONG = 4  # cells of a thing among others, which stand in halves of the picture
+# Things stand on a grid of 4×4 cells. At 128×128 pixels a cell is a block of 2×2 tokens of the bundled tokenizer, so that a thing is
+# the same blocks wherever it stands.
+CELLS = 4
+SIZES = {"": 3, "small": 2, "large": 4}  # of a single thing, in cells
+AMONG = 2  # cells of a thing among others, which stand in halves of the picture
 SKY_AND_EARTH = {
     "meadow": ((150, 205, 250), (86, 165, 70)),
     "beach": ((110, 195, 240), (238, 214, 160)),
@@ -43,7 +45,7 @@ SKY_AND_EARTH = {
     "snow": ((165, 190, 215), (245, 248, 252)),
     "night": ((20, 24, 60), (45, 50, 75)),
 }
-HORIZON = 5  # cells of sky
+HORIZON = 2  # cells of sky
 SEEN = 48  # difference of a channel from which on something is seen
 DISTINCT = 120  # distance of two colours that are told apart
 TRIES = 2000
@@ -302,7 +304,7 @@ def _places(scene: Scene, rng: random.Random) -> list[tuple[int, int, int]]:
     """(left, top, side) of every thing, in cells."""
     count = len(scene.things)
     if count == 1:
-        side = rng.choice(SIZES[scene.size])
+        side = SIZES[scene.size]
         return [(rng.randint(0, CELLS - side), rng.randint(0, CELLS - side), side)]
     if count > 2:
         return [(*corner, AMONG) for corner in rng.sample([(x, y) for x in (0, AMONG) for y in (0, AMONG)], count)]
