@@ -106,14 +106,15 @@ class DataConfig(Checked):
 
 @dataclass(frozen=True)
 class OptimizerConfig(Checked):
-    """AdamW. After a linear warm-up `schedule` is 'constant', or goes down to `final_fraction` of lr: 'cosine', or 'linear' after
-    the share `hold` of the steps that are left."""
+    """AdamW, or Muon for `matrices`. After a linear warm-up `schedule` is 'constant', or goes down to `final_fraction` of lr:
+    'cosine', or 'linear' after the share `hold` of the steps that are left."""
 
     SECTION = "optimizer"
 
     lr: Rate = 1e-5
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Share = 1e-15
+    matrices: Annotated[str, Choice(("adamw", "muon"))] = "adamw"  # how the matrices of linear layers learn
     weight_decay: Weight = 0.0
     weight_decay_end: Weight = 0.0  # at the last step, along a cosine; 0: it stays what it is
     # parameters that weight decay leaves alone: a part of their names, or "vectors" for all of fewer than two dimensions

@@ -113,13 +113,15 @@ class LineRecipe:
         write_safetensors(module.state_dict(), folder / "line.safetensors")
 
 
-def config(out: Path, zero_stage: int = 0, clip: float = 0.5, **run: Any) -> TrainingConfig:
+def config(out: Path, zero_stage: int = 0, clip: float = 0.5, matrices: str = "adamw", **run: Any) -> TrainingConfig:
     settings = {"steps": 6, "batch_size": 4, "ema": 0.9, "log_every": 1, "save_every": 100} | run
     return TrainingConfig(
         recipe="tokenizer",  # not read by the engine
         run=RunConfig(out=str(out), **settings),
         data=DataConfig(train=("none",)),
-        optimizer=OptimizerConfig(lr=0.1, eps=1e-8, weight_decay=0.01, warmup_steps=2, schedule="cosine", clip=clip),
+        optimizer=OptimizerConfig(
+            lr=0.1, eps=1e-8, weight_decay=0.01, warmup_steps=2, schedule="cosine", clip=clip, matrices=matrices
+        ),
         deepspeed=DeepSpeedConfig(zero_stage),
     )
 
@@ -261,9 +263,12 @@ def test_only_the_first_process_writes(tmp_path: Path) -> None:
 # resuming
 
 
-@pytest.mark.parametrize(("accumulation", "zero_stage"), [(1, 0), (2, 0), (2, 1), (1, 2)])
-def test_six_steps_equal_three_a_stop_and_three(tmp_path: Path, accumulation: int, zero_stage: int) -> None:
-    settings = {"accumulation": accumulation, "zero_stage": zero_stage}
+@pytest.mark.parametrize(
+    ("accumulation", "zero_stage", "matrices"),
+    [(1, 0, "adamw"), (2, 0, "adamw"), (2, 1, "adamw"), (1, 2, "adamw"), (2, 0, "muon")],
+)
+def test_six_steps_equal_three_a_stop_and_three(tmp_path: Path, accumulation: int, zero_stage: int, matrices: str) -> None:
+    settings: dict[str, Any] = {"accumulation": accumulation, "zero_stage": zero_stage, "matrices": matrices}
     whole = LineRecipe()
     handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     assert train(whole, config(tmp_path / "whole", **settings)) == 0
@@ -340,7 +345,11 @@ def test_other_data_or_another_batch_are_refused_on_resume(tmp_path: Path) -> No
         train(recipe := LineRecipe(), config(tmp_path, batch_size=8))
     with pytest.raises(ValueError, match="took 4 samples per step, this run takes 2 .* set run.accumulation = 2"):
         train(recipe := LineRecipe(), config(tmp_path, batch_size=2))
+    with pytest.raises(ValueError, match="trained with optimizer.matrices = 'adamw', this run says 'muon'"):
+        train(recipe := LineRecipe(), config(tmp_path, matrices="muon"))
     assert recipe.feed.seen == []
+    with pytest.raises(ValueError, match="needs whole matrices; deepspeed.zero_stage = 2 cuts them"):
+        train(LineRecipe(), config(tmp_path / "cut", 2, matrices="muon"))
 
 
 def test_a_damaged_checkpoint_is_refused_before_anything_is_built(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from stages.recipe import Discriminator, Losses
 
 pytestmark = pytest.mark.slow
 
-STAGES = (0, 1, 2, 3)
+STAGES, MUON = (0, 1, 2, 3), "muon"
 CHANGES = ((2, 2), (0, 3), (3, 1))  # stage of ZeRO before and after
 
 
@@ -59,12 +59,13 @@ def recipe(at: int = 0, number: int = signal.SIGTERM, frozen: bool = False) -> L
 
 def work(folder: Path, rank: int) -> None:
     """All runs of two processes, with four samples in a step of both."""
-    for zero in STAGES:
+    for name in (*STAGES, MUON):
         settings: dict[str, Any] = {"steps": 20, "batch_size": 1, "accumulation": 2, "log_every": 1}
-        assert train(recipe(frozen=True), config(folder / f"whole_{zero}", zero, **settings)) == 0
+        settings |= {"matrices": MUON} if name == MUON else {"zero_stage": name}
+        assert train(recipe(frozen=True), config(folder / f"whole_{name}", **settings)) == 0
         # a signal between the halves of step 3, and to one process alone
-        assert train(recipe(5 * rank, frozen=True), config(folder / f"parts_{zero}", zero, **settings, workers=2)) == 143
-        assert train(recipe(frozen=True), config(folder / f"parts_{zero}", zero, **settings)) == 0
+        assert train(recipe(5 * rank, frozen=True), config(folder / f"parts_{name}", **settings, workers=2)) == 143
+        assert train(recipe(frozen=True), config(folder / f"parts_{name}", **settings)) == 0
     for before, after in CHANGES:
         assert train(recipe(3), config(folder / f"two_{before}_{after}", before, batch_size=2)) == 143
         assert train(recipe(), config(folder / f"one_{before}_{after}", after, batch_size=2)) == 0
@@ -188,9 +189,9 @@ def test_two_processes_equal_one_with_all_samples_in_one_batch(runs: Path, alone
     assert_close(checkpoint.step_folder(runs / f"whole_{zero}", 20), checkpoint.step_folder(alone / "twenty", 20))
 
 
-@pytest.mark.parametrize("zero", STAGES)
-def test_two_processes_resume_exactly_with_any_number_of_loader_processes(runs: Path, zero: int) -> None:
-    whole, parts = (runs / f"{name}_{zero}" for name in ("whole", "parts"))
+@pytest.mark.parametrize("way", [*STAGES, MUON])
+def test_two_processes_resume_exactly_with_any_number_of_loader_processes(runs: Path, way: int | str) -> None:
+    whole, parts = (runs / f"{name}_{way}" for name in ("whole", "parts"))
     assert [checkpoint.verify(f) for f in checkpoint.complete(parts)] == [3, 20]
     assert_same(checkpoint.step_folder(whole, 20), checkpoint.step_folder(parts, 20))
     assert losses(whole) == losses(parts) and len(losses(parts)) == 20

@@ -33,8 +33,8 @@ from stages.data.scene_words import LANDSCAPES, colourless, joined, one, related
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 ONE_COLOUR = "high-contrast"  # the style whose icons take any colour
 STEPS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # from the second thing to the first
-# Things stand on a grid of 4×4 cells. At 128×128 pixels a cell is a block of 2×2 tokens of the bundled tokenizer, so that a thing is
-# the same blocks wherever it stands.
+# Things stand on a grid of 4×4 cells. At 128×128 pixels a cell is a block of 2×2 tokens of 16 pixels, so that a thing is the same
+# blocks wherever it stands.
 CELLS = 4
 SIZES = {"": 3, "small": 2, "large": 4}  # of a single thing, in cells
 AMONG = 2  # cells of a thing among others, which stand in halves of the picture

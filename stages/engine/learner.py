@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitdance.networks.precision import quick_dtype, slow_bfloat16
 from stages.config import AUTO, OptimizerConfig, RunConfig, TrainingConfig
-from stages.engine import partitions, processes
+from stages.engine import muon, partitions, processes
 from stages.engine.ema import AveragedAdamW
 
 
@@ -73,6 +73,11 @@ class Learner:
     ) -> None:
         import deepspeed
 
+        if optimizer.matrices == "muon" and config.deepspeed.zero_stage:
+            raise ValueError(
+                f"optimizer.matrices = 'muon' needs whole matrices; deepspeed.zero_stage = {config.deepspeed.zero_stage} cuts "
+                "them: set it to 0, or optimizer.matrices = 'adamw'"
+            )
         self.module, self.optimizer, self.steps = module, optimizer, config.run.steps
         self.adam = AveragedAdamW(
             _groups(module, parts, optimizer),
@@ -148,8 +153,8 @@ class Learner:
 
 
 def _groups(module: nn.Module, parts: Mapping[str, list[nn.Parameter]], optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """One group of the optimiser per part that has something to train, and one for what of it weight decay spares. A word of
-    `optimizer.no_decay` that names no parameter is an error."""
+    """One group of the optimiser per part that has something to train, and one each for what of it weight decay spares and what
+    learns by Muon. A word of `optimizer.no_decay` that names no parameter is an error."""
     names = [name for name, _ in module.named_parameters()]
     if idle := [word for word in optimizer.no_decay if word != VECTORS and not any(word in name for name in names)]:
         raise ValueError(f"optimizer.no_decay names {idle}, which no parameter of this model has in its name; see its parts")
@@ -160,13 +165,16 @@ def _groups(module: nn.Module, parts: Mapping[str, list[nn.Parameter]], optimize
         for name, p in module.named_parameters()
         if any(word in name or (word == VECTORS and p.ndim < 2) for word in optimizer.no_decay)
     }
+    by_muon = muon.matrices(module) if optimizer.matrices == "muon" else set()
     groups: list[dict[str, Any]] = []
     for name, parameters in parts.items():
-        trained = [p for p in parameters if p.requires_grad]
-        for own in ([p for p in trained if id(p) not in spared], [p for p in trained if id(p) in spared]):
-            if own:
-                decay = {"weight_decay": 0.0} if id(own[0]) in spared else {}
-                groups.append({"params": own, "scale": optimizer.scale.get(name, 1.0), **decay})
+        kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for p in parameters:
+            if p.requires_grad:
+                kinds.setdefault((id(p) in spared, id(p) in by_muon), []).append(p)
+        for (no_decay, orthogonal), own in sorted(kinds.items(), key=lambda kind: kind[0]):
+            more = ({"weight_decay": 0.0} if no_decay else {}) | ({"muon": True} if orthogonal else {})
+            groups.append({"params": own, "scale": optimizer.scale.get(name, 1.0), **more})
     if not groups:
         raise ValueError(f"nothing trains: all parts ({', '.join(parts)}) are frozen")
     listed = [id(p) for group in groups for p in group["params"]]

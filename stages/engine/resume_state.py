@@ -42,6 +42,7 @@ def description(recipe: Recipe, config: TrainingConfig) -> dict[str, Any]:
         "processes": world,
         "zero_stage": config.deepspeed.zero_stage,
         "precision": precision_of(run),
+        "matrices": config.optimizer.matrices,
     }
 
 
@@ -81,6 +82,11 @@ def load(learners: dict[str, Learner], state: dict[str, Any], folder: Path, accu
         raise ValueError(
             f"{folder} took {saved['samples_per_step']} samples per step, this run takes {state['samples_per_step']} "
             f"(batch_size × accumulation × processes); {way}, or start again with --resume no"
+        )
+    if (before := saved.get("matrices", "adamw")) != state["matrices"]:
+        raise ValueError(
+            f"{folder} was trained with optimizer.matrices = {before!r}, this run says {state['matrices']!r}; set it as it was, "
+            "or start again with --resume no, from its model/ as generator.init or tokenizer.init"
         )
     if saved.get("base") != state.get("base"):
         raise ValueError(
