@@ -1,6 +1,6 @@
 """Whether a model composes: GenEval's six tasks on scenes of icons, judged by what a detector finds in the pictures.
 
-    bitdance data pack scenes shards/scenes-heldout --size 128 --concepts all --count 600 --split heldout
+    bitdance data pack scenes shards/scenes-heldout --size 128 --concepts 1000 --count 600 --split heldout
     bitdance measure composition --model MODEL --scenes shards/scenes-heldout [--grid OUT.png] [--prompts OUT.jsonl] [--json]
 
 Single object, two objects, counting, colours, position, colour attribution: `--count` held-out prompts each, in the wording that
