@@ -125,8 +125,7 @@ class OptimizerConfig(Checked):
     hold: Decay = 0.0
     final_fraction: Share = 0.0
     clip: Weight = 1.0  # gradient norm; 0 switches clipping off
-    # part of the model → factor on lr: backbone, projector, head; encoder, decoder
-    scale: Annotated[Mapping[str, float], tables.SCALE] = field(default_factory=dict)
+    scale: Annotated[Mapping[str, float], tables.SCALE] = field(default_factory=dict)  # part (backbone, head, …) → factor on lr
 
 
 @dataclass(frozen=True)
