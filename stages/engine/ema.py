@@ -47,9 +47,8 @@ class AveragedAdamW(torch.optim.AdamW):
     def _muon(self, group: dict[str, Any]) -> None:
         weights = [p for p in group["params"] if p.grad is not None]
         for p in weights:
-            if not self.state[p]:
-                self.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p)}
-            self.state[p]["step"] += 1
+            state = self.state[p] or self.prepare(p, torch.zeros(()))
+            state["step"] += 1
         muon.step(weights, [self.state[p]["exp_avg"] for p in weights], group["lr"], group["weight_decay"])
 
     @torch.no_grad()

@@ -54,9 +54,10 @@ def directions(momenta: list[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def step(weights: list[nn.Parameter], momenta: list[Tensor], lr: float, weight_decay: float) -> None:
-    """One step of every matrix that has a gradient, by Nesterov's momentum, which is updated in place."""
-    ahead = [
-        w.grad.lerp(m.lerp_(w.grad, 1 - MOMENTUM), MOMENTUM) for w, m in zip(weights, momenta, strict=True) if w.grad is not None
-    ]
+    """One step of matrices that have a gradient, by Nesterov's momentum, which is updated in place."""
+    ahead = []
+    for w, m in zip(weights, momenta, strict=True):
+        assert w.grad is not None
+        ahead.append(w.grad.lerp(m.lerp_(w.grad, 1 - MOMENTUM), MOMENTUM))
     for w, direction in zip(weights, directions(ahead), strict=True):
         w.mul_(1 - lr * weight_decay).add_(direction.to(w.dtype), alpha=-lr * RMS * max(w.shape) ** 0.5)
